@@ -1,0 +1,97 @@
+"""The vendor-facing contract, version 1: every public name in one place.
+
+A plugin imports from here. `docs/contract.md` states the clauses; `surface.lock` beside this file freezes the surface.
+Standard library and pluggy only; nothing here touches a device.
+"""
+
+from zif.contract.arrays import Array, HostArray
+from zif.contract.attention import AttentionBackend, AttentionBatch, AttentionParams
+from zif.contract.capabilities import Capabilities, Collective, Feature, Numerics
+from zif.contract.collectives import Communicator, CommunicatorError, CommunicatorGroup
+from zif.contract.config import EngineConfig
+from zif.contract.device import Device, Health
+from zif.contract.graphs import EagerGraphs, GraphRunner
+from zif.contract.hooks import CONTRACT_VERSION, ENTRY_POINT_GROUP, PROJECT_NAME, hookimpl
+from zif.contract.kv import FullAttentionSpec, KVArena, KVGroup, KVLayout, KVSpec, SlidingWindowSpec
+from zif.contract.memory import Allocator, Buffer, MemoryStats
+from zif.contract.model import ModelDescription
+from zif.contract.ops import Activation, ExpertWeights, NormOutput, OpTable, RotatedHeads, RouterOutput, Routing
+from zif.contract.plan import Decision, MemoryPlan, Outcome, Plan, Refusal, SchedulerConstraints, Workload
+from zif.contract.platform import DeviceInfo, Platform, Probe
+from zif.contract.request import CacheKey, FinishReason, Request, RequestStatus
+from zif.contract.runner import ModelRunner, Progress
+from zif.contract.sampling import GREEDY_TEMPERATURE, MAX_LOGPROBS, MAX_SAMPLES, SamplingParams
+from zif.contract.scheduling import BlockManager, KVUsage, Scheduler, TokenUpdate
+from zif.contract.step import BlockUpdate, CompletedStep, RequestStart, StepFuture, StepPlan, StepResult, TokenLogprobs
+
+__all__ = [
+    "CONTRACT_VERSION",
+    "ENTRY_POINT_GROUP",
+    "GREEDY_TEMPERATURE",
+    "MAX_LOGPROBS",
+    "MAX_SAMPLES",
+    "PROJECT_NAME",
+    "Activation",
+    "Allocator",
+    "Array",
+    "AttentionBackend",
+    "AttentionBatch",
+    "AttentionParams",
+    "BlockManager",
+    "BlockUpdate",
+    "Buffer",
+    "CacheKey",
+    "Capabilities",
+    "Collective",
+    "Communicator",
+    "CommunicatorError",
+    "CommunicatorGroup",
+    "CompletedStep",
+    "Decision",
+    "Device",
+    "DeviceInfo",
+    "EagerGraphs",
+    "EngineConfig",
+    "ExpertWeights",
+    "Feature",
+    "FinishReason",
+    "FullAttentionSpec",
+    "GraphRunner",
+    "Health",
+    "HostArray",
+    "KVArena",
+    "KVGroup",
+    "KVLayout",
+    "KVSpec",
+    "KVUsage",
+    "MemoryPlan",
+    "MemoryStats",
+    "ModelDescription",
+    "ModelRunner",
+    "NormOutput",
+    "Numerics",
+    "OpTable",
+    "Outcome",
+    "Plan",
+    "Platform",
+    "Probe",
+    "Progress",
+    "Refusal",
+    "Request",
+    "RequestStart",
+    "RequestStatus",
+    "RotatedHeads",
+    "RouterOutput",
+    "Routing",
+    "SamplingParams",
+    "Scheduler",
+    "SchedulerConstraints",
+    "SlidingWindowSpec",
+    "StepFuture",
+    "StepPlan",
+    "StepResult",
+    "TokenLogprobs",
+    "TokenUpdate",
+    "Workload",
+    "hookimpl",
+]

@@ -1,0 +1,116 @@
+"""The control plane's two replaceable parts: scheduler and block manager.
+
+Both deal in integers and never import an array library. Core ships one of each; a plugin replaces them through
+`zif_scheduler` and `zif_block_manager`.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+from zif.contract.request import FinishReason, Request
+from zif.contract.step import StepPlan, StepResult
+
+
+@dataclass(frozen=True, slots=True)
+class KVUsage:
+    """A census of one layer group's blocks. `num_free + num_cached + num_owned` is all that the group holds.
+
+    Cached blocks are unowned but still found by prefix; `num_lendable` more could be borrowed from the arena.
+    """
+
+    num_free: int
+    num_cached: int
+    num_owned: int
+    num_lendable: int
+
+
+class BlockManager(ABC):
+    """Own the KV blocks: give each planned token a slot in every layer group, and find what is already computed."""
+
+    @abstractmethod
+    def begin(self, request: Request) -> bool:
+        """Attach the longest computed prefix that every group can serve, and take a share of it.
+
+        Sets `block_ids`, `num_computed_tokens` and `num_cached_tokens` of a request that holds no blocks. At least
+        one known token is left to compute. False, and nothing changed, when a needed block cannot be had.
+        """
+
+    @abstractmethod
+    def share(self, source: Request, target: Request) -> None:
+        """Give `target`, which holds no blocks, a share of `source`'s whole blocks of the prompt.
+
+        The two have the same prompt and `source` has computed it. At least one prompt token is left to `target`.
+        """
+
+    @abstractmethod
+    def reserve(self, request: Request, num_tokens: int) -> bool:
+        """Make slots for the first `num_tokens` tokens in every group.
+
+        Appends to `block_ids` and raises `capacity`. False, and nothing changed, when there are not enough blocks.
+        """
+
+    @abstractmethod
+    def commit(self, request: Request) -> None:
+        """Index the blocks that `num_computed_tokens` has filled and return blocks that no later token can see."""
+
+    @abstractmethod
+    def release(self, request: Request) -> None:
+        """Take every block from `request`; indexed blocks stay findable until they are reused."""
+
+    @abstractmethod
+    def fits(self, num_tokens: int) -> bool:
+        """Say whether one request of `num_tokens` tokens, alone, would ever fit."""
+
+    @abstractmethod
+    def usage(self) -> tuple[KVUsage, ...]:
+        """Count the blocks of each group."""
+
+    @abstractmethod
+    def reset_prefix_cache(self) -> None:
+        """Forget every computed prefix; blocks in use are unaffected."""
+
+    @abstractmethod
+    def check_integrity(self, live: list[Request]) -> None:
+        """Rebuild reference counts and census from `live` requests and assert that they match."""
+
+
+@dataclass(slots=True)
+class TokenUpdate:
+    """What one step changed for one request. `new_token_ids` may be empty when the request only ended."""
+
+    request: Request
+    new_token_ids: list[int]
+
+
+class Scheduler(ABC):
+    """Decide what each step computes, and apply what it gave."""
+
+    @abstractmethod
+    def add(self, request: Request) -> None:
+        """Queue a request."""
+
+    @abstractmethod
+    def finish(self, request_id: int, reason: FinishReason) -> Request | None:
+        """End a request from outside (abort, stop string). None when it is unknown or already over."""
+
+    @abstractmethod
+    def schedule(self) -> StepPlan | None:
+        """Plan the next step; None when no request can compute anything."""
+
+    @abstractmethod
+    def update(self, plan: StepPlan, result: StepResult) -> list[TokenUpdate]:
+        """Apply the result of `plan`: append tokens, end requests, return blocks."""
+
+    @abstractmethod
+    def has_requests(self) -> bool:
+        """Say whether any request is waiting or running, or the runner must still be told of released ones."""
+
+    @property
+    @abstractmethod
+    def num_waiting(self) -> int:
+        """Count the requests that hold no place in the running batch."""
+
+    @property
+    @abstractmethod
+    def num_running(self) -> int:
+        """Count the requests in the running batch."""

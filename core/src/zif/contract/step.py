@@ -1,0 +1,107 @@
+"""The values that cross between the engine and a model runner, once per step.
+
+Columns, not rows: entry i of every list belongs to the i-th scheduled request. Lists of Python integers, so that a
+step needs no array library and crosses a process border as it is.
+"""
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from zif.contract.sampling import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class RequestStart:
+    """A request that the runner does not hold yet: new, or resumed after preemption.
+
+    `token_ids` are all known tokens, the first `num_prompt_tokens` of them the prompt. `block_ids` is the full block
+    table, one list per layer group, indexed by logical block; entries behind a window are the null block 0.
+    `seed` is never None here: the engine has drawn one if the caller gave none.
+    """
+
+    request_id: int
+    token_ids: list[int]
+    num_prompt_tokens: int
+    block_ids: tuple[list[int], ...]
+    sampling: SamplingParams
+    seed: int
+    stop_ids: frozenset[int] = frozenset()
+    bad_words_ids: tuple[tuple[int, ...], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class BlockUpdate:
+    """Blocks added to a request that the runner holds: `block_ids` go to logical blocks `start`, `start + 1`, ..."""
+
+    request_id: int
+    group: int
+    start: int
+    block_ids: list[int]
+
+
+@dataclass(slots=True)
+class StepPlan:
+    """What one step computes.
+
+    Request i computes its tokens `num_computed[i]` to `num_computed[i] + num_tokens[i] - 1`; when `samples[i]`, the
+    logits of its last token choose the next one. The runner applies `released`, then `started`, then `block_updates`,
+    then computes. A released request id never comes back unless it is started again.
+    """
+
+    step: int
+    request_ids: list[int] = field(default_factory=list)
+    num_computed: list[int] = field(default_factory=list)
+    num_tokens: list[int] = field(default_factory=list)
+    samples: list[bool] = field(default_factory=list)
+    started: list[RequestStart] = field(default_factory=list)
+    block_updates: list[BlockUpdate] = field(default_factory=list)
+    released: list[int] = field(default_factory=list)
+    total_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Log-probabilities at one position.
+
+    `token_ids[0]` is the token that was sampled (or stands in the prompt), with `rank` 1 for the most likely; the
+    others are the most likely tokens in falling order.
+    """
+
+    token_ids: list[int]
+    logprobs: list[float]
+    rank: int
+
+
+@dataclass(slots=True)
+class StepResult:
+    """What one step gave.
+
+    `sampled[i]` holds the new tokens of the i-th request of the plan: empty unless it samples. The dictionaries are
+    keyed by request id and hold only requests that asked. `prompt_logprobs` covers the prompt tokens after the first
+    that this step computed the predecessors of, in order. `faults` says why one request failed; the others are
+    unaffected and a faulty request's `sampled` entry is ignored.
+    """
+
+    step: int
+    sampled: list[list[int]]
+    logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
+    prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
+    faults: dict[int, str] = field(default_factory=dict)
+
+
+class StepFuture(Protocol):
+    """A step under way."""
+
+    def result(self) -> StepResult:
+        """Wait for the step and return what it gave; raise what the device raised."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class CompletedStep:
+    """A `StepFuture` of a runner that computes before it returns."""
+
+    value: StepResult
+
+    def result(self) -> StepResult:
+        return self.value
