@@ -15,6 +15,7 @@ from zif.contract.hooks import CONTRACT_VERSION, ENTRY_POINT_GROUP, PROJECT_NAME
 from zif.contract.kv import FullAttentionSpec, KVArena, KVGroup, KVLayout, KVSpec, SlidingWindowSpec
 from zif.contract.memory import Allocator, Buffer, MemoryStats
 from zif.contract.model import ModelDescription
+from zif.contract.negotiation import KVSizing, Offer, blocks_per_request, format_bytes, negotiate, slab_arena
 from zif.contract.ops import Activation, ExpertWeights, NormOutput, OpTable, RotatedHeads, RouterOutput, Routing
 from zif.contract.plan import Decision, MemoryPlan, Outcome, Plan, Refusal, SchedulerConstraints, Workload
 from zif.contract.platform import DeviceInfo, Platform, Probe
@@ -62,6 +63,7 @@ __all__ = [
     "KVArena",
     "KVGroup",
     "KVLayout",
+    "KVSizing",
     "KVSpec",
     "KVUsage",
     "MemoryPlan",
@@ -70,6 +72,7 @@ __all__ = [
     "ModelRunner",
     "NormOutput",
     "Numerics",
+    "Offer",
     "OpTable",
     "Outcome",
     "Plan",
@@ -93,5 +96,9 @@ __all__ = [
     "TokenLogprobs",
     "TokenUpdate",
     "Workload",
+    "blocks_per_request",
+    "format_bytes",
     "hookimpl",
+    "negotiate",
+    "slab_arena",
 ]

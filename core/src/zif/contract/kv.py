@@ -13,6 +13,7 @@ wholly inside the slab, so one address rule serves every group and nothing is pa
 Slab 0 is never lent: block 0 of every group is the *null block*, an address that is always legal and never meaningful.
 """
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
@@ -100,3 +101,8 @@ class KVArena:
         block_bytes = self.groups[group].layout.block_bytes
         first = -(-slab * self.slab_bytes // block_bytes)
         return range(first, (slab + 1) * self.slab_bytes // block_bytes)
+
+    def min_slab_blocks(self, group: int) -> int:
+        """Return how many blocks of `group` every slab offers at least, wherever it lies in the group's grid."""
+        block_bytes = self.groups[group].layout.block_bytes
+        return (self.slab_bytes - block_bytes + math.gcd(self.slab_bytes, block_bytes)) // block_bytes

@@ -45,12 +45,16 @@ class CacheKey:
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """One sequence being generated. Owned by the scheduler; `block_ids`, `capacity` and `digests` by the block manager.
+    """One sequence being generated. Owned by the scheduler, the last five fields by the block manager.
 
-    `request_id` is the engine's own number, never taken from a caller. `stop_ids` end the request when sampled (end of
-    sequence, unless ignored, and the stop token ids). `max_total_tokens` is prompt plus output at most. `leader` is
-    the request of the same prompt whose blocks this one may share (parallel samples). `capacity` counts the token
-    slots that every layer group holds. `num_cached_tokens` is what the prefix index gave at admission.
+    `request_id` is the engine's own number, never taken from a caller. `seed` is resolved: the caller's, or one that
+    the engine drew. `stop_ids` end the request when sampled (end of sequence, unless ignored, and the stop token ids).
+    `max_total_tokens` is prompt plus output at most. `siblings` are the parallel samples of one prompt, this one
+    included; they share the prompt's blocks. `num_cached_tokens` is what was found computed at first admission.
+
+    `block_ids` maps, per layer group, logical block to block id, 0 where a block was returned. `capacity` counts the
+    token slots that every group holds; `next_commit` is the number of computed tokens at which `commit` has work;
+    the prefix index has seen the first `num_indexed_tokens`. `digests` are the prefix hashes so far, by block size.
     """
 
     request_id: int
@@ -58,12 +62,13 @@ class Request:
     num_prompt_tokens: int
     sampling: SamplingParams
     max_total_tokens: int
+    seed: int = 0
     stop_ids: frozenset[int] = frozenset()
     bad_words_ids: tuple[tuple[int, ...], ...] = ()
     priority: int = 0
     arrival: int = 0
-    cache_key: CacheKey = CacheKey()
-    leader: "Request | None" = None
+    cache_key: CacheKey = field(default_factory=CacheKey)
+    siblings: "tuple[Request, ...]" = ()
     status: RequestStatus = RequestStatus.WAITING
     num_computed_tokens: int = 0
     num_cached_tokens: int = 0
@@ -74,6 +79,7 @@ class Request:
     block_ids: tuple[list[int], ...] = ()
     capacity: int = 0
     next_commit: int = 0
+    num_indexed_tokens: int = 0
     digests: dict[int, list[bytes]] = field(default_factory=dict)
 
     @property

@@ -28,18 +28,12 @@ class BlockManager(ABC):
     """Own the KV blocks: give each planned token a slot in every layer group, and find what is already computed."""
 
     @abstractmethod
-    def begin(self, request: Request) -> bool:
-        """Attach the longest computed prefix that every group can serve, and take a share of it.
+    def begin(self, request: Request, source: Request | None = None) -> None:
+        """Give a request without blocks a share of the longest computed prefix that every group can serve.
 
-        Sets `block_ids`, `num_computed_tokens` and `num_cached_tokens` of a request that holds no blocks. At least
-        one known token is left to compute. False, and nothing changed, when a needed block cannot be had.
-        """
-
-    @abstractmethod
-    def share(self, source: Request, target: Request) -> None:
-        """Give `target`, which holds no blocks, a share of `source`'s whole blocks of the prompt.
-
-        The two have the same prompt and `source` has computed it. At least one prompt token is left to `target`.
+        The prefix is found in the prefix index, or in the blocks of `source`, a running request with the same prompt.
+        At least one known token is left to compute. Sets `block_ids`, `capacity`, `next_commit` and
+        `num_computed_tokens`.
         """
 
     @abstractmethod
@@ -56,6 +50,10 @@ class BlockManager(ABC):
     @abstractmethod
     def release(self, request: Request) -> None:
         """Take every block from `request`; indexed blocks stay findable until they are reused."""
+
+    @abstractmethod
+    def can_hold(self, request: Request, num_tokens: int) -> bool:
+        """Say whether there are blocks now for `request` to reach `num_tokens` tokens. Does not mutate."""
 
     @abstractmethod
     def fits(self, num_tokens: int) -> bool:

@@ -1,0 +1,69 @@
+"""Chained hashes that name the content of KV blocks.
+
+A block's KV depends on every token up to its end and on what else conditioned the computation. So block i is named by
+SHA-256 over its parent's digest and its tokens, and the chain starts from a root over adapter, media and salt:
+
+    root(adapter, media, salt) -> block 0 -> block 1 -> ...
+
+The bytes are canonical (fixed-width little-endian tokens, length-prefixed texts), so digests agree between processes,
+machines and languages.
+"""
+
+import hashlib
+import sys
+from array import array
+from collections.abc import Sequence
+
+from zif.contract import CacheKey, Request
+
+_VERSION = b"zif.kv.1"
+_TOKEN = next(code for code in "IL" if array(code).itemsize == 4)
+
+
+def canonical_tokens(token_ids: Sequence[int]) -> bytes:
+    """Encode tokens as 4-byte little-endian integers."""
+    tokens = array(_TOKEN, token_ids)
+    if sys.byteorder == "big":
+        tokens.byteswap()
+    return tokens.tobytes()
+
+
+def root_digest(key: CacheKey, block_size: int) -> bytes:
+    """Digest what conditions every block of a request, and the block size that cuts its tokens."""
+    texts = [text.encode() for text in (key.salt, key.adapter, *key.media)]
+    numbers = (block_size, *(len(text) for text in texts))
+    return hashlib.sha256(_VERSION + canonical_tokens(numbers) + b"".join(texts)).digest()
+
+
+def block_content(parent: bytes, token_ids: Sequence[int]) -> bytes:
+    """Return the canonical bytes of one block: what its digest is the hash of."""
+    return parent + canonical_tokens(token_ids)
+
+
+class PrefixChain:
+    """The digests of one request at one block size, extended as its tokens become known.
+
+    The list lives on the request, so that nothing is hashed twice, not even after preemption.
+    """
+
+    def __init__(self, request: Request, block_size: int) -> None:
+        self._token_ids = request.token_ids
+        self._block_size = block_size
+        self._digests = request.digests.setdefault(block_size, [])
+        if not self._digests:
+            self._digests.append(root_digest(request.cache_key, block_size))
+
+    def extend(self, num_blocks: int) -> None:
+        """Hash up to the first `num_blocks` blocks, all of whose tokens are known."""
+        digests = self._digests
+        for block in range(len(digests) - 1, num_blocks):
+            digests.append(hashlib.sha256(self.content(block)).digest())
+
+    def digest(self, block: int) -> bytes:
+        """Return the digest of a hashed block."""
+        return self._digests[block + 1]
+
+    def content(self, block: int) -> bytes:
+        """Return the canonical bytes of `block`; its parent must be hashed."""
+        start = block * self._block_size
+        return block_content(self._digests[block], self._token_ids[start : start + self._block_size])

@@ -1,0 +1,135 @@
+"""The null runner: writes each token's word into its slot and hashes what it reads back through the block tables.
+
+It stores and reads exactly the slots that attention would. A wrong block id, a block freed too early, a stale row or
+a missed write gives other words, hence another next token, and `expected_token` tells which one was right.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from zif.contract import (
+    BlockUpdate,
+    CompletedStep,
+    EngineConfig,
+    KVArena,
+    KVSpec,
+    ModelDescription,
+    ModelRunner,
+    Progress,
+    RequestStart,
+    SlidingWindowSpec,
+    StepFuture,
+    StepPlan,
+    StepResult,
+)
+
+Words = np.ndarray[tuple[int, ...], np.dtype[np.uint64]]
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
+_MIX_2 = np.uint64(0x94D049BB133111EB)
+
+
+def mix(words: Words) -> Words:
+    """Scramble 64-bit words, one by one (the finalizer of SplitMix64; Steele, Lea and Flood, 2014)."""
+    words = (words ^ (words >> np.uint64(30))) * _MIX_1
+    words = (words ^ (words >> np.uint64(27))) * _MIX_2
+    return words ^ (words >> np.uint64(31))
+
+
+def token_words(token_ids: Words, positions: Words) -> Words:
+    """Return the word of each token at its position."""
+    return mix(token_ids + mix(positions * _GOLDEN + _GOLDEN))
+
+
+def next_token(visible: list[Words], vocab_size: int) -> int:
+    """Hash what each layer group sees into the next token."""
+    digest: Words = np.zeros(1, dtype=np.uint64)
+    for words in visible:
+        digest = mix((digest ^ words.sum(dtype=np.uint64)) + _GOLDEN)
+    return int(digest[0] % np.uint64(vocab_size))
+
+
+def expected_token(token_ids: list[int], specs: tuple[KVSpec, ...], vocab_size: int) -> int:
+    """Return the token that follows `token_ids`, computed without blocks: the oracle of every test on this platform."""
+    tokens = np.asarray(token_ids, dtype=np.uint64)
+    words = token_words(tokens, np.arange(len(tokens), dtype=np.uint64))
+    return next_token([words[_first_visible(spec, len(tokens)) :] for spec in specs], vocab_size)
+
+
+@dataclass(slots=True)
+class _Sequence:
+    token_ids: list[int]
+    tables: tuple[list[int], ...]
+
+
+class NullRunner(ModelRunner):
+    """Compute nothing, faithfully."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self._sequences: dict[int, _Sequence] = {}
+        self._specs: tuple[KVSpec, ...] = ()
+        self._memory: list[Words] = []
+        self._vocab_size = 0
+
+    def load(self, model: ModelDescription, progress: Progress) -> None:
+        self._vocab_size = model.vocab_size
+        progress(1, 1)
+
+    def start(self, arena: KVArena) -> None:
+        """View one stretch of words as every group's cells, so that groups can trample on each other as bytes would."""
+        words = np.zeros(arena.num_bytes // 8, dtype=np.uint64)
+        self._specs = tuple(group.spec for group in arena.groups)
+        self._memory = [words] * len(arena.groups)
+
+    def submit(self, step: StepPlan) -> StepFuture:
+        for request_id in step.released:
+            self._sequences.pop(request_id, None)
+        for start in step.started:
+            self._start(start)
+        for update in step.block_updates:
+            self._extend(update)
+        columns = zip(step.request_ids, step.num_computed, step.num_tokens, step.samples, strict=True)
+        return CompletedStep(StepResult(step.step, [self._compute(*row) for row in columns]))
+
+    def close(self) -> None:
+        self._sequences.clear()
+        self._memory = []
+
+    def _start(self, start: RequestStart) -> None:
+        assert start.request_id not in self._sequences, f"request {start.request_id} is started twice"
+        self._sequences[start.request_id] = _Sequence(start.token_ids, start.block_ids)
+
+    def _extend(self, update: BlockUpdate) -> None:
+        table = self._sequences[update.request_id].tables[update.group]
+        assert len(table) == update.start, f"request {update.request_id}: blocks {update.start} do not follow"
+        table.extend(update.block_ids)
+
+    def _compute(self, request_id: int, num_computed: int, num_tokens: int, samples: bool) -> list[int]:
+        sequence = self._sequences[request_id]
+        end = num_computed + num_tokens
+        tokens = np.asarray(sequence.token_ids[num_computed:end], dtype=np.uint64)
+        words = token_words(tokens, np.arange(num_computed, end, dtype=np.uint64))
+        visible = []
+        for group, spec in enumerate(self._specs):
+            self._memory[group][self._slots(sequence, group, num_computed, end)] = words
+            visible.append(self._memory[group][self._slots(sequence, group, _first_visible(spec, end), end)])
+        if not samples:
+            return []
+        sequence.token_ids.append(next_token(visible, self._vocab_size))
+        return [sequence.token_ids[-1]]
+
+    def _slots(
+        self, sequence: _Sequence, group: int, start: int, end: int
+    ) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+        size = self._specs[group].block_size
+        first = start // size
+        blocks = np.asarray(sequence.tables[group][first : -(-end // size)], dtype=np.int64)
+        slots = (blocks[:, None] * size + np.arange(size)).reshape(-1)
+        return slots[start - first * size : end - first * size]
+
+
+def _first_visible(spec: KVSpec, num_tokens: int) -> int:
+    """Return the first position that the token at `num_tokens - 1` sees."""
+    return max(0, num_tokens - spec.window) if isinstance(spec, SlidingWindowSpec) else 0
