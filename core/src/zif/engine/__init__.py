@@ -1,0 +1,1 @@
+"""The engine: planning, the step loop, and the offline interface `LLM`."""

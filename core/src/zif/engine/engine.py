@@ -1,0 +1,242 @@
+"""The step loop: scheduler, block manager and runner of one model, and the prompts being answered.
+
+Synchronous and single-threaded: `LLM` and other front ends call `submit` and `step`. A fault of one request ends that
+request; an exception out of a step ends the engine, because its state is then unknown.
+"""
+
+import hashlib
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from zif.contract import (
+    BlockManager,
+    Device,
+    FinishReason,
+    ModelRunner,
+    Request,
+    SamplingParams,
+    Scheduler,
+    StepPlan,
+    StepResult,
+)
+from zif.engine.generation import Generation, OutputProcessor, Sample
+from zif.engine.inputs import InputProcessor, Prompt, PromptInput
+from zif.engine.outputs import RequestOutput
+from zif.engine.planning import PlannedModel
+from zif.engine.vocabulary import Vocabulary
+from zif.errors import EngineError, RequestError
+
+logger = logging.getLogger(__name__)
+
+PhaseProgress = Callable[[str, int, int], None]
+"""Called with (phase, units done, total units) while the engine starts."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineParts:
+    """The parts that plugins can replace, wired together."""
+
+    device: Device
+    runner: ModelRunner
+    block_manager: BlockManager
+    scheduler: Scheduler
+
+
+class Engine:
+    """Answer prompts with one model."""
+
+    def __init__(self, planned: PlannedModel, parts: EngineParts, vocabulary: Vocabulary) -> None:
+        self.vocabulary = vocabulary
+        self._parts = parts
+        self._scheduler = parts.scheduler
+        self._seed = planned.config.seed
+        self._inputs = InputProcessor(planned.model, planned.config, vocabulary)
+        self._outputs = OutputProcessor(vocabulary)
+        self._generations: dict[int, Generation] = {}
+        self._samples: dict[int, Sample] = {}
+        self._num_requests = 0
+        self._num_prompts = 0
+        self._failure: BaseException | None = None
+        self._closed = False
+
+    def check(self, given: PromptInput, sampling: SamplingParams) -> Prompt:
+        """Read a prompt and check it with its options. Raises `RequestError`."""
+        self._inputs.check_sampling(sampling)
+        return self._inputs.prompt(given)
+
+    def submit(self, prompt: Prompt, sampling: SamplingParams, priority: int = 0) -> Generation:
+        """Queue a checked prompt; the samples run from the next step on."""
+        self._require_alive()
+        generation = Generation(str(self._num_prompts), prompt, sampling, [], time.monotonic())
+        self._num_prompts += 1
+        requests = [self._request(prompt, sampling, index, priority) for index in range(sampling.n)]
+        generation.samples = [self._outputs.begin(i, request, prompt) for i, request in enumerate(requests)]
+        for sample, request in zip(generation.samples, requests, strict=True):
+            request.siblings = tuple(requests) if sampling.n > 1 else ()
+            self._generations[request.request_id] = generation
+            self._samples[request.request_id] = sample
+            self._scheduler.add(request)
+        if sampling.prompt_logprobs is not None:
+            generation.prompt_logprobs = [None] * len(prompt.token_ids)
+        return generation
+
+    def reject(self, given: PromptInput, error: RequestError) -> RequestOutput:
+        """Return the output of a prompt that could not be queued."""
+        prompt = Prompt([], given if isinstance(given, str) else None)
+        generation = Generation(str(self._num_prompts), prompt, SamplingParams(detokenize=False), [], time.monotonic())
+        self._num_prompts += 1
+        request = self._request(prompt, generation.sampling, 0, 0)
+        request.finish_reason, request.error = FinishReason.ERROR, str(error)
+        generation.samples = [self._outputs.begin(0, request, prompt)]
+        generation.finished_s = generation.arrival_s
+        return self._outputs.output(generation)
+
+    def step(self) -> list[Generation]:
+        """Compute one step. Returns the prompts that got tokens or ended; empty when there is nothing to do."""
+        self._require_alive()
+        try:
+            plan = self._scheduler.schedule()
+            if plan is None:
+                self._require_progress()
+                return []
+            result = self._parts.runner.submit(plan).result()
+            return self._apply(plan, result)
+        except BaseException as error:
+            self._failure = error
+            raise
+
+    def abort(self, generation: Generation) -> None:
+        """End every sample that still runs; what was generated stays. Harmless when all have ended."""
+        for sample in generation.samples:
+            self._finish(sample, FinishReason.ABORT)
+        self._settle(generation)
+
+    def output(self, generation: Generation) -> RequestOutput:
+        """Return what there is of an answer now."""
+        return self._outputs.output(generation)
+
+    def has_work(self) -> bool:
+        """Say whether a step would do anything."""
+        return self._scheduler.has_requests()
+
+    def reset_prefix_cache(self) -> None:
+        """Forget every computed prefix."""
+        self._parts.block_manager.reset_prefix_cache()
+
+    def check_integrity(self) -> None:
+        """Assert that no block is lost, and none held by a request that is gone."""
+        live = [s.request for s in self._samples.values() if not s.finished]
+        self._parts.block_manager.check_integrity(live)
+
+    def close(self) -> None:
+        """Give memory and device back. Idempotent."""
+        if not self._closed:
+            self._closed = True
+            self._parts.runner.close()
+            self._parts.device.close()
+
+    def _request(self, prompt: Prompt, sampling: SamplingParams, index: int, priority: int) -> Request:
+        """Build sample `index`; only the first reports on the prompt that all share."""
+        request_id = self._num_requests
+        self._num_requests += 1
+        own = sampling.for_sample(index)
+        seed = own.seed if own.seed is not None else _derived_seed(self._seed, request_id)
+        return self._inputs.request(request_id, prompt, own, seed, priority)
+
+    def _apply(self, plan: StepPlan, result: StepResult) -> list[Generation]:
+        now = time.monotonic()
+        changed: dict[int, Generation] = {}
+        for update in self._scheduler.update(plan, result):
+            request_id = update.request.request_id
+            generation = self._generations[request_id]
+            changed[id(generation)] = generation
+            if generation.first_token_s is None and update.new_token_ids:
+                generation.first_token_s = now
+            sample = self._samples[request_id]
+            if self._outputs.append(sample, update.new_token_ids, result.logprobs.get(request_id, [])):
+                self._finish(sample, FinishReason.STOP)
+        if result.prompt_logprobs:
+            self._report_prompts(plan, result)
+        for generation in changed.values():
+            self._settle(generation)
+        return list(changed.values())
+
+    def _report_prompts(self, plan: StepPlan, result: StepResult) -> None:
+        """Put prompt log-probabilities at their positions; a chunk computed twice lands on itself."""
+        for request_id, num_computed in zip(plan.request_ids, plan.num_computed, strict=True):
+            reported = self._generations[request_id].prompt_logprobs if request_id in self._generations else None
+            for offset, entry in enumerate(result.prompt_logprobs.get(request_id, [])):
+                assert reported is not None, f"request {request_id} did not ask for prompt log-probabilities"
+                reported[num_computed + 1 + offset] = self._outputs.position_logprobs(entry)
+
+    def _finish(self, sample: Sample, reason: FinishReason) -> None:
+        if self._scheduler.finish(sample.request.request_id, reason) is not None and sample.text is not None:
+            sample.text.finish()
+
+    def _settle(self, generation: Generation) -> None:
+        """Forget samples that have ended."""
+        for sample in generation.samples:
+            if sample.finished and self._samples.pop(sample.request.request_id, None) is not None:
+                del self._generations[sample.request.request_id]
+        if generation.finished_s is None and all(sample.finished for sample in generation.samples):
+            generation.finished_s = time.monotonic()
+
+    def _require_alive(self) -> None:
+        if self._closed:
+            raise EngineError("the engine is closed; make a new one")
+        if self._failure is not None:
+            raise EngineError(f"an earlier step failed ({self._failure!r}); make a new engine") from self._failure
+
+    def _require_progress(self) -> None:
+        if self._samples:
+            raise EngineError(f"{len(self._samples)} requests wait and none can be scheduled; this is a fault of zif")
+
+
+def start_engine(planned: PlannedModel, vocabulary: Vocabulary, on_phase: PhaseProgress) -> Engine:
+    """Open the device, load the weights and wire the parts. On failure everything opened is given back."""
+    started = time.monotonic()
+    device = planned.platform.open(planned.plan, rank=0)
+    try:
+        parts = _wire(planned, device)
+        parts.runner.load(planned.model, lambda done, total: on_phase("loading weights", done, total))
+        on_phase("allocating KV blocks", 0, 1)
+        parts.runner.start(planned.arena)
+        on_phase("allocating KV blocks", 1, 1)
+    except BaseException:
+        device.close()
+        raise
+    logger.info("engine ready on %s after %.2f s", planned.plan.platform, time.monotonic() - started)
+    return Engine(planned, parts, vocabulary)
+
+
+def _wire(planned: PlannedModel, device: Device) -> EngineParts:
+    """Ask the plugins for each part, and use core's own where none answers."""
+    hook, config, plan = planned.registry.manager.hook, planned.config, planned.plan
+    block_manager = hook.zif_block_manager(config=config, plan=plan, arena=planned.arena)
+    if block_manager is None:
+        from zif.kv import PagedBlockManager
+
+        block_manager = PagedBlockManager(
+            planned.arena,
+            enable_prefix_caching=config.enable_prefix_caching,
+            max_step_tokens=config.max_num_batched_tokens,
+        )
+    scheduler = hook.zif_scheduler(config=config, plan=plan, block_manager=block_manager)
+    if scheduler is None:
+        from zif.scheduling import TokenBudgetScheduler
+
+        scheduler = TokenBudgetScheduler(config, block_manager, plan.constraints)
+    runner = hook.zif_model_runner(config=config, plan=plan, device=device)
+    if runner is None:
+        from zif.runtime.runner import TorchRunner
+
+        runner = TorchRunner(config, device)
+    return EngineParts(device, runner, block_manager, scheduler)
+
+
+def _derived_seed(engine_seed: int, request_id: int) -> int:
+    """Return the seed of a request that brought none: fixed by the engine's seed and the request's number."""
+    digest = hashlib.sha256(f"zif.seed:{engine_seed}:{request_id}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1

@@ -1,0 +1,182 @@
+"""One prompt being answered: its samples, their text so far, and what the caller gets to see of them.
+
+The scheduler owns the requests; this file only turns tokens into output. `engine.py` is the only caller.
+"""
+
+from dataclasses import dataclass, field
+
+from zif.contract import FinishReason, Request, SamplingParams, TokenLogprobs
+from zif.engine.inputs import Prompt
+from zif.engine.outputs import CompletionOutput, Logprob, PositionLogprobs, RequestMetrics, RequestOutput
+from zif.engine.vocabulary import Vocabulary
+from zif.text.detokenizer import Detokenizer
+from zif.text.stop_strings import StopStrings
+
+
+class SampleText:
+    """The text of one sample, decoded as late as stop strings allow."""
+
+    def __init__(self, prompt: Prompt, sampling: SamplingParams, vocabulary: Vocabulary) -> None:
+        self._detokenizer = Detokenizer(
+            vocabulary.tokenizer, prompt.token_ids, skip_special_tokens=sampling.skip_special_tokens
+        )
+        self._stops = (
+            StopStrings(sampling.stop_strings, include_stop=sampling.include_stop_str_in_output)
+            if sampling.stop_strings
+            else None
+        )
+        self._pending: list[int] = []
+        self._text: list[str] = []
+        self.matched: str | None = None
+
+    def append(self, token_ids: list[int], *, may_stop: bool) -> None:
+        """Add tokens; `matched` tells afterwards whether a stop string ended the sample."""
+        self._pending.extend(token_ids)
+        if self._stops is not None:
+            self._scan(self._decode_pending(), may_stop)
+
+    def finish(self) -> None:
+        """Decode what was held back; no token follows."""
+        rest = self._decode_pending() + self._detokenizer.finish()
+        if self._stops is None:
+            self._text.append(rest)
+        elif self.matched is None:
+            self._text.append(self._stops.feed(rest).text if rest else "")
+            self.matched = self._stops.matched
+            self._text.append(self._stops.finish())
+
+    def text(self) -> str:
+        """Return the text that is certain so far."""
+        if self._stops is None and self._pending:
+            self._text.append(self._decode_pending())
+        if len(self._text) > 1:
+            self._text = ["".join(self._text)]
+        return self._text[0] if self._text else ""
+
+    def _scan(self, text: str, may_stop: bool) -> None:
+        assert self._stops is not None
+        if self.matched is not None:
+            return
+        self._text.append(self._stops.feed(text, may_stop=may_stop))
+        self.matched = self._stops.matched
+
+    def _decode_pending(self) -> str:
+        token_ids, self._pending = self._pending, []
+        return self._detokenizer.append(token_ids) if token_ids else ""
+
+
+@dataclass(slots=True, eq=False)
+class Sample:
+    """One of the n samples of a prompt."""
+
+    index: int
+    request: Request
+    text: SampleText | None
+    logprobs: list[PositionLogprobs] | None
+    cumulative_logprob: float | None
+
+    @property
+    def finished(self) -> bool:
+        """Say whether the sample has ended."""
+        return self.request.finished
+
+
+@dataclass(slots=True, eq=False)
+class Generation:
+    """A prompt, its samples, and when things happened. Handed to callers as an opaque handle."""
+
+    request_id: str
+    prompt: Prompt
+    sampling: SamplingParams
+    samples: list[Sample]
+    arrival_s: float
+    first_token_s: float | None = None
+    finished_s: float | None = None
+    prompt_logprobs: list[PositionLogprobs | None] | None = field(default=None)
+
+    @property
+    def finished(self) -> bool:
+        """Say whether every sample has ended."""
+        return self.finished_s is not None
+
+
+class OutputProcessor:
+    """Turn what steps gave into outputs."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self._vocabulary = vocabulary
+
+    def begin(self, index: int, request: Request, prompt: Prompt) -> Sample:
+        """Make the output side of one sample. Raises `RequestError` when it needs a tokenizer and there is none."""
+        sampling = request.sampling
+        text = SampleText(prompt, sampling, self._vocabulary) if sampling.detokenize else None
+        wants_logprobs = sampling.logprobs is not None
+        return Sample(index, request, text, [] if wants_logprobs else None, 0.0 if wants_logprobs else None)
+
+    def append(self, sample: Sample, token_ids: list[int], logprobs: list[TokenLogprobs]) -> bool:
+        """Add a step's tokens to a sample. True when a stop string ended it."""
+        request = sample.request
+        for entry in logprobs[: len(token_ids)]:
+            self._add_logprobs(sample, entry)
+        if sample.text is None:
+            return False
+        ended_by_token = request.finish_reason is FinishReason.STOP and not request.sampling.include_stop_str_in_output
+        visible = token_ids[:-1] if ended_by_token else token_ids
+        sample.text.append(visible, may_stop=request.num_output_tokens >= request.sampling.min_tokens)
+        if request.finished:
+            sample.text.finish()
+        return sample.text.matched is not None and not request.finished
+
+    def position_logprobs(self, entry: TokenLogprobs) -> PositionLogprobs:
+        """Return the log-probabilities of one position by token id; the chosen token comes first."""
+        chosen = entry.token_ids[0]
+        found = {chosen: Logprob(entry.logprobs[0], entry.rank, self._vocabulary.token_text(chosen))}
+        for rank, (token_id, logprob) in enumerate(zip(entry.token_ids[1:], entry.logprobs[1:], strict=True), start=1):
+            if token_id not in found:
+                found[token_id] = Logprob(logprob, rank, self._vocabulary.token_text(token_id))
+        return found
+
+    def output(self, generation: Generation) -> RequestOutput:
+        """Return what the caller sees now."""
+        requests = [sample.request for sample in generation.samples]
+        return RequestOutput(
+            request_id=generation.request_id,
+            prompt=generation.prompt.text,
+            prompt_token_ids=generation.prompt.token_ids,
+            outputs=[self._completion(sample) for sample in generation.samples],
+            finished=generation.finished,
+            num_cached_tokens=requests[0].num_cached_tokens,
+            prompt_logprobs=generation.prompt_logprobs,
+            metrics=RequestMetrics(
+                arrival_s=generation.arrival_s,
+                first_token_s=generation.first_token_s,
+                finished_s=generation.finished_s,
+                num_preemptions=sum(request.num_preemptions for request in requests),
+            ),
+        )
+
+    def _add_logprobs(self, sample: Sample, entry: TokenLogprobs) -> None:
+        if sample.logprobs is not None and sample.cumulative_logprob is not None:
+            sample.logprobs.append(self.position_logprobs(entry))
+            sample.cumulative_logprob += entry.logprobs[0]
+
+    def _completion(self, sample: Sample) -> CompletionOutput:
+        request = sample.request
+        return CompletionOutput(
+            index=sample.index,
+            text=sample.text.text() if sample.text else "",
+            token_ids=request.output_token_ids,
+            cumulative_logprob=sample.cumulative_logprob,
+            logprobs=sample.logprobs,
+            finish_reason=request.finish_reason.value if request.finish_reason else None,
+            stop_reason=_stop_reason(sample),
+            error=request.error,
+        )
+
+
+def _stop_reason(sample: Sample) -> int | str | None:
+    """Return what stopped the sample; an end-of-sequence token counts as no reason of its own."""
+    if sample.text is not None and sample.text.matched is not None:
+        return sample.text.matched
+    stopped_by = sample.request.stop_token_id
+    return stopped_by if stopped_by in (sample.request.sampling.stop_token_ids or ()) else None

@@ -1,0 +1,149 @@
+"""From what a caller passes to checked requests: tokens, limits and ids that the engine can trust from here on."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from zif.contract import CacheKey, EngineConfig, ModelDescription, Request, SamplingParams
+from zif.engine.vocabulary import Vocabulary
+from zif.errors import CheckpointError, RequestError
+
+
+PromptInput = str | Mapping[str, Any]
+"""A text, or {"prompt": text} or {"prompt_token_ids": [ids]}, either with an optional "cache_salt", which keeps the
+KV of this prompt from being shared with prompts of another salt."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A prompt as tokens, with its text where there was one."""
+
+    token_ids: list[int]
+    text: str | None = None
+    cache_salt: str = ""
+
+
+class InputProcessor:
+    """Check prompts and sampling options against one model, and build requests."""
+
+    def __init__(self, model: ModelDescription, config: EngineConfig, vocabulary: Vocabulary) -> None:
+        self._model = model
+        self._config = config
+        self._vocabulary = vocabulary
+        self._eos_ids = eos_token_ids(model, vocabulary)
+
+    def prompt(self, given: PromptInput) -> Prompt:
+        """Read a prompt in any accepted form. Raises `RequestError` with the reason when it cannot be served."""
+        if isinstance(given, str):
+            return self._checked(Prompt(self._vocabulary.encode(given), given))
+        if not isinstance(given, Mapping):
+            raise RequestError(
+                f"a prompt of type {type(given).__name__} is not understood; pass text, {{'prompt': text}} or "
+                "{'prompt_token_ids': [ids]}"
+            )
+        unknown = set(given) - {"prompt", "prompt_token_ids", "cache_salt"}
+        if unknown:
+            raise RequestError(f"prompt has keys {sorted(unknown)} that are not supported")
+        salt = given.get("cache_salt") or ""
+        if "prompt_token_ids" in given:
+            return self._checked(Prompt(list(given["prompt_token_ids"]), given.get("prompt"), salt))
+        if "prompt" in given:
+            return self._checked(Prompt(self._vocabulary.encode(given["prompt"]), given["prompt"], salt))
+        raise RequestError("prompt has neither 'prompt' nor 'prompt_token_ids'")
+
+    def check_sampling(self, sampling: SamplingParams) -> None:
+        """Raise `RequestError` when options name tokens that the model does not have."""
+        named: list[tuple[str, Sequence[int]]] = [
+            ("allowed_token_ids", sampling.allowed_token_ids or ()),
+            ("logit_bias", tuple(sampling.logit_bias or ())),
+            ("stop_token_ids", sampling.stop_token_ids or ()),
+        ]
+        for name, token_ids in named:
+            self._check_ids(name, token_ids)
+
+    def request(self, request_id: int, prompt: Prompt, sampling: SamplingParams, seed: int, priority: int) -> Request:
+        """Build the request of one sample."""
+        num_prompt_tokens = len(prompt.token_ids)
+        max_tokens = sampling.max_tokens or self._config.max_model_len
+        stop_ids = frozenset(sampling.stop_token_ids or ()) | (frozenset() if sampling.ignore_eos else self._eos_ids)
+        return Request(
+            request_id=request_id,
+            token_ids=prompt.token_ids.copy(),
+            num_prompt_tokens=num_prompt_tokens,
+            sampling=sampling,
+            max_total_tokens=min(num_prompt_tokens + max_tokens, self._config.max_model_len),
+            seed=seed,
+            stop_ids=stop_ids,
+            bad_words_ids=self._bad_words_ids(sampling.bad_words or ()),
+            priority=priority,
+            arrival=request_id,
+            cache_key=CacheKey(salt=prompt.cache_salt),
+        )
+
+    def is_eos(self, token_id: int) -> bool:
+        """Say whether the token ends a sequence for this model."""
+        return token_id in self._eos_ids
+
+    def _checked(self, prompt: Prompt) -> Prompt:
+        num_tokens, limit = len(prompt.token_ids), self._config.max_model_len
+        if not num_tokens:
+            raise RequestError("the prompt is empty: it has no tokens; pass at least one")
+        if num_tokens >= limit:
+            raise RequestError(
+                f"the prompt has {num_tokens} tokens and the context is {limit} (prompt and output together); "
+                "shorten the prompt or raise max_model_len"
+            )
+        self._check_ids("prompt_token_ids", prompt.token_ids)
+        return prompt
+
+    def _check_ids(self, name: str, token_ids: Sequence[int]) -> None:
+        if not token_ids:
+            return
+        if not all(type(token_id) is int for token_id in token_ids):
+            wrong = next(token_id for token_id in token_ids if type(token_id) is not int)
+            raise RequestError(f"{name} holds {wrong!r}, which is no integer token id")
+        lowest, highest = min(token_ids), max(token_ids)
+        if lowest < 0 or highest >= self._model.vocab_size:
+            wrong = lowest if lowest < 0 else highest
+            raise RequestError(f"{name} holds {wrong}; the model's token ids are 0 to {self._model.vocab_size - 1}")
+
+    def _bad_words_ids(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """Return each word's tokens as they stand at the start of a text and after a space."""
+        spellings = (variant for word in words for variant in (word.lstrip(), " " + word.lstrip()))
+        tokens = (tuple(self._vocabulary.encode(text, add_special_tokens=False)) for text in spellings)
+        return tuple(dict.fromkeys(ids for ids in tokens if ids))
+
+
+def eos_token_ids(model: ModelDescription, vocabulary: Vocabulary) -> frozenset[int]:
+    """Collect the ids that end a sequence: of generation_config.json, else of config.json, and the tokenizer's."""
+    declared = generation_config(model.path).get("eos_token_id")
+    if declared is None:
+        declared = model.config.get("eos_token_id")
+    ids = {declared} if isinstance(declared, int) else set(declared or ())
+    if vocabulary.eos_token_id is not None:
+        ids.add(vocabulary.eos_token_id)
+    return frozenset(token_id for token_id in ids if 0 <= token_id < model.vocab_size)
+
+
+def generation_config(folder: Path) -> dict[str, Any]:
+    """Read generation_config.json; empty when there is none."""
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{str(path)!r} is not valid JSON ({error}); download it again") from error
+    return content if isinstance(content, dict) else {}
+
+
+def default_sampling(folder: Path) -> SamplingParams:
+    """Return the options that the model's authors ship in generation_config.json, ours where they give none."""
+    declared = generation_config(folder)
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    options = {name: declared[name] for name in names if declared.get(name) is not None}
+    if declared.get("max_new_tokens") is not None:
+        options["max_tokens"] = declared["max_new_tokens"]
+    return SamplingParams(**options)

@@ -1,0 +1,309 @@
+"""The offline interface: prompts in, texts out. vLLM's quick start runs with only the import changed."""
+
+import logging
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any, TypeGuard, overload
+
+from zif.contract import KVArena, ModelDescription, Plan, SamplingParams
+from zif.engine.engine import Engine, PhaseProgress, start_engine
+from zif.engine.generation import Generation
+from zif.engine.inputs import PromptInput, default_sampling
+from zif.engine.outputs import RequestOutput
+from zif.engine.planning import PlannedModel, plan_model
+from zif.engine.vocabulary import Vocabulary
+from zif.errors import RequestError
+from zif.settings import EngineSettings
+
+logger = logging.getLogger(__name__)
+
+ChatMessage = Mapping[str, Any]
+
+QUEUED_PER_RUNNING = 2
+"""Prompts in the engine per place in a step: enough that a place freed is filled at once."""
+HELD_PER_RUNNING = 16
+"""Answers held for an earlier one, per place in a step: bounds memory when prompts come from an iterator."""
+
+
+class LLM:
+    """A model, ready to generate.
+
+    Keywords are the fields of `zif.settings.EngineSettings`; an unknown or unsupported one is refused by name. Raises
+    `ConfigError`, `ModelError`, `PlatformError` or `OutOfMemoryError`. Close it, or use it as a context manager, to
+    give its memory back.
+    """
+
+    def __init__(self, model: str | Path, **settings: Any) -> None:
+        self._open(EngineSettings.from_values({"model": str(model), **settings}), _log_phase)
+
+    @classmethod
+    def from_settings(cls, settings: EngineSettings, on_phase: PhaseProgress | None = None) -> "LLM":
+        """Open a model from resolved settings; `on_phase` hears how the start goes."""
+        llm = cls.__new__(cls)
+        llm._open(settings, on_phase or _log_phase)
+        return llm
+
+    def _open(self, settings: EngineSettings, on_phase: PhaseProgress) -> None:
+        self._settings = settings
+        on_phase("planning", 0, 1)
+        self._planned: PlannedModel = plan_model(settings)
+        for note in self._planned.notes:
+            logger.warning(note)
+        on_phase("planning", 1, 1)
+        folder = Path(settings.tokenizer or settings.model)
+        vocabulary = Vocabulary(folder, settings.trust_remote_code)
+        self._engine: Engine = start_engine(self._planned, vocabulary, on_phase)
+
+    @property
+    def plan(self) -> Plan:
+        """Return what was decided before the weights were loaded."""
+        return self._planned.plan
+
+    @property
+    def model(self) -> ModelDescription:
+        """Return the model's description."""
+        return self._planned.model
+
+    @property
+    def arena(self) -> KVArena:
+        """Return how KV memory is cut."""
+        return self._planned.arena
+
+    @property
+    def engine(self) -> Engine:
+        """Return the engine, for callers that drive steps themselves."""
+        return self._engine
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """Return the sampling options that the model's authors recommend."""
+        return default_sampling(self._planned.model.path)
+
+    @overload
+    def generate(
+        self,
+        prompts: PromptInput | Sequence[PromptInput],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        priority: int | Sequence[int] = 0,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]: ...
+
+    @overload
+    def generate(
+        self,
+        prompts: Iterator[PromptInput],
+        sampling_params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        use_tqdm: bool = True,
+    ) -> Iterator[RequestOutput]: ...
+
+    def generate(
+        self,
+        prompts: PromptInput | Sequence[PromptInput] | Iterator[PromptInput],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        priority: int | Sequence[int] = 0,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput] | Iterator[RequestOutput]:
+        """Answer prompts, in their order.
+
+        A prompt or a sequence of prompts gives a list. All prompts are checked before any is computed: `RequestError`
+        names the first that is wrong. Ctrl-C ends the batch early: the list then holds what was generated, unfinished
+        answers marked with finish reason "abort"; a second Ctrl-C raises KeyboardInterrupt.
+
+        An iterator gives an iterator with bounded memory; a wrong prompt gives an output with finish reason "error".
+        """
+        if isinstance(prompts, Iterator):
+            if not (sampling_params is None or isinstance(sampling_params, SamplingParams)) or not _is_one(priority):
+                raise RequestError("an iterator of prompts takes one SamplingParams and one priority for all")
+            return self._generate_lazily(prompts, sampling_params or self.get_default_sampling_params(), priority)
+        given = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
+        options = self._per_prompt(sampling_params, len(given))
+        priorities = [priority] * len(given) if isinstance(priority, int) else list(priority)
+        if len(priorities) != len(given):
+            raise RequestError(f"{len(priorities)} priorities for {len(given)} prompts; pass one, or one for each")
+        return self._generate_all(given, options, priorities, use_tqdm)
+
+    def chat(
+        self,
+        messages: Sequence[ChatMessage] | Sequence[Sequence[ChatMessage]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Answer one conversation or several, written out by the model's chat template."""
+        conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
+        prompts = [
+            self.render_chat(
+                conversation,  # type: ignore[arg-type] - narrowed above, which mypy cannot follow
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                tools=tools,
+                chat_template=chat_template,
+                **(chat_template_kwargs or {}),
+            )
+            for conversation in conversations
+        ]
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+
+    def stream(
+        self, prompt: PromptInput, sampling_params: SamplingParams | None = None, *, priority: int = 0
+    ) -> Iterator[RequestOutput]:
+        """Yield the growing answer of one prompt, once per step that changed it. Closing the iterator aborts it."""
+        options = sampling_params or self.get_default_sampling_params()
+        generation = self._engine.submit(self._engine.check(prompt, options), options, priority)
+        return self._follow(generation)
+
+    def reset_prefix_cache(self) -> None:
+        """Forget every computed prefix."""
+        self._engine.reset_prefix_cache()
+
+    def close(self) -> None:
+        """Give memory and device back. Idempotent."""
+        self._engine.close()
+
+    def __enter__(self) -> "LLM":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _per_prompt(
+        self, given: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int
+    ) -> list[SamplingParams]:
+        if given is None or isinstance(given, SamplingParams):
+            return [given or self.get_default_sampling_params()] * num_prompts
+        if len(given) != num_prompts:
+            raise RequestError(f"{len(given)} SamplingParams for {num_prompts} prompts; pass one, or one for each")
+        return list(given)
+
+    def _follow(self, generation: Generation) -> Iterator[RequestOutput]:
+        try:
+            while not generation.finished:
+                if generation in self._engine.step():
+                    yield self._engine.output(generation)
+        finally:
+            self._engine.abort(generation)
+
+    def _generate_all(
+        self,
+        given: list[PromptInput],
+        options: list[SamplingParams],
+        priorities: list[int],
+        use_tqdm: bool,
+    ) -> list[RequestOutput]:
+        prompts = []
+        for index, (prompt, sampling) in enumerate(zip(given, options, strict=True)):
+            try:
+                prompts.append(self._engine.check(prompt, sampling))
+            except RequestError as error:
+                raise RequestError(f"prompt {index}: {error}") from error
+        generations = [self._engine.submit(*entry) for entry in zip(prompts, options, priorities, strict=True)]
+        unfinished = set(generations)
+        with _progress_bar(len(generations), use_tqdm) as advance, _deferred_interrupt() as interrupted:
+            while unfinished and not interrupted.is_set():
+                for generation in unfinished.intersection(self._engine.step()):
+                    if generation.finished:
+                        unfinished.remove(generation)
+                        advance(self._engine.output(generation))
+            for generation in generations:
+                self._engine.abort(generation)
+        return [self._engine.output(generation) for generation in generations]
+
+    def _generate_lazily(
+        self, prompts: Iterator[PromptInput], sampling: SamplingParams, priority: int
+    ) -> Iterator[RequestOutput]:
+        """Answer in order while pulling prompts only as the engine has room for them."""
+        max_running = self._settings.max_num_seqs
+        held: deque[Generation | RequestOutput] = deque()
+        exhausted = False
+        try:
+            while held or not exhausted:
+                while not exhausted and _wants_more(held, max_running):
+                    prompt = next(prompts, None)
+                    exhausted = prompt is None
+                    if prompt is not None:
+                        held.append(self._submit_or_reject(prompt, sampling, priority))
+                if any(isinstance(entry, Generation) and not entry.finished for entry in held):
+                    self._engine.step()
+                while held and (isinstance(held[0], RequestOutput) or held[0].finished):
+                    entry = held.popleft()
+                    yield entry if isinstance(entry, RequestOutput) else self._engine.output(entry)
+        finally:
+            for entry in held:
+                if isinstance(entry, Generation):
+                    self._engine.abort(entry)
+
+    def _submit_or_reject(
+        self, prompt: PromptInput, sampling: SamplingParams, priority: int
+    ) -> Generation | RequestOutput:
+        try:
+            return self._engine.submit(self._engine.check(prompt, sampling), sampling, priority)
+        except RequestError as error:
+            return self._engine.reject(prompt, error)
+
+
+def _is_one(priority: int | Sequence[int]) -> TypeGuard[int]:
+    return isinstance(priority, int)
+
+
+def _wants_more(held: Iterable[Generation | RequestOutput], max_running: int) -> bool:
+    """Say whether another prompt may be pulled: places to fill, and not too many answers held back."""
+    entries = list(held)
+    num_unfinished = sum(isinstance(entry, Generation) and not entry.finished for entry in entries)
+    return num_unfinished < QUEUED_PER_RUNNING * max_running and len(entries) < HELD_PER_RUNNING * max_running
+
+
+@contextmanager
+def _progress_bar(total: int, enabled: bool) -> Iterator[Callable[[RequestOutput], None]]:
+    """Yield a function that counts finished prompts on a bar with tokens per second."""
+    from tqdm import tqdm
+
+    num_tokens = 0
+    with tqdm(total=total, desc="Processed prompts", unit="prompt", disable=not enabled) as bar:
+
+        def advance(output: RequestOutput) -> None:
+            nonlocal num_tokens
+            num_tokens += sum(len(sample.token_ids) for sample in output.outputs)
+            elapsed = bar.format_dict["elapsed"]
+            if elapsed:
+                bar.set_postfix_str(f"{num_tokens / elapsed:.1f} tokens/s", refresh=False)
+            bar.update()
+
+        yield advance
+
+
+@contextmanager
+def _deferred_interrupt() -> Iterator[threading.Event]:
+    """Turn the first Ctrl-C into an event, so that no step is torn; the second one raises as ever."""
+    interrupted = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield interrupted
+        return
+    previous = signal.getsignal(signal.SIGINT)
+
+    def on_interrupt(signum: int, frame: FrameType | None) -> None:
+        interrupted.set()
+        signal.signal(signal.SIGINT, previous)
+
+    signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        yield interrupted
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def _log_phase(phase: str, done: int, total: int) -> None:
+    if done == total:
+        logger.info("%s: done", phase)

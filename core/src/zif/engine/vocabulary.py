@@ -1,0 +1,52 @@
+"""The tokenizer as the engine uses it: loaded on first need, and its absence an error only of requests that need it."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from zif.errors import ModelError, RequestError
+
+if TYPE_CHECKING:
+    from zif.text.tokenizer import Tokenizer
+
+
+class Vocabulary:
+    """A model's tokenizer, or the reason why there is none."""
+
+    def __init__(self, folder: Path, trust_remote_code: bool = False) -> None:
+        from zif.text.tokenizer import load_tokenizer
+
+        self._tokenizer: Tokenizer | None = None
+        self._absence = ""
+        try:
+            self._tokenizer = load_tokenizer(folder, trust_remote_code)
+        except ModelError as error:
+            self._absence = str(error)
+
+    @property
+    def tokenizer(self) -> "Tokenizer":
+        """Return the tokenizer; raise `RequestError` with the reason when there is none."""
+        if self._tokenizer is None:
+            raise RequestError(
+                f"this needs a tokenizer: {self._absence}; pass prompt_token_ids and detokenize=False to do without"
+            )
+        return self._tokenizer
+
+    @property
+    def available(self) -> bool:
+        """Say whether there is a tokenizer."""
+        return self._tokenizer is not None
+
+    @property
+    def eos_token_id(self) -> int | None:
+        """Return the tokenizer's end-of-sequence token, if any."""
+        return self._tokenizer.eos_token_id if self._tokenizer else None
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Return the tokens of a text."""
+        if not isinstance(text, str):
+            raise RequestError(f"a prompt must be text, not {type(text).__name__}")
+        return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+
+    def token_text(self, token_id: int) -> str | None:
+        """Return the text of one token, None without a tokenizer."""
+        return self._tokenizer.token_text(token_id) if self._tokenizer else None

@@ -1,0 +1,220 @@
+"""The data-driven decoder: one forward for every family, driven by a `DecoderSpec`.
+
+Calls the platform's operators and the runner's attention, and knows neither. Weights come from `zif.models.weights`
+by the names of `zif.models.layout`. Letters as in `zif.models.spec`; T tokens of the step, S chosen rows.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional
+
+from zif.contract import AttentionParams, ExpertWeights, NormOutput, OpTable
+from zif.models.model import LayerAttention, Model
+from zif.models.rope import Angles, Rotary
+from zif.models.spec import AttentionSpec, DecoderSpec, MlpSpec, MoeSpec, QKNorm, RopeSpec
+
+Weights = Mapping[str, torch.Tensor]
+"""Tensors by the decoder's own names, "layers.3.qkv"."""
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """One RMS norm. weight: [C] or [D]."""
+
+    weight: torch.Tensor
+    eps: float
+    offset: float
+
+    def apply(self, ops: OpTable, x: torch.Tensor) -> torch.Tensor:
+        """Normalize over the last axis."""
+        return ops.rms_norm(x, self.weight, self.eps, self.offset)
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """Attention of one layer with its weights.
+
+    qkv: [(H + 2K) * D, C]. output: [C, H * D]. The norms of queries and keys are over D or over all heads.
+    """
+
+    spec: AttentionSpec
+    layer: int
+    params: AttentionParams
+    qkv: torch.Tensor
+    qkv_bias: torch.Tensor | None
+    output: torch.Tensor
+    output_bias: torch.Tensor | None
+    q_norm: Norm | None
+    k_norm: Norm | None
+
+    def run(
+        self, ops: OpTable, x: torch.Tensor, angles: Mapping[RopeSpec, Angles], attend: LayerAttention
+    ) -> torch.Tensor:
+        """Attend from each token. x: [T, C]. Returns [T, C]."""
+        spec = self.spec
+        qkv = ops.linear(x, self.qkv, self.qkv_bias)
+        query, key, value = torch.split(qkv, [spec.query_size, spec.kv_size, spec.kv_size], dim=-1)
+        query = self._heads(ops, query, spec.num_heads, self.q_norm)
+        key = self._heads(ops, key, spec.num_kv_heads, self.k_norm)
+        if spec.rope is not None:
+            angle = angles[spec.rope]
+            rotated = ops.rotate(query, key, angle.cos, angle.sin, interleaved=False)
+            query, key = rotated.query, rotated.key
+        heads = attend(self.layer, query, key, value.view(-1, spec.num_kv_heads, spec.head_dim), self.params)
+        return ops.linear(heads.flatten(1), self.output, self.output_bias)
+
+    def _heads(self, ops: OpTable, x: torch.Tensor, num_heads: int, norm: Norm | None) -> torch.Tensor:
+        """Split channels into heads, normalized before or after as the spec says. x: [T, H * D]. Returns [T, H, D]."""
+        if norm is not None and self.spec.qk_norm == QKNorm.FULL_WIDTH:
+            x = norm.apply(ops, x)
+        x = x.view(-1, num_heads, self.spec.head_dim)
+        return norm.apply(ops, x) if norm is not None and self.spec.qk_norm == QKNorm.PER_HEAD else x
+
+
+@dataclass(frozen=True, slots=True)
+class Mlp:
+    """A gated MLP. gate_up: [2I, C]. down: [C, I]."""
+
+    spec: MlpSpec
+    gate_up: torch.Tensor
+    gate_up_bias: torch.Tensor | None
+    down: torch.Tensor
+    down_bias: torch.Tensor | None
+
+    def run(self, ops: OpTable, x: torch.Tensor) -> torch.Tensor:
+        """Transform each token. x: [T, C]. Returns [T, C]."""
+        gate_up = ops.linear(x, self.gate_up, self.gate_up_bias)
+        return ops.linear(ops.gated_activation(gate_up, self.spec.activation), self.down, self.down_bias)
+
+
+@dataclass(frozen=True, slots=True)
+class Moe:
+    """A mixture of experts. router: [E, C]."""
+
+    spec: MoeSpec
+    router: torch.Tensor
+    router_bias: torch.Tensor | None
+    weights: ExpertWeights
+
+    def run(self, ops: OpTable, x: torch.Tensor) -> torch.Tensor:
+        """Transform each token by its experts. x: [T, C]. Returns [T, C]."""
+        routed = ops.route(
+            ops.linear(x, self.router, self.router_bias), self.spec.num_experts_per_token, self.spec.routing
+        )
+        return ops.experts(x, self.weights, routed, self.spec.activation)
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One decoder layer; norms that its placement does not have are None."""
+
+    attention: Attention
+    mlp: Mlp | Moe
+    attention_in_norm: Norm | None
+    attention_out_norm: Norm | None
+    mlp_in_norm: Norm | None
+    mlp_out_norm: Norm | None
+
+
+class Decoder(Model):
+    """A decoder whose weights are loaded, computing with one platform's operators."""
+
+    def __init__(
+        self, spec: DecoderSpec, weights: Weights, ops: OpTable, max_model_len: int, array_device: str
+    ) -> None:
+        self._spec = spec
+        self._ops = ops
+        self._embedding = weights["embedding"]
+        self._lm_head = self._embedding if spec.tied_embeddings else weights["lm_head"]
+        self._norm = Norm(weights["norm"], spec.norm_eps, spec.norm_weight_offset)
+        self._layers = tuple(_build_layer(spec, index, weights) for index in range(len(spec.layers)))
+        self._rotaries = {rope: Rotary(rope, max_model_len, array_device) for rope in spec.ropes}
+        self._embedding_multiplier = _embedding_multiplier(spec, self._embedding.dtype)
+
+    def forward(self, token_ids: torch.Tensor, positions: torch.Tensor, attend: LayerAttention) -> torch.Tensor:
+        hidden = functional.embedding(token_ids, self._embedding)
+        if self._embedding_multiplier != 1.0:
+            hidden = hidden * self._embedding_multiplier
+        angles = {rope: rotary.angles(positions) for rope, rotary in self._rotaries.items()}
+        state = self._normed(hidden, self._layers[0].attention_in_norm)
+        for index, layer in enumerate(self._layers):
+            update = layer.attention.run(self._ops, state.normed, angles, attend)
+            state = self._add(update, layer.attention_out_norm, state.residual, layer.mlp_in_norm)
+            update = layer.mlp.run(self._ops, state.normed)
+            state = self._add(update, layer.mlp_out_norm, state.residual, self._norm_after(index))
+        return state.normed
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        logits = self._ops.linear(hidden, self._lm_head, None).float()
+        if self._spec.logits_divisor != 1.0:
+            logits = logits / self._spec.logits_divisor
+        cap = self._spec.final_softcap
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    def _norm_after(self, layer: int) -> Norm | None:
+        """The norm that the sum after a layer goes through: the next layer's first, or the final one."""
+        following = layer + 1
+        return self._layers[following].attention_in_norm if following < len(self._layers) else self._norm
+
+    def _normed(self, hidden: torch.Tensor, norm: Norm | None) -> NormOutput:
+        return NormOutput(hidden if norm is None else norm.apply(self._ops, hidden), hidden)
+
+    def _add(
+        self, update: torch.Tensor, out_norm: Norm | None, residual: torch.Tensor, in_norm: Norm | None
+    ) -> NormOutput:
+        """Add what attention or MLP gave to the residual stream, and normalize for what comes next."""
+        if out_norm is not None:
+            update = out_norm.apply(self._ops, update)
+        if self._spec.residual_multiplier != 1.0:
+            update = update * self._spec.residual_multiplier
+        if in_norm is None:
+            return self._normed(residual + update, None)
+        return self._ops.add_rms_norm(update, residual, in_norm.weight, in_norm.eps, in_norm.offset)
+
+
+def _embedding_multiplier(spec: DecoderSpec, dtype: torch.dtype) -> float:
+    multiplier = spec.embedding_multiplier
+    return float(torch.tensor(multiplier, dtype=dtype)) if spec.rounds_embedding_multiplier else multiplier
+
+
+def _build_layer(spec: DecoderSpec, index: int, weights: Weights) -> Layer:
+    layer, held = spec.layers[index], f"layers.{index}"
+
+    def norm(name: str) -> Norm | None:
+        weight = weights.get(f"{held}.{name}")
+        return None if weight is None else Norm(weight, spec.norm_eps, spec.norm_weight_offset)
+
+    attention = Attention(
+        spec=layer.attention,
+        layer=index,
+        params=_attention_params(layer.attention, weights.get(f"{held}.sinks")),
+        qkv=weights[f"{held}.qkv"],
+        qkv_bias=weights.get(f"{held}.qkv_bias"),
+        output=weights[f"{held}.output"],
+        output_bias=weights.get(f"{held}.output_bias"),
+        q_norm=norm("q_norm"),
+        k_norm=norm("k_norm"),
+    )
+    return Layer(
+        attention=attention,
+        mlp=_build_mlp(layer.mlp, held, weights),
+        attention_in_norm=norm("attention_in_norm"),
+        attention_out_norm=norm("attention_out_norm"),
+        mlp_in_norm=norm("mlp_in_norm"),
+        mlp_out_norm=norm("mlp_out_norm"),
+    )
+
+
+def _attention_params(spec: AttentionSpec, sinks: torch.Tensor | None) -> AttentionParams:
+    return AttentionParams(scale=spec.scale, window=spec.window, softcap=spec.softcap, sinks=sinks)
+
+
+def _build_mlp(spec: MlpSpec | MoeSpec, held: str, weights: Weights) -> Mlp | Moe:
+    gate_up, down = weights[f"{held}.gate_up"], weights[f"{held}.down"]
+    gate_up_bias, down_bias = weights.get(f"{held}.gate_up_bias"), weights.get(f"{held}.down_bias")
+    if isinstance(spec, MlpSpec):
+        return Mlp(spec, gate_up, gate_up_bias, down, down_bias)
+    experts = ExpertWeights(gate_up, down, gate_up_bias, down_bias)
+    return Moe(spec, weights[f"{held}.router"], weights.get(f"{held}.router_bias"), experts)

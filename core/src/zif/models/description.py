@@ -1,0 +1,222 @@
+"""What a model needs of a platform, from its configuration and file headers alone.
+
+No weight is read and, for native models, no array library is imported. Called by the engine before planning.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from zif.contract import Feature, FullAttentionSpec, KVSpec, ModelDescription, SlidingWindowSpec
+from zif.errors import ConfigError, ModelError, UnknownArchitectureError
+from zif.models.checkpoint import DTYPE_BYTES, Checkpoint, open_checkpoint
+from zif.models.config import load_config
+from zif.models.families import BUILDERS, decoder_spec
+from zif.models.layout import plan_layout
+from zif.models.spec import AttentionSpec, DecoderSpec, ExpertTensors, LayerSpec, MoeSpec
+
+MODEL_DTYPES = ("float32", "bfloat16", "float16")
+"""Dtypes in which weights can be held."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """Which model to serve, and how.
+
+    `dtype` "auto" is the checkpoint's own. `max_model_len` None is what the configuration allows. "auto" picks the
+    native decoder where it knows the architecture, else the generic backend.
+    """
+
+    path: Path
+    dtype: str = "auto"
+    max_model_len: int | None = None
+    block_size: int = 16
+    implementation: Literal["auto", "native", "transformers"] = "auto"
+    trust_remote_code: bool = False
+
+
+def describe_model(source: ModelSource) -> ModelDescription:
+    """Describe the model at `source`.
+
+    Raises `CheckpointError` when files are missing, unsound or do not fit, `UnknownArchitectureError` when nothing
+    serves the architecture, `ModelError` on an inconsistent configuration, `ConfigError` on a wrong setting.
+    """
+    if source.dtype not in ("auto", *MODEL_DTYPES):
+        raise ConfigError(f"dtype={source.dtype!r} is not served; use 'auto' or one of {', '.join(MODEL_DTYPES)}")
+    if source.block_size < 1:
+        raise ConfigError(f"block_size={source.block_size!r} must be at least 1")
+    config = load_config(source.path)
+    architecture = architecture_of(config)
+    if source.implementation == "transformers":
+        return _describe_generic(source, config, architecture)
+    if source.implementation == "native" or architecture in BUILDERS:
+        return _describe_native(source, config, architecture)
+    return _describe_generic(source, config, architecture)
+
+
+def architecture_of(config: Mapping[str, Any]) -> str:
+    """Return the one architecture that a configuration names."""
+    names = config.get("architectures")
+    if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
+        raise ModelError(f"config.json: architectures={names!r} must name exactly one class; correct config.json")
+    return names[0]
+
+
+def resolve_dtype(source: ModelSource, config: Mapping[str, Any], checkpoint: Checkpoint) -> str:
+    """Choose the dtype that weights are held in: the one asked for, the configuration's, or the one mostly stored."""
+    if source.dtype != "auto":
+        return source.dtype
+    named = config.get("dtype", config.get("torch_dtype"))
+    if named is None:
+        return _stored_dtype(checkpoint)
+    dtype = str(named).removeprefix("torch.")
+    if dtype not in MODEL_DTYPES:
+        raise ModelError(
+            f"config.json: dtype={named!r} is not served; ask for one of {', '.join(MODEL_DTYPES)} instead of 'auto'"
+        )
+    return dtype
+
+
+def resolve_max_model_len(source: ModelSource, longest: int, default: int) -> int:
+    """Choose the longest sequence to serve. Raises `ConfigError` when more is asked for than the model has."""
+    asked = source.max_model_len
+    if asked is None:
+        return default
+    if asked < 1:
+        raise ConfigError(f"max_model_len={asked!r} must be at least 1")
+    if asked > longest:
+        raise ConfigError(
+            f"max_model_len={asked!r} exceeds the {longest} positions that config.json of {str(source.path)!r} allows; "
+            f"ask for at most {longest}"
+        )
+    return asked
+
+
+def _describe_native(source: ModelSource, config: dict[str, Any], architecture: str) -> ModelDescription:
+    spec = decoder_spec(architecture, config)
+    _check_quantization(config, spec)
+    checkpoint = open_checkpoint(source.path)
+    layout = plan_layout(spec, checkpoint)
+    dtype = resolve_dtype(source, config, checkpoint)
+    element_bytes = DTYPE_BYTES[dtype]
+    return ModelDescription(
+        path=source.path,
+        architecture=architecture,
+        implementation="native",
+        config=config,
+        dtype=dtype,
+        vocab_size=spec.vocab_size,
+        max_model_len=resolve_max_model_len(source, spec.max_position, spec.default_max_len),
+        kv_specs=_kv_specs(spec, source.block_size, dtype),
+        features=_features(spec, layout.is_packed),
+        weight_bytes=layout.num_elements * element_bytes,
+        token_activation_bytes=_token_activation_bytes(spec, element_bytes),
+        sample_activation_bytes=_sample_activation_bytes(spec, element_bytes),
+    )
+
+
+def _describe_generic(source: ModelSource, config: dict[str, Any], architecture: str) -> ModelDescription:
+    try:
+        from zif.models import transformers_backend
+    except ImportError as error:
+        raise UnknownArchitectureError(
+            f"architecture {architecture!r} is not served by the native decoder (it serves {', '.join(BUILDERS)}), and "
+            f"the transformers backend is not available: {error}; install zif[transformers]"
+        ) from error
+    try:
+        return transformers_backend.describe(source, config)
+    except UnknownArchitectureError as error:
+        raise UnknownArchitectureError(
+            f"neither the native decoder (it serves {', '.join(BUILDERS)}) nor the transformers backend serves "
+            f"{architecture!r}: {error}"
+        ) from error
+
+
+def _check_quantization(config: Mapping[str, Any], spec: DecoderSpec) -> None:
+    """Raise on quantized weights other than the packed experts that loading unpacks."""
+    quantization = config.get("quantization_config") or config.get("compression_config")
+    if not quantization:
+        return
+    method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
+    unpacked = any(_is_packable(layer) for layer in spec.layers)
+    if method != "mxfp4" or not unpacked:
+        raise ModelError(
+            f"config.json: quantization method {method!r} is not implemented for this architecture (only 'mxfp4' "
+            "experts of GptOssForCausalLM are); use a checkpoint that is not quantized"
+        )
+
+
+def _is_packable(layer: LayerSpec) -> bool:
+    return isinstance(layer.mlp, MoeSpec) and layer.mlp.tensors == ExpertTensors.INTERLEAVED
+
+
+def _stored_dtype(checkpoint: Checkpoint) -> str:
+    """Return the dtype of most stored bytes that weights can be held in."""
+    num_bytes = dict.fromkeys(MODEL_DTYPES, 0)
+    for tensor in checkpoint.tensors.values():
+        if tensor.dtype in num_bytes:
+            num_bytes[tensor.dtype] += tensor.num_bytes
+    return max(num_bytes, key=lambda dtype: num_bytes[dtype])
+
+
+def _kv_specs(spec: DecoderSpec, block_size: int, dtype: str) -> tuple[KVSpec, ...]:
+    """Group the layers that keep the same state: full attention first, then by window."""
+    groups: dict[tuple[int, int, int], list[int]] = {}
+    for index, layer in enumerate(spec.layers):
+        attention = layer.attention
+        key = (attention.window or 0, attention.num_kv_heads, attention.head_dim)
+        groups.setdefault(key, []).append(index)
+    return tuple(_kv_spec(key, tuple(layers), block_size, dtype) for key, layers in sorted(groups.items()))
+
+
+def _kv_spec(key: tuple[int, int, int], layers: tuple[int, ...], block_size: int, dtype: str) -> KVSpec:
+    window, num_kv_heads, head_dim = key
+    if window:
+        return SlidingWindowSpec(layers, num_kv_heads, head_dim, block_size, dtype, window)
+    return FullAttentionSpec(layers, num_kv_heads, head_dim, block_size, dtype)
+
+
+def _features(spec: DecoderSpec, is_packed: bool) -> frozenset[Feature]:
+    attentions = [layer.attention for layer in spec.layers]
+    needed = {
+        Feature.ATTENTION_FULL: any(a.window is None for a in attentions),
+        Feature.ATTENTION_SLIDING_WINDOW: any(a.window is not None for a in attentions),
+        Feature.ATTENTION_SOFTCAP: any(a.softcap is not None for a in attentions),
+        Feature.ATTENTION_SINKS: any(a.sinks for a in attentions),
+        Feature.MIXTURE_OF_EXPERTS: any(isinstance(layer.mlp, MoeSpec) for layer in spec.layers),
+        Feature.QUANTIZATION_MXFP4_DEQUANTIZED: is_packed,
+    }
+    return frozenset(feature for feature, is_needed in needed.items() if is_needed)
+
+
+def _token_activation_bytes(spec: DecoderSpec, element_bytes: int) -> int:
+    """Estimate the peak working memory of one token of a step.
+
+    The residual stream, its normed copy and the update (3C) live throughout. Beside them stands the wider of attention
+    (qkv, rotated query and key, output: (3H + 3K) * D) and MLP (gate and up, their product: 3I; a mixture of experts
+    holds k of those and k inputs and outputs of C), counted with one float32 copy for operators that widen. Angles
+    take 4 bytes per rotated element and distinct rotation.
+    """
+    layer_elements = max(_layer_elements(spec, layer) for layer in spec.layers)
+    angles = sum(4 * rope.rotary_dim for rope in spec.ropes)
+    return (3 * spec.hidden_size + layer_elements) * (element_bytes + 4) + angles
+
+
+def _layer_elements(spec: DecoderSpec, layer: LayerSpec) -> int:
+    mlp = layer.mlp
+    if isinstance(mlp, MoeSpec):
+        mlp_elements = mlp.num_experts + mlp.num_experts_per_token * (3 * mlp.intermediate_size + 2 * spec.hidden_size)
+    else:
+        mlp_elements = 3 * mlp.intermediate_size
+    return max(_attention_elements(layer.attention), mlp_elements)
+
+
+def _attention_elements(attention: AttentionSpec) -> int:
+    return 3 * (attention.query_size + attention.kv_size)
+
+
+def _sample_activation_bytes(spec: DecoderSpec, element_bytes: int) -> int:
+    """Estimate the working memory of one sampled row: its hidden state, logits in the model dtype and in float32, and
+    two float32 copies that sampling makes (adjusted logits, probabilities)."""
+    return spec.hidden_size * element_bytes + spec.vocab_size * (element_bytes + 3 * 4)

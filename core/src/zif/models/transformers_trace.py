@@ -1,0 +1,280 @@
+"""What a transformers model asks of attention, learnt by running it once on tensors without data.
+
+Not a list of architectures: the model stands on torch's meta device, and its own forward pass says which layers
+attend, with which heads, scale and window. What zif cannot do is refused here. Called by
+`transformers_backend.describe`; no weight is read.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from zif.errors import UnknownArchitectureError
+from zif.models.transformers_attention import AttentionCall, MaskFunction, attach_handler, mask_function_of
+from zif.models.transformers_parts import SplitModel
+
+TRACED_TOKENS = 8
+MAX_HORIZON = 1 << 20  # masks are looked at over this many positions at most: a few MiB of booleans
+
+# What models pass to the attention registry besides what this module reads, without a say in the result.
+_NEUTRAL_OPTIONS = frozenset(
+    {
+        "cache_position",
+        "dropout",
+        "labels",
+        "logits_to_keep",
+        "num_items_in_batch",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "position_ids",
+        "return_dict",
+        "use_cache",
+    }
+)
+_KNOWN_OPTIONS = _NEUTRAL_OPTIONS | {"is_causal", "s_aux", "scaling", "sliding_window", "softcap"}
+
+
+@dataclass(frozen=True, slots=True)
+class TracedLayer:
+    """What one layer asks of attention. `window` None means all earlier tokens; `head_dim` is the larger of K and V."""
+
+    layer: int
+    num_kv_heads: int
+    head_dim: int
+    window: int | None
+    has_softcap: bool
+    has_sinks: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """What one run showed. Activation bytes are the most that lived at once, per token and per row of logits."""
+
+    layers: tuple[TracedLayer, ...]
+    num_logits: int
+    token_activation_bytes: int
+    sample_activation_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class TracedConfig:
+    """What the trace needs to know of the configuration. A window of `horizon` tokens or more is no window."""
+
+    architecture: str
+    num_layers: int
+    layer_types: tuple[str, ...]
+    horizon: int
+
+    def refuse(self, reason: str) -> UnknownArchitectureError:
+        """Build the error that says why the architecture cannot be served."""
+        return UnknownArchitectureError(
+            f"architecture {self.architecture!r} cannot be served through the transformers backend: {reason}; "
+            "it needs a native decoder, or serve another model"
+        )
+
+    def type_of(self, layer: int) -> str:
+        """Name the configured type of a layer, as an addition to a sentence."""
+        return f" (type {self.layer_types[layer]!r})" if layer < len(self.layer_types) else ""
+
+
+@torch.no_grad()
+def trace(model: SplitModel, config: TracedConfig) -> Trace:
+    """Run `model`, which stands on the meta device, and report what it asked for. Raises `UnknownArchitectureError`."""
+    _refuse_other_state(model.decoder, config)
+    recorder = _AttentionRecorder(config)
+    attach_handler(model.decoder, recorder)
+    with _PeakBytes(model) as activations:
+        hidden = _run_decoder(model, config)
+    _refuse_missing_layers(recorder.layers, config)
+    with _PeakBytes(model) as head_activations:
+        logits = model.logits(hidden)
+    return Trace(
+        layers=tuple(recorder.layers),
+        num_logits=logits.shape[-1],
+        token_activation_bytes=-(-activations.peak_bytes // TRACED_TOKENS),
+        sample_activation_bytes=-(-head_activations.peak_bytes // TRACED_TOKENS),
+    )
+
+
+def _run_decoder(model: SplitModel, config: TracedConfig) -> torch.Tensor:
+    ids = torch.zeros((1, TRACED_TOKENS), dtype=torch.int64, device="meta")
+    try:
+        # The mask of ones keeps transformers from looking for packed sequences in positions that have no data.
+        return model.hidden(ids, ids, attention_mask=torch.ones_like(ids))
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        types = sorted(set(config.layer_types))
+        raise config.refuse(
+            "its forward pass cannot be followed without weights "
+            f"(layer types {types}; {type(error).__name__}: {error})"
+        ) from error
+
+
+def _refuse_other_state(decoder: torch.nn.Module, config: TracedConfig) -> None:
+    """Refuse layers that carry convolution or recurrent state from token to token."""
+    names = {
+        type(module).__name__
+        for module in decoder.modules()
+        if any(isinstance(child, torch.nn.Conv1d) for child in module.children())
+        or "A_log" in dict(module.named_parameters(recurse=False))
+    }
+    if names:
+        types = sorted(set(config.layer_types) - {"full_attention", "sliding_attention"})
+        detail = f" (layer types {types})" if types else ""
+        raise config.refuse(
+            f"it keeps other state than attention's keys and values, in {', '.join(sorted(names))}{detail}"
+        )
+
+
+def _refuse_missing_layers(layers: list[TracedLayer], config: TracedConfig) -> None:
+    seen = {layer.layer for layer in layers}
+    missing = [layer for layer in range(config.num_layers) if layer not in seen]
+    if missing:
+        raise config.refuse(
+            f"{len(missing)} of {config.num_layers} layers do not go through transformers' attention interface, "
+            f"the first is layer {missing[0]}{config.type_of(missing[0])}"
+        )
+    if len(seen) > config.num_layers:
+        raise config.refuse(f"{len(seen)} layers attend where the configuration has {config.num_layers}")
+
+
+class _AttentionRecorder:
+    """Notes what each layer asks for, and refuses what zif's attention does not do."""
+
+    def __init__(self, config: TracedConfig) -> None:
+        self.layers: list[TracedLayer] = []
+        self._config = config
+        self._keys = WeakTensorKeyDictionary()
+        self._windows: dict[MaskFunction, int] = {}
+
+    def __call__(self, call: AttentionCall) -> torch.Tensor:
+        layer = self._layer_of(call)
+        self._refuse_options(call, layer)
+        self._refuse_shapes(call, layer)
+        self.layers.append(
+            TracedLayer(
+                layer=layer,
+                num_kv_heads=call.key.shape[1],
+                head_dim=max(call.key.shape[-1], call.value.shape[-1]),
+                window=self._window(call, layer),
+                has_softcap=call.options.get("softcap") is not None,
+                has_sinks=call.options.get("s_aux") is not None,
+            )
+        )
+        _, num_heads, num_tokens, _ = call.query.shape
+        return call.query.new_empty((1, num_tokens, num_heads, call.value.shape[-1]))
+
+    def _layer_of(self, call: AttentionCall) -> int:
+        layer = getattr(call.module, "layer_idx", None)
+        name = type(call.module).__name__
+        if not isinstance(layer, int):
+            raise self._config.refuse(f"{name} does not say which layer it is")
+        if any(layer == traced.layer for traced in self.layers):
+            raise self._config.refuse(f"{name} attends more than once as layer {layer}")
+        return layer
+
+    def _refuse_options(self, call: AttentionCall, layer: int) -> None:
+        unknown = sorted(k for k, v in call.options.items() if v is not None and k not in _KNOWN_OPTIONS)
+        if unknown:
+            raise self._config.refuse(f"layer {layer} passes {', '.join(unknown)} to attention, unknown to zif")
+        sinks = call.options.get("s_aux")
+        if sinks is not None and sinks.numel() != call.query.shape[1]:
+            raise self._config.refuse(f"layer {layer} has {sinks.numel()} sinks for {call.query.shape[1]} heads")
+
+    def _refuse_shapes(self, call: AttentionCall, layer: int) -> None:
+        num_tokens = call.query.shape[2]
+        if call.key.shape[2] != num_tokens or call.value.shape[2] != num_tokens or num_tokens != TRACED_TOKENS:
+            raise self._config.refuse(
+                f"layer {layer} attends with {num_tokens} queries to {call.key.shape[2]} keys for "
+                f"{TRACED_TOKENS} tokens"
+            )
+        if call.query.shape[1] % call.key.shape[1] or call.value.shape[1] != call.key.shape[1]:
+            raise self._config.refuse(
+                f"layer {layer} has {call.query.shape[1]} query, {call.key.shape[1]} key and {call.value.shape[1]} "
+                "value heads"
+            )
+        if call.key in self._keys:
+            raise self._config.refuse(f"layer {layer} shares the keys of layer {self._keys[call.key]}")
+        self._keys[call.key] = layer
+
+    def _window(self, call: AttentionCall, layer: int) -> int | None:
+        """Return the window that the mask would have: the mask is what transformers' own attention goes by."""
+        asked: int | None = call.options.get("sliding_window")
+        if call.mask is None:
+            causal = call.options.get("is_causal")
+            if not (getattr(call.module, "is_causal", True) if causal is None else causal):
+                raise self._config.refuse(f"layer {layer} attends to later tokens: its attention is not causal")
+            return asked
+        mask_function = mask_function_of(call.mask)
+        if mask_function is None:
+            raise self._config.refuse(f"layer {layer}{self._config.type_of(layer)} makes an attention mask of its own")
+        horizon = min(max(self._config.horizon, 2 * (asked or 0)), MAX_HORIZON) + 2
+        window = self._mask_window(mask_function, horizon)
+        if window is None:
+            raise self._config.refuse(
+                f"the mask of layer {layer}{self._config.type_of(layer)} is neither causal nor a sliding window"
+            )
+        return window if window < horizon else None
+
+    def _mask_window(self, mask_function: MaskFunction, horizon: int) -> int | None:
+        if mask_function not in self._windows:
+            window = causal_window(mask_function, horizon)
+            if window is None:
+                return None
+            self._windows[mask_function] = window
+        return self._windows[mask_function]
+
+
+def causal_window(mask_function: MaskFunction, horizon: int) -> int | None:
+    """Return W when each query before `horizon` sees exactly the W tokens up to its own, None for any other mask.
+
+    W is `horizon` when every earlier token is seen.
+    """
+    keys = torch.arange(horizon)
+    try:
+        window = int(_visible_keys(mask_function, horizon - 1, keys).sum())
+        queries = {0, 1, window - 1, window, window + 1, horizon // 3, horizon // 2, horizon - 1}
+        for query in sorted(q for q in queries if 0 <= q < horizon):
+            expected = (keys <= query) & (keys > query - window)
+            if not torch.equal(_visible_keys(mask_function, query, keys), expected):
+                return None
+    except (IndexError, RuntimeError):  # the mask depends on data of the step
+        return None
+    return window
+
+
+def _visible_keys(mask_function: MaskFunction, query: int, keys: torch.Tensor) -> torch.Tensor:
+    zero = torch.zeros((), dtype=torch.int64)
+    return mask_function(zero, zero, torch.tensor(query), keys).expand(keys.shape).bool()
+
+
+class _PeakBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Measures the most bytes that results of operations held at once. The weights of `model` do not count."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.peak_bytes = 0
+        tensors = [*model.parameters(), *model.buffers()]
+        self._weights = {tensor.untyped_storage()._cdata for tensor in tensors}
+        self._live: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.is_meta:
+                self._count(tensor.untyped_storage())
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        expired = [key for key, (reference, _) in self._live.items() if reference.expired()]  # type: ignore[no-untyped-call]
+        for key in expired:
+            del self._live[key]
+        if storage._cdata not in self._weights:
+            reference = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
+            self._live[storage._cdata] = (reference, storage.nbytes())
+        self.peak_bytes = max(self.peak_bytes, sum(num_bytes for _, num_bytes in self._live.values()))

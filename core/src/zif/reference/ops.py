@@ -1,0 +1,114 @@
+"""Executable semantics of the operators, in plain torch.
+
+The specification that platforms are held to, and the fallback that serves what a platform does not implement itself.
+Written to be read: no kernel, no caching. A NaN in a token's row stays in that row, in every operator.
+"""
+
+import torch
+from torch.nn import functional
+
+from zif.contract import (
+    Activation,
+    ExpertWeights,
+    NormOutput,
+    OpTable,
+    RotatedHeads,
+    RouterOutput,
+    Routing,
+)
+
+SWIGLU_LIMIT = 7.0
+SWIGLU_ALPHA = 1.702
+
+
+class ReferenceOps(OpTable):
+    """Every operator in plain torch, for any dtype, device and strides."""
+
+    def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return functional.linear(x, weight, bias)
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float, weight_offset: float) -> torch.Tensor:
+        wide = x.float()
+        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        return (normed * (weight.float() + weight_offset)).to(x.dtype)
+
+    def add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, weight_offset: float
+    ) -> NormOutput:
+        total = residual + x
+        return NormOutput(self.rms_norm(total, weight, eps, weight_offset), total)
+
+    def rotate(
+        self, query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool
+    ) -> RotatedHeads:
+        rotate = _rotate_pairs if interleaved else _rotate_halves
+        cos, sin = cos[:, None, :], sin[:, None, :]
+        return RotatedHeads(rotate(query, cos, sin), rotate(key, cos, sin))
+
+    def gated_activation(self, gate_up: torch.Tensor, activation: Activation) -> torch.Tensor:
+        gate, up = gate_up.float().chunk(2, dim=-1)
+        return _gated(gate, up, activation).to(gate_up.dtype)
+
+    def route(self, logits: torch.Tensor, num_experts_per_token: int, routing: Routing) -> RouterOutput:
+        # A stable sort, because topk leaves the order of ties open.
+        ordered, ids = logits.float().sort(dim=-1, descending=True, stable=True)
+        expert_ids = ids[:, :num_experts_per_token].contiguous()
+        if routing == Routing.TOPK_SOFTMAX:
+            return RouterOutput(ordered[:, :num_experts_per_token].softmax(-1), expert_ids)
+        weights = ordered.softmax(-1)[:, :num_experts_per_token]
+        if routing == Routing.SOFTMAX_TOPK_NORMALIZED:
+            weights = weights / weights.sum(-1, keepdim=True)
+        return RouterOutput(weights.contiguous(), expert_ids)
+
+    def experts(
+        self, x: torch.Tensor, weights: ExpertWeights, routed: RouterOutput, activation: Activation
+    ) -> torch.Tensor:
+        """Run each chosen expert once, on all its tokens together.
+
+        The sum over experts is in float32 and in the order of expert ids, so it does not depend on the other tokens.
+        """
+        num_chosen = routed.expert_ids.shape[1]
+        order = routed.expert_ids.flatten().argsort(stable=True)
+        counts = torch.bincount(routed.expert_ids.flatten(), minlength=weights.gate_up.shape[0]).tolist()
+        total = torch.zeros(x.shape[0], weights.down.shape[1], dtype=torch.float32, device=x.device)
+        start = 0
+        for expert, count in enumerate(counts):
+            if count:
+                entries = order[start : start + count]
+                tokens = entries // num_chosen
+                share = routed.weights.flatten()[entries, None]
+                total.index_add_(0, tokens, self._expert(x[tokens], weights, expert, activation).float() * share)
+                start += count
+        return total.to(x.dtype)
+
+    def _expert(self, x: torch.Tensor, weights: ExpertWeights, expert: int, activation: Activation) -> torch.Tensor:
+        gate_up_bias = None if weights.gate_up_bias is None else weights.gate_up_bias[expert]
+        down_bias = None if weights.down_bias is None else weights.down_bias[expert]
+        gate_up = self.linear(x, weights.gate_up[expert], gate_up_bias)
+        return self.linear(self.gated_activation(gate_up, activation), weights.down[expert], down_bias)
+
+
+def _rotate_halves(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    half = cos.shape[-1]
+    first, second = heads[..., :half].float(), heads[..., half : 2 * half].float()
+    rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return torch.cat((rotated.to(heads.dtype), heads[..., 2 * half :]), dim=-1)
+
+
+def _rotate_pairs(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    end = 2 * cos.shape[-1]
+    first, second = heads[..., 0:end:2].float(), heads[..., 1:end:2].float()
+    rotated = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1).flatten(-2)
+    return torch.cat((rotated.to(heads.dtype), heads[..., end:]), dim=-1)
+
+
+def _gated(gate: torch.Tensor, up: torch.Tensor, activation: Activation) -> torch.Tensor:
+    if activation == Activation.SILU:
+        return functional.silu(gate) * up
+    if activation == Activation.GELU:
+        return functional.gelu(gate) * up
+    if activation == Activation.GELU_TANH:
+        return functional.gelu(gate, approximate="tanh") * up
+    gate = gate.clamp(max=SWIGLU_LIMIT)
+    up = up.clamp(min=-SWIGLU_LIMIT, max=SWIGLU_LIMIT)
+    return (up + 1) * gate * torch.sigmoid(SWIGLU_ALPHA * gate)

@@ -1,0 +1,187 @@
+"""Core's model runner for platforms that torch drives: load, batch, run, sample.
+
+It uses a device only through the contract: allocator, attention, ops and graphs. A platform whose arrays are not torch
+tensors brings its own runner through the hook `zif_model_runner`.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from zif.contract import (
+    AttentionBackend,
+    AttentionParams,
+    CompletedStep,
+    Device,
+    EngineConfig,
+    KVArena,
+    ModelDescription,
+    ModelRunner,
+    Progress,
+    RequestStart,
+    StepFuture,
+    StepPlan,
+    StepResult,
+    TokenLogprobs,
+)
+from zif.models.model import LayerAttention, Model
+from zif.runtime.batch import BatchState, StepBatch
+from zif.runtime.logprobs import prompt_logprobs
+from zif.runtime.sampler import SampledTokens, Sampler
+
+MAX_LOGIT_ELEMENTS = 1 << 24
+"""Prompt log-probabilities are computed in pieces of at most this many logits, to bound memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class _LayerCache:
+    """Where a layer's KV lives: its group's index and the backend's view of it."""
+
+    group: int
+    cache: Any
+
+
+class StepAttention:
+    """Attention of every layer, bound to one step."""
+
+    def __init__(
+        self, backend: AttentionBackend[Any, Any], layers: dict[int, _LayerCache], prepared: Sequence[Any]
+    ) -> None:
+        self._backend = backend
+        self._layers = layers
+        self._prepared = prepared
+
+    def __call__(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, params: AttentionParams
+    ) -> torch.Tensor:
+        home = self._layers[layer]
+        prepared = self._prepared[home.group]
+        self._backend.write(key, value, home.cache, prepared)
+        return self._backend.attend(query, home.cache, prepared, params)
+
+
+class TorchRunner(ModelRunner):
+    """Run one model on one device, a step at a time."""
+
+    def __init__(self, config: EngineConfig, device: Device) -> None:
+        self._config = config
+        self._device = device
+        self._layers: dict[int, _LayerCache] = {}
+        self._prompt_logprobs: dict[int, int] = {}
+        self._vocab_size = 0
+        self._model: Model
+        self._run_layers: Callable[[torch.Tensor, torch.Tensor, LayerAttention], torch.Tensor]
+        self._state: BatchState
+        self._sampler: Sampler
+
+    def load(self, model: ModelDescription, progress: Progress) -> None:
+        self._model = _load_model(model, self._device, progress)
+        self._run_layers = self._device.graphs.wrap(self._model.forward)
+        self._vocab_size = model.vocab_size
+        self._sampler = Sampler(self._config.max_num_seqs, model.vocab_size, self._device.array_device)
+
+    def start(self, arena: KVArena) -> None:
+        self._state = BatchState(self._config.max_num_seqs, arena.groups)
+        if not arena.groups:
+            return
+        buffer = self._device.allocator.allocate(arena.num_bytes, "kv", alignment=4096)
+        for index, group in enumerate(arena.groups):
+            caches = self._device.attention.bind(arena, index, buffer.array)
+            for layer, cache in zip(group.spec.layers, caches, strict=True):
+                self._layers[layer] = _LayerCache(index, cache)
+
+    @torch.inference_mode()
+    def submit(self, step: StepPlan) -> StepFuture:
+        self._apply(step)
+        if not step.request_ids:
+            return CompletedStep(StepResult(step.step, []))
+        batch = self._state.batch(step)
+        hidden = self._forward(batch)
+        result = StepResult(step.step, [[] for _ in step.request_ids])
+        self._sample(step, batch, hidden, result)
+        if self._prompt_logprobs:
+            self._report_prompts(step, batch, hidden, result)
+        return CompletedStep(result)
+
+    def close(self) -> None:
+        self._layers.clear()
+        for name in ("_model", "_run_layers", "_state", "_sampler"):
+            self.__dict__.pop(name, None)
+        self._device.allocator.free_tag("kv")
+        self._device.allocator.free_tag("weights")
+
+    def _apply(self, step: StepPlan) -> None:
+        """Bring the rows up to date with what the plan released, started and allocated."""
+        for request_id in step.released:
+            row = self._state.release(request_id)
+            self._prompt_logprobs.pop(request_id, None)
+            if row is not None:
+                self._sampler.remove(row)
+        for start in step.started:
+            self._start(start)
+        for update in step.block_updates:
+            self._state.add_blocks(update.request_id, update.group, update.start, update.block_ids)
+
+    def _start(self, start: RequestStart) -> None:
+        self._sampler.add(self._state.start(start), start)
+        if start.sampling.prompt_logprobs is not None:
+            self._prompt_logprobs[start.request_id] = start.sampling.prompt_logprobs
+
+    def _forward(self, batch: StepBatch) -> torch.Tensor:
+        """Return the hidden states of the step's tokens, [T, C]."""
+        prepared = [self._device.attention.prepare(group) for group in batch.groups]
+        attend = StepAttention(self._device.attention, self._layers, prepared)
+        return self._run_layers(self._to_device(batch.token_ids), self._to_device(batch.positions), attend)
+
+    def _sample(self, step: StepPlan, batch: StepBatch, hidden: torch.Tensor, result: StepResult) -> None:
+        """Choose the next token of each request that caught up with its known tokens."""
+        if not len(batch.sample_requests):
+            return
+        logits = self._model.logits(hidden[self._to_device(batch.sample_tokens)])
+        rows = batch.rows[batch.sample_requests]
+        sampled: SampledTokens = self._sampler.sample(logits, rows, self._state.tokens)
+        self._state.tokens.append(rows, sampled.token_ids)
+        for request, token_id in zip(batch.sample_requests.tolist(), sampled.token_ids, strict=True):
+            result.sampled[request] = [token_id]
+        request_ids = [step.request_ids[request] for request in batch.sample_requests.tolist()]
+        result.logprobs.update((request_ids[i], [entry]) for i, entry in sampled.logprobs.items())
+        result.faults.update((request_ids[i], fault) for i, fault in sampled.faults.items())
+
+    def _report_prompts(self, step: StepPlan, batch: StepBatch, hidden: torch.Tensor, result: StepResult) -> None:
+        """Add log-probabilities of prompt tokens to requests that asked for them."""
+        for request, request_id in enumerate(step.request_ids):
+            if request_id in self._prompt_logprobs:
+                entries = [*self._prompt_entries(request, batch, hidden, self._prompt_logprobs[request_id])]
+                if entries:
+                    result.prompt_logprobs[request_id] = entries
+
+    def _prompt_entries(
+        self, request: int, batch: StepBatch, hidden: torch.Tensor, num_logprobs: int
+    ) -> Iterator[TokenLogprobs]:
+        """Yield an entry for each prompt token whose predecessor this step computed."""
+        row, first = int(batch.rows[request]), int(batch.query_start[request])
+        computed = int(batch.positions[first])
+        tokens = self._state.tokens
+        end = min(computed + int(batch.query_start[request + 1]) - first, int(tokens.num_prompt_tokens[row]) - 1)
+        piece = max(1, MAX_LOGIT_ELEMENTS // self._vocab_size)
+        for start in range(computed, end, piece):
+            stop = min(start + piece, end)
+            logits = self._model.logits(hidden[first + start - computed : first + stop - computed])
+            targets = tokens.tokens[row, start + 1 : stop + 1].astype(np.int64)
+            yield from prompt_logprobs(logits, self._to_device(targets), num_logprobs)
+
+    def _to_device(self, array: "np.ndarray[Any, np.dtype[np.int64]]") -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self._device.array_device)
+
+
+def _load_model(model: ModelDescription, device: Device, progress: Progress) -> Model:
+    if model.implementation == "transformers":
+        from zif.models.transformers_backend import load_transformers_model
+
+        return load_transformers_model(model, device.allocator, device.array_device, progress)
+    from zif.models.weights import load_decoder
+
+    return load_decoder(model, device.ops, device.allocator, device.array_device, progress)

@@ -1,0 +1,140 @@
+"""Choose the next token of each request from the model's logits.
+
+The options of a request live in columns, one entry per row, so that a step costs no Python per request; only requests
+with a bias, word lists, a minimum length, penalties or log-probabilities are visited one by one. The torch runner
+owns one `Sampler` and gives it the row numbers of its token table.
+
+Order within a step: logit_bias, allowed_token_ids, bad_words, min_tokens, repetition, frequency and presence
+penalties; then greedy rows take the most likely token (the lowest id among equals), the others draw after
+temperature, min_p, top_k and top_p.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from zif.contract.step import RequestStart, TokenLogprobs
+from zif.runtime.drawing import MAX_VOCAB_SIZE, DrawOptions, draw_tokens
+from zif.runtime.logit_rules import AllowedTokens, BadWords, LogitBias, LogitRule, MinTokens
+from zif.runtime.logprobs import token_logprobs
+from zif.runtime.penalties import Penalties
+from zif.runtime.randomness import draw_fractions, stream_state
+from zif.runtime.tokens import TokenTable
+
+RULES: tuple[type[LogitRule[Any]], ...] = (LogitBias, AllowedTokens, BadWords, MinTokens, Penalties)
+"""In the order in which they apply."""
+
+
+OPTIONS_FAULT = (
+    "no token is left to sample: logit_bias, allowed_token_ids, bad_words and min_tokens exclude all of them, or "
+    "repetition_penalty made the logits overflow; loosen one of these options"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class SampledTokens:
+    """One token per row. `logprobs` and `faults` are keyed by index into the rows; a faulty row's token is void."""
+
+    token_ids: list[int]
+    logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
+    faults: dict[int, str] = field(default_factory=dict)
+
+
+class Sampler:
+    """Sampling options of up to `max_rows` requests, and the choice of their next tokens.
+
+    `vocab_size` is the width of the logits, `array_device` the torch device that holds them.
+    """
+
+    def __init__(self, max_rows: int, vocab_size: int, array_device: str) -> None:
+        assert 0 < vocab_size <= MAX_VOCAB_SIZE, f"vocab_size={vocab_size!r} is outside (0, {MAX_VOCAB_SIZE}]"
+        self._vocab_size = vocab_size
+        self._device = torch.device(array_device)
+        self._draws = np.zeros(max_rows, dtype=np.bool_)
+        self._temperature = np.ones(max_rows, dtype=np.float32)
+        self._min_p = np.zeros(max_rows, dtype=np.float32)
+        self._top_k = np.full(max_rows, vocab_size, dtype=np.int64)
+        self._top_p = np.ones(max_rows, dtype=np.float64)
+        self._streams = np.zeros(max_rows, dtype=np.uint64)
+        self._reports = np.zeros(max_rows, dtype=np.bool_)
+        self._num_top = np.zeros(max_rows, dtype=np.int64)
+        self._rules = [rule(max_rows, vocab_size) for rule in RULES]
+
+    def add(self, row: int, start: RequestStart) -> None:
+        """Take the options of a request into `row`. Raises RequestError for a token id outside the vocabulary."""
+        self.remove(row)
+        for rule in self._rules:
+            rule.add(row, start)
+        sampling = start.sampling
+        self._draws[row] = not sampling.greedy
+        self._temperature[row] = sampling.temperature
+        self._min_p[row] = sampling.min_p
+        self._top_k[row] = min(sampling.top_k, self._vocab_size) if sampling.top_k > 0 else self._vocab_size
+        self._top_p[row] = sampling.top_p
+        self._streams[row] = stream_state(start.seed)
+        self._reports[row] = sampling.logprobs is not None
+        self._num_top[row] = sampling.logprobs or 0
+
+    def remove(self, row: int) -> None:
+        """Forget the request of `row`, if there is one."""
+        for rule in self._rules:
+            rule.remove(row)
+        self._draws[row] = self._reports[row] = False
+
+    def sample(self, logits: torch.Tensor, rows: NDArray[np.int64], tokens: TokenTable) -> SampledTokens:
+        """Choose a token for each of `rows`. logits: [S, V], float32, overwritten; rows: [S], distinct.
+
+        A row's random number belongs to its seed and its number of known tokens. Logits that are NaN, +inf or all
+        -inf are a fault of their row alone.
+        """
+        if not len(rows):
+            return SampledTokens([])
+        reporting = np.flatnonzero(self._reports[rows])
+        raw = logits[torch.from_numpy(reporting).to(self._device)] if len(reporting) else None
+        raw_peaks = self._apply_rules(logits, rows, tokens)
+        peaks, chosen = logits.max(dim=1)
+        drawing = np.flatnonzero(self._draws[rows])
+        if len(drawing):
+            drawn = draw_tokens(logits, drawing, self._draw_options(rows[drawing], tokens))
+            chosen[torch.from_numpy(drawing).to(self._device)] = drawn
+        raw_peaks = peaks if raw_peaks is None else raw_peaks
+        # One transfer to the host: it waits for the device.
+        token_ids, sane, raw_sane = torch.stack([chosen, peaks.isfinite(), raw_peaks.isfinite()]).tolist()
+        faults = {i: _raw_fault(raw_peaks[i].item()) for i, flag in enumerate(raw_sane) if not flag}
+        faults |= {i: OPTIONS_FAULT for i, flag in enumerate(sane) if not flag and i not in faults}
+        logprobs = {} if raw is None else self._logprobs(raw, reporting, rows, chosen)
+        return SampledTokens(token_ids, {i: value for i, value in logprobs.items() if i not in faults}, faults)
+
+    def _apply_rules(self, logits: torch.Tensor, rows: NDArray[np.int64], tokens: TokenTable) -> torch.Tensor | None:
+        """Change the logits of rows with such options. Returns the maximum before, [S], unless nothing changed."""
+        rules = [rule for rule in self._rules if rule.concerns(rows)]
+        if not rules:
+            return None
+        raw_peaks = logits.amax(dim=1)
+        for rule in rules:
+            rule.apply(logits, rows, tokens)
+        return raw_peaks
+
+    def _draw_options(self, rows: NDArray[np.int64], tokens: TokenTable) -> DrawOptions:
+        fractions = draw_fractions(self._streams[rows], tokens.num_tokens[rows])
+        columns = (self._temperature[rows], self._min_p[rows], self._top_k[rows], self._top_p[rows])
+        return DrawOptions(*columns, fractions)
+
+    def _logprobs(
+        self, raw: torch.Tensor, reporting: NDArray[np.int64], rows: NDArray[np.int64], chosen: torch.Tensor
+    ) -> dict[int, TokenLogprobs]:
+        token_ids = chosen[torch.from_numpy(reporting).to(self._device)]
+        values = token_logprobs(raw, token_ids, self._num_top[rows[reporting]].tolist())
+        return dict(zip(reporting.tolist(), values, strict=True))
+
+
+def _raw_fault(peak: float) -> str:
+    if math.isnan(peak):
+        what = "NaN logits"
+    else:
+        what = f"logits whose maximum is {peak}"
+    return f"the model gave {what} for this request; check its weights, and rule out overflow with dtype='float32'"

@@ -1,0 +1,331 @@
+"""The engine's settings: what can be set, in which limits, and from where.
+
+A setting comes from the command line, from the environment (`ZIF_MAX_NUM_SEQS=8`), from a TOML file, or from its
+default, in falling order of precedence. Everything is validated here and nowhere else, before any model is opened.
+
+Not here: options of one request (`zif.contract.SamplingParams`) and what the pluggable parts see once everything is
+resolved (`zif.contract.EngineConfig`). Called by the command line and by `LLM`. Standard library only. This module is
+the only place in core that reads the environment.
+"""
+
+import difflib
+import json
+import os
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import MISSING, Field, dataclass, field, fields
+from enum import Enum
+from pathlib import Path
+from typing import Any, cast
+
+from zif.errors import ConfigError
+
+ENVIRONMENT_PREFIX = "ZIF_"
+AUTO = "auto"
+"""How text and TOML write None, for the options that have it: the engine chooses."""
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+_BYTES = re.compile(r"([0-9][0-9_]{0,23}(?:\.[0-9]{1,24})?(?:e[0-9]{1,2})?)\s*([a-z]*)", re.IGNORECASE)
+_SWITCH_WORDS = dict.fromkeys(("true", "1", "yes", "on"), True) | dict.fromkeys(("false", "0", "no", "off"), False)
+
+
+class OptionKind(Enum):
+    """What the value of an option is."""
+
+    TEXT = "text"
+    INTEGER = "an integer"
+    BYTES = "a number of bytes such as 4294967296, '4GiB', '512MiB' or '2e9'"
+    SWITCH = "true or false"
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """What is known of a setting besides name and default.
+
+    `optional` settings may be None, written "auto". `refusal`, where set, is why any value but the default is refused.
+    """
+
+    kind: OptionKind
+    help: str
+    optional: bool = False
+    choices: tuple[str, ...] = ()
+    minimum: int = 0
+    maximum: int = 2**63 - 1
+    refusal: str = ""
+
+
+def _text(help_text: str, default: Any = MISSING, **limits: Any) -> Any:
+    return _setting(OptionKind.TEXT, help_text, default, **limits)
+
+
+def _integer(help_text: str, default: Any, **limits: Any) -> Any:
+    return _setting(OptionKind.INTEGER, help_text, default, **limits)
+
+
+def _bytes(help_text: str) -> Any:
+    return _setting(OptionKind.BYTES, help_text, None, minimum=1, maximum=2**60)
+
+
+def _switch(help_text: str, default: bool) -> Any:
+    return _setting(OptionKind.SWITCH, help_text, default)
+
+
+def _setting(kind: OptionKind, help_text: str, default: Any, **limits: Any) -> Any:
+    option = Option(kind, help_text, optional=default is None, **limits)
+    return field(default=default, metadata={"option": option})
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSettings:
+    """Everything that can be set on an engine. Construction validates and raises `ConfigError`."""
+
+    model: str = _text("folder of the model, in Hugging Face format")
+    tokenizer: str | None = _text("folder of the tokenizer; auto: the model's", None)
+    platform: str | None = _text("platform to run on; auto: the preferred one that has a device", None)
+    dtype: str = _text("type of the weights", "auto", choices=("auto", "float32", "bfloat16", "float16"))
+    model_impl: str = _text(
+        "who runs the model: zif's own decoder, or the Transformers library's modules", "auto",
+        choices=("auto", "native", "transformers"),
+    )  # fmt: skip
+    max_model_len: int | None = _integer(
+        "longest prompt plus output, in tokens; auto: the model's, or what KV memory holds", None,
+        minimum=1, maximum=2**31 - 1,
+    )  # fmt: skip
+    max_num_seqs: int = _integer("most requests in one step", 256, minimum=1, maximum=2**16)
+    max_num_batched_tokens: int = _integer("most tokens in one step", 2048, minimum=1, maximum=2**24)
+    block_size: int | None = _integer("tokens per KV block; auto: the platform's", None, minimum=1, maximum=2**16)
+    enable_prefix_caching: bool = _switch("reuse the KV of prompts that begin alike", True)
+    kv_bytes: int | None = _bytes("memory for KV; auto: what fits")
+    memory_limit: int | None = _bytes("most memory to hold, weights included; auto: what the device has free")
+    scheduling_policy: str = _text("order in which requests run", "fcfs", choices=("fcfs", "priority"))
+    seed: int = _integer("seed of requests that bring none", 0, minimum=0)
+    trust_remote_code: bool = _switch("run Python code that comes with the model", False)
+    quantization: str | None = _text(
+        "quantization of the weights; auto: the checkpoint's own", None,
+        refusal="weights cannot be quantized at load yet; leave it out, a quantized checkpoint says so itself",
+    )  # fmt: skip
+    tensor_parallel_size: int = _integer(
+        "devices that share one model", 1, minimum=1, refusal="one device per engine for now; leave it out or give 1"
+    )
+    chat_template: str | None = _text("chat template, a file or the template itself; auto: the tokenizer's", None)
+
+    def __post_init__(self) -> None:
+        for declared in fields(self):
+            value = _checked(declared.name, option_of(declared), getattr(self, declared.name), declared.default)
+            object.__setattr__(self, declared.name, value)
+        if self.kv_bytes is not None and self.memory_limit is not None and self.kv_bytes >= self.memory_limit:
+            raise ConfigError(
+                f"kv_bytes={self.kv_bytes!r} leaves nothing of memory_limit={self.memory_limit!r} to the weights; "
+                "lower kv_bytes or raise memory_limit"
+            )
+
+    @classmethod
+    def from_values(cls, values: Mapping[str, object]) -> "EngineSettings":
+        """Build settings from loose values, as a caller's keywords give them. Refuses unknown names with advice."""
+        for name in values:
+            require_known(name)
+        if "model" not in values:
+            raise ConfigError("model is not set; name the folder of a model in Hugging Face format")
+        return cls(**cast("dict[str, Any]", values))
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedSettings:
+    """Settings with where each came from, and what looked odd on the way."""
+
+    settings: EngineSettings
+    origins: Mapping[str, str]
+    warnings: tuple[str, ...] = ()
+
+
+def setting_fields() -> "tuple[Field[Any], ...]":
+    """Return the declared settings in order; `option_of` gives what is known of each."""
+    return fields(EngineSettings)
+
+
+def option_of(declared: "Field[Any]") -> Option:
+    """Return what is known of a declared setting."""
+    return cast("Option", declared.metadata["option"])
+
+
+def parse_bytes(text: str) -> int:
+    """Read "4GiB", "512 MiB", "2e9" or "4294967296". Raises `ValueError` on anything else."""
+    match = _BYTES.fullmatch(text.strip())
+    unit = _UNITS.get(match[2].upper()) if match else None
+    if match is None or unit is None:
+        raise ValueError(f"{text!r} is no number of bytes")
+    number = match[1].replace("_", "")
+    return int(number) * unit if number.isdigit() else int(float(number) * unit)
+
+
+def require_known(name: str) -> None:
+    """Raise `ConfigError` with advice unless `name` is a setting."""
+    known = [declared.name for declared in setting_fields()]
+    if name in known:
+        return
+    if advice := foreign_name_advice(name):
+        raise ConfigError(f"{name}: {advice}")
+    raise ConfigError(f"{name} is no setting of zif{_nearest(name, known)}; `zif generate --help` lists them all")
+
+
+def foreign_name_advice(name: str) -> str | None:
+    """Return what to use instead of another engine's option, or None when `name` is not one that zif knows of."""
+    return _FOREIGN_NAMES.get(name)
+
+
+def resolve_settings(
+    cli: Mapping[str, object], environ: Mapping[str, str] | None = None, toml_path: Path | None = None
+) -> ResolvedSettings:
+    """Merge command line over environment over file over defaults.
+
+    `cli` holds only what was given. `environ` None reads the process's environment. An unknown `ZIF_` variable is a
+    warning, because plugins have variables of their own; an unknown key in the file raises `ConfigError`.
+    """
+    defaults = [d for d in setting_fields() if d.default is not MISSING]
+    values: dict[str, object] = {d.name: d.default for d in defaults}
+    origins = {d.name: "default" for d in defaults}
+    variables = os.environ if environ is None else environ
+    warnings = _unknown_variables(variables)
+    layers = [*_read_toml(toml_path), *_read_environment(variables)]
+    layers += [(name, value, "command line") for name, value in cli.items()]
+    for name, value, origin in layers:
+        values[name] = _parsed(name, value, origin)
+        origins[name] = origin
+    return ResolvedSettings(EngineSettings.from_values(values), origins, warnings)
+
+
+def format_settings(resolved: ResolvedSettings) -> str:
+    """Print settings as TOML that `resolve_settings` reads back, each with its origin in a comment."""
+    lines = []
+    for declared in setting_fields():
+        value = getattr(resolved.settings, declared.name)
+        text = json.dumps(AUTO if value is None else value, ensure_ascii=False).replace("\x7f", "\\u007f")
+        lines.append(f"{declared.name} = {text}  # {_one_line(resolved.origins.get(declared.name, 'default'))}")
+    return "\n".join(lines)
+
+
+def _read_toml(path: Path | None) -> list[tuple[str, object, str]]:
+    if path is None:
+        return []
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read the settings file {str(path)!r}: {error.strerror}; check the path") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the settings file {str(path)!r} is no valid TOML: {error}") from error
+    return [(name, value, f"file {path}") for name, value in table.items()]
+
+
+def _read_environment(variables: Mapping[str, str]) -> list[tuple[str, object, str]]:
+    known = {ENVIRONMENT_PREFIX + name.upper(): name for name in [d.name for d in setting_fields()] + [*_FOREIGN_NAMES]}
+    return [(known[v], text, f"environment {v}") for v, text in variables.items() if v in known]
+
+
+def _unknown_variables(variables: Mapping[str, str]) -> tuple[str, ...]:
+    known = [ENVIRONMENT_PREFIX + d.name.upper() for d in setting_fields()]
+    foreign = [ENVIRONMENT_PREFIX + name.upper() for name in _FOREIGN_NAMES]
+    unknown = [v for v in variables if v.startswith(ENVIRONMENT_PREFIX) and v not in known and v not in foreign]
+    return tuple(f"environment variable {v} is no setting of zif's core{_nearest(v, known)}" for v in sorted(unknown))
+
+
+def _parsed(name: str, value: object, origin: str) -> object:
+    """Read one value of a source, so that what is wrong is reported with the source it came from."""
+    try:
+        require_known(name)
+        declared = next(d for d in setting_fields() if d.name == name)
+        option = option_of(declared)
+        if isinstance(value, str) and not origin.startswith("file"):
+            value = _from_text(name, option, value)
+        return _checked(name, option, value, declared.default)
+    except ConfigError as error:
+        raise ConfigError(f"{origin}: {error}") from error
+
+
+def _from_text(name: str, option: Option, text: str) -> object:
+    word = text.strip()
+    if option.kind is OptionKind.SWITCH and word.lower() in _SWITCH_WORDS:
+        return _SWITCH_WORDS[word.lower()]
+    if option.kind is OptionKind.INTEGER and re.fullmatch(r"-?[0-9]{1,30}", word):
+        return int(word)
+    return text
+
+
+def _checked(name: str, option: Option, value: object, default: object) -> object:
+    """Return the value as the engine uses it, or raise `ConfigError`."""
+    if option.optional and (value is None or value == AUTO):
+        return None
+    if isinstance(value, os.PathLike) and option.kind is OptionKind.TEXT:
+        value = os.fspath(value)
+    if option.kind is OptionKind.BYTES and isinstance(value, str):
+        value = _bytes_of(name, value)
+    _check_type(name, option, value)
+    if option.refusal and value != default:
+        raise ConfigError(f"{name}={value!r} is not supported yet: {option.refusal}")
+    if option.choices and value not in option.choices:
+        nearest = _nearest(str(value), list(option.choices))
+        raise ConfigError(f"{name}={value!r} is none of {', '.join(option.choices)}{nearest}; choose one of these")
+    return value
+
+
+def _bytes_of(name: str, text: str) -> int:
+    try:
+        return parse_bytes(text)
+    except ValueError:
+        raise ConfigError(f"{name}={text!r} must be {OptionKind.BYTES.value}, or {AUTO!r}") from None
+
+
+def _check_type(name: str, option: Option, value: object) -> None:
+    expected = {OptionKind.TEXT: str, OptionKind.SWITCH: bool}.get(option.kind, int)
+    if not isinstance(value, expected) or (expected is int and isinstance(value, bool)):
+        raise ConfigError(f"{name}={value!r} must be {option.kind.value}{' or auto' if option.optional else ''}")
+    if isinstance(value, int) and not isinstance(value, bool) and not option.minimum <= value <= option.maximum:
+        raise ConfigError(f"{name}={value!r} is out of range: give {option.minimum} to {option.maximum}")
+    if isinstance(value, str) and not value.strip():
+        raise ConfigError(f"{name} is empty; give a value or leave it out")
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    matches = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f" (did you mean {matches[0]}?)" if matches else ""
+
+
+def _one_line(text: str) -> str:
+    return text if text.isprintable() else repr(text)
+
+
+_FOREIGN_NAMES = {
+    "gpu_memory_utilization": "zif sizes memory in bytes: use kv_bytes (KV only) or memory_limit (everything)",
+    "kv_cache_memory_bytes": "zif's name is kv_bytes",
+    "kv_cache_dtype": "KV is kept in the model's dtype; another type is not supported yet",
+    "num_gpu_blocks_override": "zif sizes KV in bytes: use kv_bytes",
+    "max_seq_len": "zif's name is max_model_len",
+    "max_num_tokens": "zif's name is max_num_batched_tokens",
+    "max_batch_size": "zif's name is max_num_seqs",
+    "device": "zif's name is platform; `zif platforms` lists what is installed",
+    "enable_chunked_prefill": "prompts are always computed in chunks; max_num_batched_tokens bounds a chunk",
+    "disable_log_stats": "zif logs no statistics; every result carries its metrics",
+    "enforce_eager": "zif captures no graphs in this version, so there is nothing to switch off",
+    "load_format": "only safetensors checkpoints are read; convert others first",
+    "revision": "models are local folders; fetch the revision you want and name its folder",
+    "download_dir": "models are local folders; zif downloads nothing",
+    "hf_overrides": "not supported yet; edit the config.json of the model folder",
+    "tokenizer_mode": "zif uses the checkpoint's tokenizer.json only; name another folder with tokenizer",
+    "skip_tokenizer_init": "not supported yet; prompts may still be token ids",
+    "pipeline_parallel_size": "pipeline parallelism is not supported yet",
+    "data_parallel_size": "data parallelism is not supported yet; start one engine per device",
+    "enable_expert_parallel": "expert parallelism is not supported yet",
+    "distributed_executor_backend": "one process per engine for now; leave it out",
+    "swap_space": "not supported yet: preempted requests are computed again instead of swapped",
+    "cpu_offload_gb": "keeping weights in another memory is not supported yet",
+    "speculative_config": "speculative decoding is not supported yet",
+    "speculative_model": "speculative decoding is not supported yet",
+    "num_speculative_tokens": "speculative decoding is not supported yet",
+    "enable_lora": "LoRA adapters are not supported yet",
+    "max_loras": "LoRA adapters are not supported yet",
+    "compilation_config": "compilation has no options yet",
+    "guided_decoding_backend": "structured output is not supported yet",
+    "limit_mm_per_prompt": "only text input is supported yet",
+    "rope_scaling": "zif reads it from the model's config.json; edit it there",
+}
