@@ -17,50 +17,41 @@ class SampleText:
     """The text of one sample, decoded as late as stop strings allow."""
 
     def __init__(self, prompt: Prompt, sampling: SamplingParams, vocabulary: Vocabulary) -> None:
-        self._detokenizer = Detokenizer(
-            vocabulary.tokenizer, prompt.token_ids, skip_special_tokens=sampling.skip_special_tokens
-        )
-        self._stops = (
-            StopStrings(sampling.stop_strings, include_stop=sampling.include_stop_str_in_output)
-            if sampling.stop_strings
-            else None
-        )
+        self._detokenizer = Detokenizer(vocabulary.tokenizer, prompt.token_ids, sampling.skip_special_tokens)
+        self._stops = StopStrings(sampling.stop_strings, sampling.include_stop_str_in_output)
+        self._must_scan = bool(sampling.stop_strings)
         self._pending: list[int] = []
-        self._text: list[str] = []
-        self.matched: str | None = None
+        self._pieces: list[str] = []
+
+    @property
+    def matched(self) -> str | None:
+        """Return the stop string that ended the sample, if one did."""
+        return self._stops.matched
 
     def append(self, token_ids: list[int], *, may_stop: bool) -> None:
-        """Add tokens; `matched` tells afterwards whether a stop string ended the sample."""
-        self._pending.extend(token_ids)
-        if self._stops is not None:
-            self._scan(self._decode_pending(), may_stop)
+        """Add tokens. Stop strings that end before the sample may stop are text like any other."""
+        self._pending += token_ids
+        if self._must_scan:
+            self._show(self._decode(), may_stop)
 
     def finish(self) -> None:
-        """Decode what was held back; no token follows."""
-        rest = self._decode_pending() + self._detokenizer.finish()
-        if self._stops is None:
-            self._text.append(rest)
-        elif self.matched is None:
-            self._text.append(self._stops.feed(rest).text if rest else "")
-            self.matched = self._stops.matched
-            self._text.append(self._stops.finish())
+        """Show what was held back; no token follows."""
+        self._show(self._decode() + self._detokenizer.finish(), may_stop=True)
+        if self.matched is None:
+            self._pieces.append(self._stops.finish())
 
     def text(self) -> str:
         """Return the text that is certain so far."""
-        if self._stops is None and self._pending:
-            self._text.append(self._decode_pending())
-        if len(self._text) > 1:
-            self._text = ["".join(self._text)]
-        return self._text[0] if self._text else ""
+        if not self._must_scan:
+            self._show(self._decode(), may_stop=True)
+        self._pieces = ["".join(self._pieces)]
+        return self._pieces[0]
 
-    def _scan(self, text: str, may_stop: bool) -> None:
-        assert self._stops is not None
-        if self.matched is not None:
-            return
-        self._text.append(self._stops.feed(text, may_stop=may_stop))
-        self.matched = self._stops.matched
+    def _show(self, text: str, may_stop: bool) -> None:
+        if self.matched is None and text:
+            self._pieces.append(self._stops.append(text) if may_stop else self._stops.finish() + text)
 
-    def _decode_pending(self) -> str:
+    def _decode(self) -> str:
         token_ids, self._pending = self._pending, []
         return self._detokenizer.append(token_ids) if token_ids else ""
 

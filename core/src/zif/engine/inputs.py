@@ -10,7 +10,6 @@ from zif.contract import CacheKey, EngineConfig, ModelDescription, Request, Samp
 from zif.engine.vocabulary import Vocabulary
 from zif.errors import CheckpointError, RequestError
 
-
 PromptInput = str | Mapping[str, Any]
 """A text, or {"prompt": text} or {"prompt_token_ids": [ids]}, either with an optional "cache_salt", which keeps the
 KV of this prompt from being shared with prompts of another salt."""

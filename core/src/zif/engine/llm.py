@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any, TypeGuard, overload
+from typing import Any, TypeGuard, cast, overload
 
 from zif.contract import KVArena, ModelDescription, Plan, SamplingParams
 from zif.engine.engine import Engine, PhaseProgress, start_engine
@@ -17,8 +17,9 @@ from zif.engine.inputs import PromptInput, default_sampling
 from zif.engine.outputs import RequestOutput
 from zif.engine.planning import PlannedModel, plan_model
 from zif.engine.vocabulary import Vocabulary
-from zif.errors import RequestError
+from zif.errors import ConfigError, RequestError
 from zif.settings import EngineSettings
+from zif.text.chat import ChatOptions, ChatTemplates, load_chat_templates, render_chat
 
 logger = logging.getLogger(__name__)
 
@@ -56,8 +57,9 @@ class LLM:
             logger.warning(note)
         on_phase("planning", 1, 1)
         folder = Path(settings.tokenizer or settings.model)
-        vocabulary = Vocabulary(folder, settings.trust_remote_code)
-        self._engine: Engine = start_engine(self._planned, vocabulary, on_phase)
+        self._vocabulary = Vocabulary(folder, settings.trust_remote_code)
+        self._chat_templates = _chat_templates(folder, settings.chat_template)
+        self._engine: Engine = start_engine(self._planned, self._vocabulary, on_phase)
 
     @property
     def plan(self) -> Plan:
@@ -135,27 +137,36 @@ class LLM:
         messages: Sequence[ChatMessage] | Sequence[Sequence[ChatMessage]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        use_tqdm: bool = True,
+        **rendering: Any,
+    ) -> list[RequestOutput]:
+        """Answer one conversation or several, written out by the model's chat template.
+
+        `rendering` takes the keywords of `render_chat`.
+        """
+        several = bool(messages) and not isinstance(messages[0], Mapping)
+        conversations = cast("Sequence[Sequence[ChatMessage]]", messages if several else [messages])
+        return self.generate(
+            [self.render_chat(c, **rendering) for c in conversations], sampling_params, use_tqdm=use_tqdm
+        )
+
+    def render_chat(
+        self,
+        messages: Sequence[ChatMessage],
+        *,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template: str | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
-        use_tqdm: bool = True,
-    ) -> list[RequestOutput]:
-        """Answer one conversation or several, written out by the model's chat template."""
-        conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
-        prompts = [
-            self.render_chat(
-                conversation,  # type: ignore[arg-type] - narrowed above, which mypy cannot follow
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=continue_final_message,
-                tools=tools,
-                chat_template=chat_template,
-                **(chat_template_kwargs or {}),
-            )
-            for conversation in conversations
-        ]
-        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+    ) -> PromptInput:
+        """Write a conversation out as a prompt of tokens. Raises `RequestError` when that cannot be done."""
+        options = ChatOptions(add_generation_prompt, continue_final_message, tools, chat_template_kwargs or {})
+        templates = self._chat_templates
+        if chat_template is not None:
+            templates = ChatTemplates({"default": chat_template}, templates.special_tokens)
+        text = render_chat(templates, messages, options)
+        return {"prompt": text, "prompt_token_ids": self._vocabulary.encode(text, add_special_tokens=False)}
 
     def stream(
         self, prompt: PromptInput, sampling_params: SamplingParams | None = None, *, priority: int = 0
@@ -252,6 +263,25 @@ class LLM:
             return self._engine.submit(self._engine.check(prompt, sampling), sampling, priority)
         except RequestError as error:
             return self._engine.reject(prompt, error)
+
+
+def _chat_templates(folder: Path, override: str | None) -> ChatTemplates:
+    """Read the tokenizer's templates; an override, a file or a template itself, takes their place."""
+    shipped = load_chat_templates(folder)
+    if override is None:
+        return shipped
+    is_template = "{" in override or "\n" in override
+    source = override if is_template else _read_template(Path(override))
+    return ChatTemplates({"default": source}, shipped.special_tokens)
+
+
+def _read_template(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            f"chat_template={str(path)!r} cannot be read ({error}); give a file or the template"
+        ) from error
 
 
 def _is_one(priority: int | Sequence[int]) -> TypeGuard[int]:

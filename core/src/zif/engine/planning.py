@@ -6,6 +6,7 @@ Nothing is loaded here and no device opened. Called by `LLM` and by `zif explain
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal, cast
 
 from zif.contract import (
     EngineConfig,
@@ -73,7 +74,7 @@ def _model_source(settings: EngineSettings) -> ModelSource:
         dtype=settings.dtype,
         max_model_len=settings.max_model_len,
         block_size=settings.block_size or DEFAULT_BLOCK_SIZE,
-        implementation=settings.model_impl,
+        implementation=cast("Literal['auto', 'native', 'transformers']", settings.model_impl),
         trust_remote_code=settings.trust_remote_code,
     )
 

@@ -32,11 +32,6 @@ class Vocabulary:
         return self._tokenizer
 
     @property
-    def available(self) -> bool:
-        """Say whether there is a tokenizer."""
-        return self._tokenizer is not None
-
-    @property
     def eos_token_id(self) -> int | None:
         """Return the tokenizer's end-of-sequence token, if any."""
         return self._tokenizer.eos_token_id if self._tokenizer else None
@@ -45,8 +40,8 @@ class Vocabulary:
         """Return the tokens of a text."""
         if not isinstance(text, str):
             raise RequestError(f"a prompt must be text, not {type(text).__name__}")
-        return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        return self.tokenizer.encode(text, add_special_tokens)
 
     def token_text(self, token_id: int) -> str | None:
         """Return the text of one token, None without a tokenizer."""
-        return self._tokenizer.token_text(token_id) if self._tokenizer else None
+        return self._tokenizer.decode([token_id], skip_special_tokens=False) if self._tokenizer else None

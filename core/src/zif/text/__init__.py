@@ -1,0 +1,1 @@
+"""Text and tokens: tokenizers, incremental detokenization, stop strings, chat templates."""
