@@ -23,7 +23,7 @@ import sysconfig
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 END, USER, ASSISTANT = "<|endoftext|>", "<|user|>", "<|assistant|>"
 VOCABULARY = 3072
@@ -129,8 +130,8 @@ def gather_corpus(root: Path) -> list[Document]:
         tree = parse(path)
         if tree is None:
             continue
-        found = help_topics(tree) if path.parts[-2:] == ("pydoc_data", "topics.py") else docstrings(tree, module_name(path, root))
-        for document in found:
+        name = module_name(path, root)
+        for document in help_topics(tree) if name == "pydoc_data.topics" else docstrings(tree, name):
             first_name.setdefault(document.text, document.name)
     return sorted(Document(name, text) for text, name in first_name.items() if len(text) >= 16)
 
@@ -141,8 +142,8 @@ def bucket(document: Document, buckets: int) -> int:
 
 
 def is_held_out(document: Document) -> bool:
-    """Whether a document is kept for measuring only: about one in forty."""
-    return bucket(document, 40) == 0
+    """Whether a document is kept for measuring only: about one in thirty."""
+    return bucket(document, 30) == 0
 
 
 def render(document: Document) -> list[str]:
@@ -228,10 +229,11 @@ def new_model(tokenizer: Tokenizer) -> LlamaForCausalLM:
 
 
 def add_dropout(model: LlamaForCausalLM, probability: float) -> None:
-    """Drop activations where a layer writes into the residual stream, while training only."""
+    """Drop features where a layer writes into the residual stream, while training; one mask serves a whole row."""
 
     def hook(module: nn.Module, _inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-        return nn.functional.dropout(output, probability, training=module.training)
+        mask = nn.functional.dropout(torch.ones_like(output[:, :1]), probability, training=module.training)
+        return output * mask
 
     model.model.embed_tokens.register_forward_hook(hook)
     for layer in model.model.layers:
@@ -276,7 +278,7 @@ def batches(texts: list[Tensor], batch_tokens: int, seed: int) -> Iterator[Tenso
         yield joined[:batch_tokens].view(-1, CONTEXT if number % 4 == 0 else CONTEXT // 4)
 
 
-def loss_on(model: nn.Module, rows: Tensor) -> Tensor:
+def loss_on(model: Callable[..., Any], rows: Tensor) -> Tensor:
     """Mean cross-entropy of predicting each next token, in nats."""
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss: Tensor = model(input_ids=rows, labels=rows, use_cache=False).loss
@@ -289,7 +291,7 @@ def measure(model: LlamaForCausalLM, texts: list[Tensor], tokens: int = 32768) -
     joined = torch.cat(texts)[:tokens]
     rows = joined[: len(joined) // 256 * 256].view(-1, 256)
     model.eval()
-    losses = [loss_on(model, part).item() * len(part) for part in rows.split(16)]
+    losses = [loss_on(model, part).item() * len(part) for part in torch.split(rows, 16)]
     model.train()
     return sum(losses) / len(rows)
 
@@ -308,13 +310,13 @@ def rate_at(progress: float, step: int, peak: float) -> float:
     return peak * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
 
 
-def update(model: nn.Module, optimizer: torch.optim.Optimizer, rows: Tensor, rate: float) -> float:
+def update(model: Callable[..., Any], optimizer: torch.optim.Optimizer, rows: Tensor, rate: float) -> float:
     """One optimizer step with clipped gradients; returns the loss it started from."""
     for group in optimizer.param_groups:
         group["lr"] = rate
     loss = loss_on(model, rows)
-    loss.backward()
-    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    torch.autograd.backward(loss)
+    nn.utils.clip_grad_norm_([weight for group in optimizer.param_groups for weight in group["params"]], 1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return loss.item()
@@ -335,6 +337,7 @@ def train(settings: Settings, tokenizer: Tokenizer, texts: list[Tensor], held_ou
     for step, rows in enumerate(batches(texts, settings.batch_tokens, settings.seed)):
         progress = progress_at(settings, step, started)
         if progress >= 1:
+            print(f"stopped after {step} steps", flush=True)
             break
         loss = update(stepped, optimizer, rows, rate_at(progress, step, settings.learning_rate))
         if (step + 1) % 100 == 0:
@@ -352,10 +355,10 @@ def parse_arguments() -> Settings:
     """The command line as settings."""
     parser = argparse.ArgumentParser(description="Train the embedded example model on the CPU.")
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent / "checkpoint")
-    parser.add_argument("--steps", type=int, default=3000, help="optimizer steps")
+    parser.add_argument("--steps", type=int, default=4500, help="optimizer steps")
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop here if the steps take longer")
-    parser.add_argument("--batch-tokens", type=int, default=8192, help="tokens per step, a multiple of 1024")
-    parser.add_argument("--learning-rate", type=float, default=2e-3, help="peak of the schedule")
+    parser.add_argument("--batch-tokens", type=int, default=4096, help="tokens per step, a multiple of 1024")
+    parser.add_argument("--learning-rate", type=float, default=3e-3, help="peak of the schedule")
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--save-every", type=int, default=500, help="steps between checkpoints on the way")
     parser.add_argument("--compile", action="store_true", help="use torch.compile; needs a C++ compiler")
@@ -367,6 +370,7 @@ def parse_arguments() -> Settings:
 def main() -> None:
     """Gather, tokenize, train, save and report."""
     settings = parse_arguments()
+    disable_progress_bar()
     torch.manual_seed(settings.seed)
     torch.set_num_threads(settings.threads)
     corpus = gather_corpus(Path(sysconfig.get_path("stdlib")))

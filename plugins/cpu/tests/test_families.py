@@ -14,8 +14,8 @@ from support.checkpoints import FAMILIES, build_checkpoint
 from transformers import AutoModelForCausalLM
 
 from zif import LLM, RequestOutput, SamplingParams
-from zif.engine.planning import plan_model
-from zif.errors import PlanRefusedError
+from zif.contract import Request, RequestStatus
+from zif.kv import PagedBlockManager
 from zif.settings import EngineSettings
 
 MAX_MODEL_LEN = 80
@@ -72,26 +72,18 @@ def settings(model: Path, implementation: str, **changes: object) -> EngineSetti
     return EngineSettings.from_values(values | changes)
 
 
-@functools.cache
-def smallest_kv_bytes(model: Path, implementation: str, budget: int, block_size: int) -> int:
-    """Return the least KV memory with which the engine starts, to the kilobyte: there requests must preempt."""
-    low, high = 0, 1 << 14
-    while high - low > 1:
-        middle = (low + high) // 2
-        try:
-            plan_model(
-                settings(
-                    model,
-                    implementation,
-                    kv_bytes=middle << 10,
-                    max_num_batched_tokens=budget,
-                    block_size=block_size,
-                )
-            )
-            high = middle
-        except PlanRefusedError:
-            low = middle
-    return high << 10
+class FailingReserve:
+    """Refuse blocks to running requests at fixed calls, so that some are preempted however much memory there is."""
+
+    REFUSED = frozenset({1, 3, 4, 8, 9, 13})
+
+    def __init__(self) -> None:
+        self._reserve = PagedBlockManager.reserve
+        self._calls = itertools.count()
+
+    def __call__(self, manager: PagedBlockManager, request: Request, num_tokens: int) -> bool:
+        refused = request.status is RequestStatus.RUNNING and next(self._calls) in self.REFUSED
+        return not refused and self._reserve(manager, request, num_tokens)
 
 
 def generate(llm: LLM) -> list[RequestOutput]:
@@ -106,28 +98,28 @@ def generate(llm: LLM) -> list[RequestOutput]:
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_tokens_equal_transformers(
-    family: str, implementation: str, block_size: int, budget: int, root: Path
+    family: str, implementation: str, block_size: int, budget: int, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = checkpoint(family, root)
     expected = reference(family, root)[0]
-    tight = smallest_kv_bytes(model, implementation, budget, block_size)
-    num_preemptions = 0
-    for caching, kv_bytes in itertools.product((True, False), (None, tight)):
+    for caching, preempting in itertools.product((True, False), (False, True)):
+        if preempting:
+            failing = FailingReserve()
+            monkeypatch.setattr(PagedBlockManager, "reserve", lambda *args, failing=failing: failing(*args))
         condition = settings(
             model,
             implementation,
             block_size=block_size,
             max_num_batched_tokens=budget,
             enable_prefix_caching=caching,
-            kv_bytes=kv_bytes,
         )
         with LLM.from_settings(condition) as llm:
             outputs = generate(llm)
-            tokens = tuple(tuple(output.outputs[0].token_ids) for output in outputs)
-            assert tokens == expected, f"caching={caching}, kv_bytes={kv_bytes}"
-            num_preemptions += sum(output.metrics.num_preemptions for output in outputs if output.metrics)
-    if budget == 64:
-        assert num_preemptions > 0, "the tight memory did not force a preemption"
+        monkeypatch.undo()
+        tokens = tuple(tuple(output.outputs[0].token_ids) for output in outputs)
+        assert tokens == expected, f"caching={caching}, preempting={preempting}"
+        num_preemptions = sum(output.metrics.num_preemptions for output in outputs if output.metrics)
+        assert bool(num_preemptions) == preempting
 
 
 @pytest.mark.parametrize("budget", [7, 64])

@@ -5,6 +5,9 @@ Tokens of one request are adjacent and in order; request r owns rows query_start
 
     tokens       | r0 r0 r0 | r1 | r2 r2 | ...
     query_start  0          3    4       6
+
+Query, key and value may be views with a strided first axis (parts of one fused projection); their last two axes are
+dense.
 """
 
 from abc import ABC, abstractmethod

@@ -13,7 +13,7 @@ class ModelDescription:
     """What a model needs of a platform.
 
     `implementation` is "native" or "transformers". `config` is the checkpoint's `config.json`, read only.
-    `weight_bytes` counts the weights as held in `dtype`. `head_sizes` lists the sizes of attention heads.
+    `weight_bytes` counts the weights as held in `dtype`.
     `token_activation_bytes` estimates the peak working memory per token of a step, `sample_activation_bytes` the
     working memory per sampled row (logits).
     """

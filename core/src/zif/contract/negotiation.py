@@ -96,8 +96,8 @@ def slab_arena(kv_bytes: int, groups: Sequence[KVGroup]) -> KVArena:
     arena = _cut(kv_bytes, groups)
     if arena.num_slabs < 1 + len(groups):
         raise ConfigError(
-            f"kv_bytes={kv_bytes!r} holds {arena.num_slabs} slabs of {arena.slab_bytes} bytes; {len(groups)} layer "
-            f"groups and the null slab need {1 + len(groups)}: raise it to {(1 + len(groups)) * arena.slab_bytes}"
+            f"kv_bytes={kv_bytes!r} holds {arena.num_slabs} slabs of {arena.slab_bytes} bytes, but {len(groups)} layer "
+            f"groups and the null slab need one each: raise it to {_bytes_for(groups, [1] * len(groups))}"
         )
     return arena
 
@@ -124,7 +124,8 @@ def _decide(feature: Feature, offer: Offer) -> Decision:
     if cost is not None:
         return Decision(feature.value, Outcome.EMULATED, cost)
     if feature not in offer.device.capabilities.features:
-        detail = f"device {offer.device.device_id!r} ({offer.device.name}) does not claim it; do without or choose another platform"
+        device = offer.device
+        detail = f"device {device.device_id!r} ({device.name}) does not claim it; do without or choose another platform"
         return Decision(feature.value, Outcome.REFUSED, detail)
     served = dict(offer.implementations)
     detail = served.get(feature.value) or served.get(feature.value.split(".")[0]) or "core"

@@ -1,6 +1,7 @@
 """The operators of a decoder layer that a platform may implement itself.
 
-Shapes: T tokens, C channels, H heads, D head size, E experts, k experts per token. Every method returns a new array
+Shapes: T tokens, C channels, H heads, D head size, E experts, k experts per token. Arguments may have a strided first
+axis, their other axes are dense. Every method returns a new array
 or reuses an argument's storage only where it says so. `zif.reference` holds the executable semantics of each method;
 a platform overrides the ones it is better at, and its plan reports the others as served by the reference.
 """

@@ -98,8 +98,8 @@ def _explain_absence(folder: Path) -> str:
     if any(folder.glob("*.bin")) or any(folder.glob("*.pth")) or any(folder.glob("*.pt")):
         return (
             f"{str(folder)!r} holds pickled weights only (.bin, .pt or .pth), which are not loaded because reading "
-            "them runs code; convert them: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder), of "
-            "transformers"
+            "them runs code; convert them with transformers: "
+            "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
         )
     shards = sorted(file.name for file in folder.glob("*.safetensors"))
     if shards:

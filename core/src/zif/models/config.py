@@ -56,6 +56,11 @@ class ConfigReader:
             raise self.wrong(key, "a positive integer")
         return value
 
+    def count_or_zero(self, key: str, default: int) -> int:
+        """Read an integer that is not negative."""
+        value = self.values.get(key)
+        return 0 if type(value) is int and value == 0 else self.count(key, default)
+
     def optional_count(self, key: str) -> int | None:
         """Read a positive integer, None when absent or null."""
         return self.count(key) if self.has(key) else None

@@ -107,7 +107,7 @@ def _qwen3(config: ConfigReader) -> DecoderSpec:
 def _late_windows(config: ConfigReader, defaults: Defaults) -> list[str]:
     """Give the layers from `max_window_layers` on a window, when windows are switched on at all."""
     windowed = config.flag("use_sliding_window", False) and window_size(config, defaults) is not None
-    first = config.values.get("max_window_layers", 28)
+    first = config.count_or_zero("max_window_layers", 28)
     kinds = [SLIDING if windowed and index >= first else FULL for index in range(num_layers(config))]
     return list(listed_layer_types(config, kinds))
 

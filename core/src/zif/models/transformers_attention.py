@@ -93,10 +93,11 @@ def _describe_mask(
 def _hold_expert_activations(
     module: torch.nn.Module, hidden_states: torch.Tensor, expert_ids: torch.Tensor, *_routing: torch.Tensor
 ) -> torch.Tensor:
-    """Hold what experts hold at once: for each chosen expert its input, its inner channels twice, and its output."""
+    """Hold what experts hold at once: for each chosen expert its input, its inner channels (gate and up, their bias,
+    what the gate makes of them), its output, and the output weighted."""
     num_channels = hidden_states.shape[-1]
     matrices = [p for p in module.parameters(recurse=False) if p.ndim == 3]
     width = max((p.numel() // (p.shape[0] * num_channels) for p in matrices), default=num_channels)
-    sizes = (num_channels, width, width, num_channels)
+    sizes = (num_channels, width, width, width, num_channels, num_channels)
     held = [hidden_states.new_empty((expert_ids.numel(), size)) for size in sizes]
     return held[-1].new_empty(hidden_states.shape)

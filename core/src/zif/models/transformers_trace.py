@@ -150,7 +150,7 @@ class _AttentionRecorder:
         self.layers: list[TracedLayer] = []
         self._config = config
         self._keys = WeakTensorKeyDictionary()
-        self._windows: dict[MaskFunction, int] = {}
+        self._windows: dict[tuple[MaskFunction, int], int | None] = {}
 
     def __call__(self, call: AttentionCall) -> torch.Tensor:
         layer = self._layer_of(call)
@@ -222,12 +222,11 @@ class _AttentionRecorder:
         return window if window < horizon else None
 
     def _mask_window(self, mask_function: MaskFunction, horizon: int) -> int | None:
-        if mask_function not in self._windows:
-            window = causal_window(mask_function, horizon)
-            if window is None:
-                return None
-            self._windows[mask_function] = window
-        return self._windows[mask_function]
+        """Look at each mask once: most layers share one."""
+        key = (mask_function, horizon)
+        if key not in self._windows:
+            self._windows[key] = causal_window(mask_function, horizon)
+        return self._windows[key]
 
 
 def causal_window(mask_function: MaskFunction, horizon: int) -> int | None:

@@ -31,6 +31,11 @@ WEIGHTS_TAG = "weights"
 _CHUNK_BYTES = 4 << 20
 """Read at once: large enough for full speed, small enough that checking it finds it in cache."""
 
+_WORDS = MappingProxyType(
+    {torch.float64: torch.int64, torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
+)
+"""Integers of the same size, to look at bits."""
+
 
 def load_decoder(
     model: ModelDescription, ops: OpTable, allocator: Allocator[torch.Tensor], array_device: str, progress: Progress
@@ -47,12 +52,6 @@ def load_decoder(
     with _Loader(checkpoint, allocator, dtype) as loader:
         weights = loader.load(layout, progress)
     return Decoder(spec, weights, ops, model.max_model_len, array_device)
-
-
-_WORDS = MappingProxyType(
-    {torch.float64: torch.int64, torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
-)
-"""Integers of the same size, to look at bits."""
 
 
 class _Loader(AbstractContextManager["_Loader"]):

@@ -83,7 +83,6 @@ class Sampler:
         """Forget the request of `row`, if there is one."""
         for rule in self._rules:
             rule.remove(row)
-        self._draws[row] = self._reports[row] = False
 
     def sample(self, logits: torch.Tensor, rows: NDArray[np.int64], tokens: TokenTable) -> SampledTokens:
         """Choose a token for each of `rows`. logits: [S, V], float32, overwritten; rows: [S], distinct.

@@ -1,0 +1,149 @@
+"""How much memory and time loading takes, for a checkpoint of about 1.2 GB.
+
+The physics: weights must be held once (W bytes). Reading a file range straight into that memory adds nothing that
+counts as this process's own, while a mapped file would count each touched page a second time until the kernel takes it
+back (2 W). What else is resident is the interpreter and torch (0.3 to 0.4 GB) and a staging buffer of a few megabytes.
+Time is bounded by writing W bytes once (page faults), reading them once from the page cache or the disk, and one pass
+over them that looks for values that are not finite.
+
+Bound: peak resident memory <= 1.15 * W + 400 MB. The script exits with 1 when it is broken.
+
+    python benchmarks/load_memory.py [--folder FOLDER]
+
+builds a random checkpoint with the shape of Qwen3-0.6B in a temporary folder (or uses the one given), loads it in a
+fresh process, and prints the peak as the kernel counts it (VmHWM), which includes file pages mapped by the process.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+PEAK_FACTOR = 1.15
+PEAK_SLACK_BYTES = 400_000_000
+
+CONFIG = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "vocab_size": 151936,
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 40960,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+}
+
+
+def build(folder: Path) -> None:
+    """Write a checkpoint of random bfloat16 weights."""
+    import torch
+    from safetensors.torch import save_file
+
+    hidden, inner, heads, kv = 1024, 3072, 16 * 128, 8 * 128
+    shapes = {"model.embed_tokens.weight": (151936, hidden), "model.norm.weight": (hidden,)}
+    per_layer = {
+        "input_layernorm": (hidden,),
+        "post_attention_layernorm": (hidden,),
+        "self_attn.q_proj": (heads, hidden),
+        "self_attn.k_proj": (kv, hidden),
+        "self_attn.v_proj": (kv, hidden),
+        "self_attn.o_proj": (hidden, heads),
+        "self_attn.q_norm": (128,),
+        "self_attn.k_norm": (128,),
+        "mlp.gate_proj": (inner, hidden),
+        "mlp.up_proj": (inner, hidden),
+        "mlp.down_proj": (hidden, inner),
+    }
+    for layer in range(28):
+        shapes |= {f"model.layers.{layer}.{name}.weight": shape for name, shape in per_layer.items()}
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        name: (torch.randn(shape, generator=generator, dtype=torch.bfloat16) * 0.02) for name, shape in shapes.items()
+    }
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+
+
+def peak_resident_bytes() -> int:
+    """Read the high-water mark of this process's resident memory."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("no VmHWM in /proc/self/status; this benchmark needs Linux")
+
+
+def measure(folder: Path) -> None:
+    """Load the model and compute one token, in this process; print what it took as JSON."""
+    started = time.perf_counter()
+    import torch
+
+    from zif.models.description import ModelSource, describe_model
+    from zif.models.weights import load_decoder
+    from zif.reference.ops import ReferenceOps
+    from zif_cpu.memory import CpuAllocator
+
+    imported = time.perf_counter()
+    description = describe_model(ModelSource(folder))
+    described = time.perf_counter()
+    model = load_decoder(description, ReferenceOps(), CpuAllocator(1 << 40), "cpu", lambda done, total: None)
+    loaded = time.perf_counter()
+    peak = peak_resident_bytes()
+    with torch.inference_mode():
+        zero = torch.zeros(1, dtype=torch.int64)
+        model.logits(model.forward(zero, zero, lambda layer, query, key, value, params: query))
+    print(
+        json.dumps(
+            {
+                "weight_bytes": description.weight_bytes,
+                "peak_bytes": peak,
+                "import_s": imported - started,
+                "describe_s": described - imported,
+                "load_s": loaded - described,
+                "first_forward_s": time.perf_counter() - loaded,
+            }
+        )
+    )
+
+
+def report(result: dict[str, float]) -> bool:
+    """Print a measurement; say whether the bound holds."""
+    weights, peak = result["weight_bytes"], result["peak_bytes"]
+    bound = PEAK_FACTOR * weights + PEAK_SLACK_BYTES
+    print(f"weights {weights / 1e9:.3f} GB, peak {peak / 1e9:.3f} GB: {peak / weights:.3f} x weights")
+    print(f"bound   {bound / 1e9:.3f} GB ({PEAK_FACTOR} x weights + {PEAK_SLACK_BYTES / 1e6:.0f} MB)")
+    print(
+        f"import {result['import_s']:.2f} s, describe {result['describe_s']:.3f} s, load {result['load_s']:.2f} s "
+        f"({weights / result['load_s'] / 1e9:.2f} GB/s), first forward {result['first_forward_s']:.2f} s"
+    )
+    return peak <= bound
+
+
+def main() -> int:
+    """Build where needed, measure in a fresh process, report."""
+    parser = argparse.ArgumentParser(description="Measure peak memory and time of loading a 1.2 GB checkpoint.")
+    parser.add_argument("--folder", type=Path, help="a model folder to use instead of a random one")
+    parser.add_argument("--measure", action="store_true", help="measure in this process (used by the script itself)")
+    arguments = parser.parse_args()
+    if arguments.measure:
+        measure(arguments.folder)
+        return 0
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = arguments.folder or Path(temporary)
+        if arguments.folder is None:
+            build(folder)
+        command = [sys.executable, __file__, "--measure", "--folder", str(folder)]
+        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return 0 if report(json.loads(output)) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

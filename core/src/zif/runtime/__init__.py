@@ -1,0 +1,1 @@
+"""The neutral torch tier: model runner, batch building, sampler. It reaches a device only through the contract."""

@@ -1,0 +1,118 @@
+"""Small arenas, requests and engines of integers for tests of block manager, scheduler and null runner."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from zif.contract import (
+    EngineConfig,
+    FullAttentionSpec,
+    KVArena,
+    KVGroup,
+    KVSpec,
+    ModelDescription,
+    Request,
+    SamplingParams,
+    SlidingWindowSpec,
+    StepPlan,
+    StepResult,
+    TokenUpdate,
+)
+from zif.kv import PagedBlockManager
+from zif.null.platform import null_layout
+from zif.null.runner import NullRunner, expected_token
+from zif.scheduling import TokenBudgetScheduler
+
+VOCAB_SIZE = 97
+
+
+def full(block_size: int = 4) -> FullAttentionSpec:
+    return FullAttentionSpec((0,), 1, 8, block_size, "float32")
+
+
+def sliding(window: int, block_size: int = 4) -> SlidingWindowSpec:
+    return SlidingWindowSpec((1,), 1, 8, block_size, "float32", window=window)
+
+
+def cut(specs: tuple[KVSpec, ...], num_slabs: int, slab_words: int | None = None) -> KVArena:
+    """Cut an arena of `num_slabs` usable slabs of `slab_words` tokens, by default one block of the largest."""
+    groups = tuple(KVGroup(spec, null_layout(spec)) for spec in specs)
+    words = slab_words or max(spec.block_size for spec in specs)
+    return KVArena(words * 8, num_slabs + 1, groups)
+
+
+def new_request(request_id: int, prompt: list[int], **fields: object) -> Request:
+    defaults = {"sampling": SamplingParams(), "max_total_tokens": len(prompt) + 8, "arrival": request_id}
+    return Request(request_id, list(prompt), len(prompt), **(defaults | fields))  # type: ignore[arg-type]
+
+
+def samples_of(first_id: int, prompt: list[int], count: int, **fields: object) -> tuple[Request, ...]:
+    """Return `count` parallel samples of one prompt."""
+    siblings = tuple(new_request(first_id + index, prompt, **fields) for index in range(count))
+    for sibling in siblings:
+        sibling.siblings = siblings
+    return siblings
+
+
+def expected_output(request: Request, specs: tuple[KVSpec, ...]) -> list[int]:
+    """Return what the null platform must have generated after the prompt, for as many tokens as there are."""
+    tokens = request.token_ids[: request.num_prompt_tokens]
+    while len(tokens) < request.num_tokens:
+        tokens.append(expected_token(tokens, specs, VOCAB_SIZE))
+    return tokens[request.num_prompt_tokens :]
+
+
+@dataclass
+class Engine:
+    """Scheduler, block manager and null runner, stepped by hand."""
+
+    arena: KVArena
+    budget: int = 16
+    max_num_seqs: int = 8
+    caching: bool = True
+    policy: str = "fcfs"
+    plans: list[StepPlan] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.specs = tuple(group.spec for group in self.arena.groups)
+        self.config = EngineConfig(1024, self.max_num_seqs, self.budget, self.caching, self.policy)
+        self.blocks = PagedBlockManager(self.arena, enable_prefix_caching=self.caching, max_step_tokens=self.budget)
+        self.scheduler = TokenBudgetScheduler(self.config, self.blocks)
+        self.runner = NullRunner(self.config)
+        self.runner.load(null_model(self.specs), lambda done, total: None)
+        self.runner.start(self.arena)
+
+    def add(self, *requests: Request) -> None:
+        for request in requests:
+            self.scheduler.add(request)
+
+    def step(self, faults: dict[int, str] | None = None) -> list[TokenUpdate]:
+        """Schedule, compute and update once; the plan is appended to `plans`."""
+        plan = self.scheduler.schedule()
+        assert plan is not None, "nothing to schedule"
+        self.plans.append(plan)
+        result: StepResult = self.runner.submit(plan).result()
+        result.faults.update(faults or {})
+        updates = self.scheduler.update(plan, result)
+        self.blocks.check_integrity(self.scheduler.live_requests())
+        return updates
+
+    def run(self, max_steps: int = 2000) -> None:
+        """Step until nothing is left to do."""
+        for _ in range(max_steps):
+            if not self.scheduler.has_requests():
+                return
+            self.step()
+        raise AssertionError(f"not done after {max_steps} steps")
+
+    @property
+    def num_owned(self) -> tuple[int, ...]:
+        return tuple(usage.num_owned for usage in self.blocks.usage())
+
+    def planned(self, request: Request) -> list[int]:
+        """Return how many tokens each step so far computed for `request`, 0 where it was left out."""
+        counts = (dict(zip(p.request_ids, p.num_tokens, strict=True)) for p in self.plans)
+        return [count.get(request.request_id, 0) for count in counts]
+
+
+def null_model(specs: tuple[KVSpec, ...]) -> ModelDescription:
+    return ModelDescription(Path(), "none", "native", {}, "float32", VOCAB_SIZE, 1024, specs, frozenset(), 0, 0, 0)
