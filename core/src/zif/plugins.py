@@ -37,7 +37,7 @@ class PluginEntry:
         """Probe the platform; one that breaks the rule never to raise is reported, not passed on."""
         try:
             return self.platform.probe()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             return Probe(devices=(), reason=f"probe raised {error!r}; this is a fault of {self.distribution}")
 
 
@@ -124,16 +124,25 @@ class _Loader:
         self._failures: list[PluginFailure] = []
 
     def load(self, entry_point: importlib.metadata.EntryPoint) -> None:
-        plugin: object = None
         try:
             plugin = entry_point.load()
+            if self.manager.is_registered(plugin):
+                raise ContractError("an earlier entry point brought the same plugin; register it once")
+            self._register(plugin, entry_point)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # a plugin that calls sys.exit at import must not end the process either
+            self._fail(entry_point, f"{type(error).__name__}: {error}", traceback.format_exc())
+
+    def _register(self, plugin: object, entry_point: importlib.metadata.EntryPoint) -> None:
+        try:
             self.manager.register(plugin, name=f"{_distribution(entry_point)}:{entry_point.name}")
             self.manager.check_pending()
             self._claim(plugin, entry_point)
-        except Exception as error:
-            if plugin is not None and self.manager.is_registered(plugin):
+        except BaseException:
+            if self.manager.is_registered(plugin):
                 self.manager.unregister(plugin)
-            self._fail(entry_point, f"{type(error).__name__}: {error}", traceback.format_exc())
+            raise
 
     def settle(self) -> tuple[dict[str, PluginEntry], tuple[PluginFailure, ...]]:
         """Refuse names that two plugins claim; return what remains."""

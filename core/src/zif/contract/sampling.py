@@ -93,11 +93,15 @@ class SamplingParams:
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
     def for_sample(self, index: int) -> "SamplingParams":
-        """Return the options of sample `index` of n: one sample, its own seed when a seed was given."""
+        """Return the options of sample `index` of n.
+
+        Each has its own seed when one was given; the first keeps it, so that it equals a request with n = 1. Only the
+        first reports on the prompt that all share.
+        """
         if self.n == 1:
             return self
         seed = None if self.seed is None else (self.seed + index + 2**63) % 2**64 - 2**63
-        return replace(self, n=1, seed=seed)
+        return replace(self, n=1, seed=seed, prompt_logprobs=None if index else self.prompt_logprobs)
 
 
 def _check_range(

@@ -40,7 +40,8 @@ class BlockManager(ABC):
     def reserve(self, request: Request, num_tokens: int) -> bool:
         """Make slots for the first `num_tokens` tokens in every group.
 
-        Appends to `block_ids` and raises `capacity`. False, and nothing changed, when there are not enough blocks.
+        Appends to `block_ids` and raises `capacity`. False, and no request changed, when there are not enough blocks;
+        cached blocks may have been dropped in the attempt.
         """
 
     @abstractmethod
@@ -93,7 +94,10 @@ class Scheduler(ABC):
 
     @abstractmethod
     def schedule(self) -> StepPlan | None:
-        """Plan the next step; None when no request can compute anything."""
+        """Plan the next step; None when there is nothing to compute or to release.
+
+        A plan may hold no requests but only tell the runner which ones to forget.
+        """
 
     @abstractmethod
     def update(self, plan: StepPlan, result: StepResult) -> list[TokenUpdate]:

@@ -1,9 +1,9 @@
 """Chained hashes that name the content of KV blocks.
 
 A block's KV depends on every token up to its end and on what else conditioned the computation. So block i is named by
-SHA-256 over its parent's digest and its tokens, and the chain starts from a root over adapter, media and salt:
+SHA-256 over its parent's digest and its tokens; block 0's parent is the root, which spells out salt, adapter and media:
 
-    root(adapter, media, salt) -> block 0 -> block 1 -> ...
+    root(salt, adapter, media) -> block 0 -> block 1 -> ...
 
 The bytes are canonical (fixed-width little-endian tokens, length-prefixed texts), so digests agree between processes,
 machines and languages.
@@ -28,11 +28,11 @@ def canonical_tokens(token_ids: Sequence[int]) -> bytes:
     return tokens.tobytes()
 
 
-def root_digest(key: CacheKey, block_size: int) -> bytes:
-    """Digest what conditions every block of a request, and the block size that cuts its tokens."""
+def root_content(key: CacheKey, block_size: int) -> bytes:
+    """Spell out what conditions every block of a request, and the block size that cuts its tokens."""
     texts = [text.encode() for text in (key.salt, key.adapter, *key.media)]
     numbers = (block_size, *(len(text) for text in texts))
-    return hashlib.sha256(_VERSION + canonical_tokens(numbers) + b"".join(texts)).digest()
+    return _VERSION + canonical_tokens(numbers) + b"".join(texts)
 
 
 def block_content(parent: bytes, token_ids: Sequence[int]) -> bytes:
@@ -44,6 +44,7 @@ class PrefixChain:
     """The digests of one request at one block size, extended as its tokens become known.
 
     The list lives on the request, so that nothing is hashed twice, not even after preemption.
+    Its first entry is the root.
     """
 
     def __init__(self, request: Request, block_size: int) -> None:
@@ -51,7 +52,7 @@ class PrefixChain:
         self._block_size = block_size
         self._digests = request.digests.setdefault(block_size, [])
         if not self._digests:
-            self._digests.append(root_digest(request.cache_key, block_size))
+            self._digests.append(root_content(request.cache_key, block_size))
 
     def extend(self, num_blocks: int) -> None:
         """Hash up to the first `num_blocks` blocks, all of whose tokens are known."""

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from zif.contract import BlockManager, KVArena, KVUsage, Request
-from zif.kv.groups import NEVER, LayerGroup, layer_group
+from zif.kv.groups import LayerGroup, layer_group
 from zif.kv.hashing import PrefixChain
 from zif.kv.pool import BlockPool
 from zif.kv.slabs import SlabLender
@@ -81,12 +81,16 @@ class PagedBlockManager(BlockManager):
         request.capacity = request.next_commit = request.num_indexed_tokens = 0
 
     def can_hold(self, request: Request, num_tokens: int) -> bool:
-        slabs = 0
-        held_tables: Sequence[list[int]] = request.block_ids or [[] for _ in self._groups]
-        for index, (group, pool, held) in enumerate(zip(self._groups, self._pools, held_tables, strict=True)):
+        needed, spare = 0, self._lender.num_free
+        tables: Sequence[list[int]] = request.block_ids or [[] for _ in self._groups]
+        for index, (group, pool, held) in enumerate(zip(self._groups, self._pools, tables, strict=True)):
             wanted = group.peak_blocks(num_tokens, self._max_step_tokens) - len(held) + held.count(0)
-            slabs += max(0, -(-(wanted - pool.num_own_available) // self._arena.min_slab_blocks(index)))
-        return slabs <= self._lender.num_free or (len(self._pools) > 1 and slabs <= self._num_spare_slabs())
+            missing = wanted - pool.num_own_available
+            if missing > 0:
+                needed += -(-missing // self._arena.min_slab_blocks(index))
+            elif len(self._pools) > 1:
+                spare += pool.num_spare_slabs(-missing)
+        return needed <= spare
 
     def fits(self, num_tokens: int) -> bool:
         slabs = 0
@@ -106,13 +110,14 @@ class PagedBlockManager(BlockManager):
             pool.check_integrity()
             hands = Counter(block for r in live if r.block_ids for block in r.block_ids[index] if block)
             assert hands == pool.references(), f"group {index}: reference counts differ from the requests' tables"
+        self._lender.check_integrity([slab for pool in self._pools for slab in pool.slabs])
 
     def _longest_prefix(self, request: Request, source: Request | None) -> _Prefix:
         limit = (request.num_tokens - 1) // self._alignment * self._alignment
-        found = self._none()
         # Prompt log-probabilities need the logits of every prompt token, so nothing of the prompt may be skipped.
-        if self._caching and request.sampling.prompt_logprobs is None:
-            found = self._indexed_prefix(request, limit)
+        if request.sampling.prompt_logprobs is not None:
+            return self._none()
+        found = self._indexed_prefix(request, limit) if self._caching else self._none()
         if source is not None:
             shared = self._shared_prefix(source, min(limit, source.num_prompt_tokens))
             found = max(found, shared, key=lambda prefix: prefix.num_tokens)
@@ -176,10 +181,7 @@ class PagedBlockManager(BlockManager):
         upcoming = [group.next_release(computed) for group in self._groups]
         if self._caching:
             upcoming.append((computed // self._index_interval + 1) * self._index_interval)
-        request.next_commit = min(upcoming, default=NEVER)
-
-    def _num_spare_slabs(self) -> int:
-        return self._lender.num_free + sum(pool.num_unowned_slabs() for pool in self._pools)
+        request.next_commit = min(upcoming)
 
 
 class _Lookup:

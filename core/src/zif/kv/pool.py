@@ -9,6 +9,8 @@ A block the group holds is in exactly one of three states:
 It knows nothing of requests or tokens; `manager.py` calls it.
 """
 
+from collections.abc import Collection
+
 from zif.contract import KVUsage
 from zif.kv.slabs import SlabLender
 
@@ -24,7 +26,9 @@ class BlockPool:
         self._slab_of = [0] * num_cells
         self._slabs: dict[int, range] = {}
         self._owned_in_slab: dict[int, int] = {}
-        self._free: list[int] = []
+        self._used_in_slab: dict[int, int] = {}
+        self._idle_slabs: dict[int, None] = {}
+        self._free: dict[int, None] = {}
         self._cached: dict[int, None] = {}
         self._num_owned = 0
         self._block_of: dict[bytes, int] = {}
@@ -36,10 +40,7 @@ class BlockPool:
         while len(self._free) < num_blocks:
             if not self._refill():
                 return None
-        taken = [self._free.pop() for _ in range(num_blocks)]
-        for block in taken:
-            self._take(block)
-        return taken
+        return [self._take_free() for _ in range(num_blocks)]
 
     def share(self, block: int) -> None:
         """Put one more hand on a cached or owned block."""
@@ -61,7 +62,7 @@ class BlockPool:
         if block in self._name_of:
             self._cached[block] = None
         else:
-            self._free.append(block)
+            self._put_free(block)
 
     def find(self, digest: bytes, content: bytes) -> int | None:
         """Return the block with this content, or None. The bytes are compared: a digest alone proves nothing."""
@@ -77,21 +78,23 @@ class BlockPool:
             self._name_of[block] = (digest, content)
 
     def forget_all(self) -> None:
-        """Empty the index; cached blocks become free."""
+        """Empty the index; cached blocks become free and slabs without owned blocks go back to the lender."""
+        for block in tuple(self._cached):
+            self._evict(block)
         self._block_of.clear()
         self._name_of.clear()
-        self._free.extend(self._cached)
-        self._cached.clear()
+        for slab in tuple(self._idle_slabs):
+            self._drop_slab(slab)
+            self._lender.take_back(slab)
 
     def surrender_slab(self, *, evict: bool) -> int | None:
-        """Give up a slab without owned blocks, dropping cached blocks only when `evict`; None if there is none."""
-        unowned = [slab for slab, owned in self._owned_in_slab.items() if not owned]
-        if not unowned:
-            return None
-        slab = min(unowned, key=self._num_cached_in)
-        if self._num_cached_in(slab) and not evict:
-            return None
-        self._return_slab(slab)
+        """Give up a slab without owned blocks: an idle one, else, when `evict`, the least recently used one."""
+        slab = next(iter(self._idle_slabs), None)
+        if slab is None and evict:
+            used = (self._slab_of[block] for block in self._cached)
+            slab = next((slab for slab in used if not self._owned_in_slab[slab]), None)
+        if slab is not None:
+            self._drop_slab(slab)
         return slab
 
     @property
@@ -99,9 +102,17 @@ class BlockPool:
         """Count the blocks that `allocate` could return without another slab."""
         return len(self._free) + len(self._cached)
 
-    def num_unowned_slabs(self) -> int:
-        """Count the slabs that could be surrendered."""
-        return sum(not owned for owned in self._owned_in_slab.values())
+    @property
+    def slabs(self) -> Collection[int]:
+        """The slabs that the group holds."""
+        return self._slabs.keys()
+
+    def num_spare_slabs(self, num_spare_blocks: int) -> int:
+        """Count the slabs that could surely be surrendered at the cost of `num_spare_blocks` unowned blocks."""
+        arena = self._lender.arena
+        max_slab_blocks = arena.slab_bytes // arena.groups[self._group].layout.block_bytes
+        unowned = sum(not owned for owned in self._owned_in_slab.values())
+        return min(unowned, num_spare_blocks // max_slab_blocks)
 
     def usage(self) -> KVUsage:
         """Count the group's blocks by state."""
@@ -116,14 +127,33 @@ class BlockPool:
         held = [block for blocks in self._slabs.values() for block in blocks]
         owned = set(self.references())
         assert len(held) == len(set(held)), f"group {self._group}: slabs overlap"
-        assert len(self._free) == len(set(self._free)), f"group {self._group}: a block is free twice"
         states = (set(self._free), set(self._cached), owned)
         assert set(held) == set().union(*states), f"group {self._group}: blocks lost or foreign"
         assert len(held) == sum(map(len, states)), f"group {self._group}: a block is in two states"
         assert len(owned) == self._num_owned, f"group {self._group}: owned count drifted"
+        for slab, blocks in self._slabs.items():
+            num_free = sum(block in self._free for block in blocks)
+            assert self._owned_in_slab[slab] == len(owned.intersection(blocks)), f"slab {slab}: owned count drifted"
+            assert self._used_in_slab[slab] == len(blocks) - num_free, f"slab {slab}: used count drifted"
+            assert (slab in self._idle_slabs) == (num_free == len(blocks)), f"slab {slab}: wrongly idle or busy"
         assert 0 not in held, f"group {self._group}: the null block was lent"
         assert {b: d for d, b in self._block_of.items()} == {b: n[0] for b, n in self._name_of.items()}
         assert not set(self._free) & set(self._name_of), f"group {self._group}: a free block is findable"
+
+    def _take_free(self) -> int:
+        block, _ = self._free.popitem()
+        slab = self._slab_of[block]
+        self._used_in_slab[slab] += 1
+        self._idle_slabs.pop(slab, None)
+        self._take(block)
+        return block
+
+    def _put_free(self, block: int) -> None:
+        slab = self._slab_of[block]
+        self._free[block] = None
+        self._used_in_slab[slab] -= 1
+        if not self._used_in_slab[slab]:
+            self._idle_slabs[slab] = None
 
     def _take(self, block: int) -> None:
         self._references[block] = 1
@@ -148,27 +178,24 @@ class BlockPool:
     def _borrow(self, slab: int) -> None:
         blocks = self._lender.arena.slab_blocks(self._group, slab)
         self._slabs[slab] = blocks
-        self._owned_in_slab[slab] = 0
-        for block in blocks:
+        self._owned_in_slab[slab] = self._used_in_slab[slab] = 0
+        self._idle_slabs[slab] = None
+        for block in reversed(blocks):
             self._slab_of[block] = slab
-        self._free.extend(reversed(blocks))
+            self._free[block] = None
 
-    def _return_slab(self, slab: int) -> None:
-        blocks = self._slabs.pop(slab)
-        del self._owned_in_slab[slab]
-        for block in blocks:
+    def _drop_slab(self, slab: int) -> None:
+        for block in self._slabs.pop(slab):
             if block in self._cached:
                 self._evict(block)
-        self._free = [block for block in self._free if block not in blocks]
+            del self._free[block]
+        del self._owned_in_slab[slab], self._used_in_slab[slab], self._idle_slabs[slab]
 
     def _evict(self, block: int) -> None:
         del self._cached[block]
         digest, _ = self._name_of.pop(block)
         del self._block_of[digest]
-        self._free.append(block)
-
-    def _num_cached_in(self, slab: int) -> int:
-        return sum(block in self._cached for block in self._slabs[slab])
+        self._put_free(block)
 
     def _num_lendable(self) -> int:
         return self._lender.num_free * self._lender.arena.min_slab_blocks(self._group)

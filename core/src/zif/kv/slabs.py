@@ -9,7 +9,7 @@ class SlabHolder(Protocol):
     """A pool that may be asked to give a slab back."""
 
     def surrender_slab(self, *, evict: bool) -> int | None:
-        """Give up a slab without owned blocks, dropping cached blocks only when `evict`; None if there is none."""
+        """Give up a slab without owned blocks: an idle one, else, when `evict`, the least recently used one."""
         ...
 
 
@@ -34,6 +34,10 @@ class SlabLender:
         """Return a free slab, or None."""
         return self._free.pop() if self._free else None
 
+    def take_back(self, slab: int) -> None:
+        """Take back a slab that a pool no longer holds."""
+        self._free.append(slab)
+
     def lend_surrendered(self, borrower: SlabHolder, *, evict: bool) -> int | None:
         """Return a slab that another group can do without, or None."""
         for holder in self._holders:
@@ -42,3 +46,7 @@ class SlabLender:
                 if slab is not None:
                     return slab
         return None
+
+    def check_integrity(self, lent: list[int]) -> None:
+        """Assert that every slab but the null slab is either free or in `lent`, once."""
+        assert sorted(self._free + lent) == list(range(1, self.arena.num_slabs)), "a slab is lost or lent twice"

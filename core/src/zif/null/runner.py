@@ -23,6 +23,7 @@ from zif.contract import (
     StepPlan,
     StepResult,
 )
+from zif.null.platform import SLOT_BYTES
 
 Words = np.ndarray[tuple[int, ...], np.dtype[np.uint64]]
 
@@ -70,7 +71,7 @@ class NullRunner(ModelRunner):
     def __init__(self, config: EngineConfig) -> None:
         self._sequences: dict[int, _Sequence] = {}
         self._specs: tuple[KVSpec, ...] = ()
-        self._memory: list[Words] = []
+        self._memory: Words = np.zeros(0, dtype=np.uint64)
         self._vocab_size = 0
 
     def load(self, model: ModelDescription, progress: Progress) -> None:
@@ -79,9 +80,8 @@ class NullRunner(ModelRunner):
 
     def start(self, arena: KVArena) -> None:
         """View one stretch of words as every group's cells, so that groups can trample on each other as bytes would."""
-        words = np.zeros(arena.num_bytes // 8, dtype=np.uint64)
+        self._memory = np.zeros(arena.num_bytes // SLOT_BYTES, dtype=np.uint64)
         self._specs = tuple(group.spec for group in arena.groups)
-        self._memory = [words] * len(arena.groups)
 
     def submit(self, step: StepPlan) -> StepFuture:
         for request_id in step.released:
@@ -90,12 +90,19 @@ class NullRunner(ModelRunner):
             self._start(start)
         for update in step.block_updates:
             self._extend(update)
-        columns = zip(step.request_ids, step.num_computed, step.num_tokens, step.samples, strict=True)
-        return CompletedStep(StepResult(step.step, [self._compute(*row) for row in columns]))
+        rows = list(zip(step.request_ids, step.num_computed, step.num_tokens, strict=True))
+        # All rows write before any reads, as a layer of a model does: a row that tramples on another shows at once.
+        for request_id, num_computed, num_tokens in rows:
+            self._write(self._sequences[request_id], num_computed, num_computed + num_tokens)
+        sampled = [
+            [self._sample(self._sequences[request_id], num_computed + num_tokens)] if samples else []
+            for (request_id, num_computed, num_tokens), samples in zip(rows, step.samples, strict=True)
+        ]
+        return CompletedStep(StepResult(step.step, sampled))
 
     def close(self) -> None:
         self._sequences.clear()
-        self._memory = []
+        self._memory = np.zeros(0, dtype=np.uint64)
 
     def _start(self, start: RequestStart) -> None:
         assert start.request_id not in self._sequences, f"request {start.request_id} is started twice"
@@ -106,19 +113,20 @@ class NullRunner(ModelRunner):
         assert len(table) == update.start, f"request {update.request_id}: blocks {update.start} do not follow"
         table.extend(update.block_ids)
 
-    def _compute(self, request_id: int, num_computed: int, num_tokens: int, samples: bool) -> list[int]:
-        sequence = self._sequences[request_id]
-        end = num_computed + num_tokens
-        tokens = np.asarray(sequence.token_ids[num_computed:end], dtype=np.uint64)
-        words = token_words(tokens, np.arange(num_computed, end, dtype=np.uint64))
-        visible = []
-        for group, spec in enumerate(self._specs):
-            self._memory[group][self._slots(sequence, group, num_computed, end)] = words
-            visible.append(self._memory[group][self._slots(sequence, group, _first_visible(spec, end), end)])
-        if not samples:
-            return []
-        sequence.token_ids.append(next_token(visible, self._vocab_size))
-        return [sequence.token_ids[-1]]
+    def _write(self, sequence: _Sequence, start: int, end: int) -> None:
+        tokens = np.asarray(sequence.token_ids[start:end], dtype=np.uint64)
+        words = token_words(tokens, np.arange(start, end, dtype=np.uint64))
+        for group in range(len(self._specs)):
+            self._memory[self._slots(sequence, group, start, end)] = words
+
+    def _sample(self, sequence: _Sequence, end: int) -> int:
+        visible = [
+            self._memory[self._slots(sequence, group, _first_visible(spec, end), end)]
+            for group, spec in enumerate(self._specs)
+        ]
+        token_id = next_token(visible, self._vocab_size)
+        sequence.token_ids.append(token_id)
+        return token_id
 
     def _slots(
         self, sequence: _Sequence, group: int, start: int, end: int

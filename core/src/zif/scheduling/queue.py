@@ -55,7 +55,3 @@ class RequestQueue:
     def discard(self, request: Request) -> None:
         """Forget a request, wherever it stands."""
         self._live.discard(request.request_id)
-
-    def requests(self) -> list[Request]:
-        """Return the waiting requests in no particular order."""
-        return [request for _, request_id, request in self._heap if request_id in self._live]

@@ -4,8 +4,11 @@ A step hands out at most `max_num_batched_tokens` tokens to at most `max_num_seq
 catch up with known ones. Prefill, chunked prefill, decode and recomputation after preemption are all this one rule.
 Running requests come first, single tokens before prompt chunks, so that a long prompt never delays a decode; then
 waiting requests are admitted in policy order. When blocks run out, the running request that is last in policy order
-loses its blocks and waits again; the first one always progresses.
+loses its blocks and waits again; the first one always progresses. Should even a request alone find no room, because
+its own blocks or cached ones lie scattered over the slabs, it starts over from an empty cache and stays alone.
 """
+
+import bisect
 
 from zif.contract import (
     BlockManager,
@@ -35,7 +38,7 @@ class TokenBudgetScheduler(Scheduler):
         constraints: SchedulerConstraints = SchedulerConstraints(),  # noqa: B008 - frozen value
     ) -> None:
         self._token_budget = _token_budget(config, constraints)
-        self._max_running = config.max_num_seqs
+        self._max_running = min(config.max_num_seqs, max(constraints.batch_buckets, default=config.max_num_seqs))
         self._blocks = block_manager
         self._key = order_key(config.scheduling_policy)
         self._waiting = RequestQueue(self._key)
@@ -46,6 +49,7 @@ class TokenBudgetScheduler(Scheduler):
         self._num_ended = 0
         self._num_preemptions = 0
         self._blocked: tuple[int, int] | None = None
+        self._loner: Request | None = None
 
     def add(self, request: Request) -> None:
         assert request.request_id not in self._requests, f"request id {request.request_id} is taken"
@@ -74,23 +78,24 @@ class TokenBudgetScheduler(Scheduler):
 
     def update(self, plan: StepPlan, result: StepResult) -> list[TokenUpdate]:
         updates: list[TokenUpdate] = []
-        ended = False
+        num_ended = self._num_ended
         requests = self._requests
         for request_id, num_tokens, sampled in zip(plan.request_ids, plan.num_tokens, result.sampled, strict=True):
             request = requests.get(request_id)
             if request is None or request.status is not RequestStatus.RUNNING:
                 continue
-            request.num_computed_tokens += num_tokens
-            if request.num_computed_tokens >= request.next_commit:
-                self._blocks.commit(request)
             if request_id in result.faults:
+                # Not committed: nobody may find what a faulty step computed.
                 request.error = result.faults[request_id]
                 self._end(request, FinishReason.ERROR)
                 updates.append(TokenUpdate(request, []))
-            elif sampled:
-                updates.append(TokenUpdate(request, self._append_tokens(request, sampled)))
-            ended |= request.finished
-        if ended:
+            else:
+                request.num_computed_tokens += num_tokens
+                if request.num_computed_tokens >= request.next_commit:
+                    self._commit(request)
+                if sampled:
+                    updates.append(TokenUpdate(request, self._append_tokens(request, sampled)))
+        if self._num_ended != num_ended:
             self._running = [r for r in self._running if r.status is RequestStatus.RUNNING]
         return updates
 
@@ -113,15 +118,18 @@ class TokenBudgetScheduler(Scheduler):
         """Plan the running requests; return what is left of the budget for admission."""
         num_preemptions = self._num_preemptions
         chunks: list[Request] = []
+        singles: list[Request] = []
         for request in tuple(self._running):
             computed = request.num_computed_tokens
             if len(request.token_ids) - computed > 1:
                 chunks.append(request)
-            elif len(plan.request_ids) < self._token_budget and (
+            elif len(singles) < self._token_budget and (
                 computed < request.capacity or self._make_room(plan, request, 1)
             ):
-                _append_row(plan, request, 1)
-        budget = self._token_budget - len(plan.request_ids)
+                singles.append(request)
+        # Only now: room was made at the cost of later requests, so none of these has lost its blocks.
+        _append_single_rows(plan, singles)
+        budget = self._token_budget - len(singles)
         for request in chunks:
             num_tokens = min(request.num_tokens - request.num_computed_tokens, budget)
             if num_tokens and self._make_room(plan, request, num_tokens):
@@ -138,7 +146,7 @@ class TokenBudgetScheduler(Scheduler):
             return True
         held = [len(blocks) for blocks in request.block_ids]
         while not self._blocks.reserve(request, needed):
-            victim = max(self._running, key=self._key)
+            victim = self._running[-1]
             _remove_row(plan, victim)
             self._preempt(victim)
             if victim is request:
@@ -157,11 +165,23 @@ class TokenBudgetScheduler(Scheduler):
         request.num_computed_tokens = 0
         request.num_preemptions += 1
         self._waiting.push(request)
+        if not self._running:
+            self._isolate(request)
+
+    def _isolate(self, request: Request) -> None:
+        """Let a request run alone from an empty cache, where every slab it fills, it fills entirely."""
+        self._loner = request
+        self._blocks.reset_prefix_cache()
+
+    def _commit(self, request: Request) -> None:
+        self._blocks.commit(request)
+        if request is self._loner:
+            self._blocks.reset_prefix_cache()
 
     def _admit(self, plan: StepPlan, budget: int) -> None:
         """Start waiting requests in policy order until one does not fit."""
         deferred: list[Request] = []
-        while budget and len(self._running) < self._max_running:
+        while budget and len(self._running) < (1 if self._loner else self._max_running):
             request = self._waiting.peek()
             if request is None or self._is_blocked(request):
                 break
@@ -169,10 +189,13 @@ class TokenBudgetScheduler(Scheduler):
             if source is None and _awaits_sibling(request):
                 deferred.append(self._waiting.pop())
                 continue
-            if not self._start(plan, request, source, budget):
+            if self._start(plan, request, source, budget):
+                budget -= plan.num_tokens[-1]
+            elif self._running or request is self._loner:
                 self._blocked = (request.request_id, self._num_ended + self._num_preemptions)
                 break
-            budget -= plan.num_tokens[-1]
+            else:
+                self._isolate(request)
         for request in deferred:
             self._waiting.push(request)
 
@@ -190,7 +213,7 @@ class TokenBudgetScheduler(Scheduler):
             request.num_computed_tokens = 0
             return False
         self._waiting.pop()
-        self._running.append(request)
+        bisect.insort(self._running, request, key=self._key)
         if not request.num_preemptions:
             request.num_cached_tokens = computed
         request.status = RequestStatus.RUNNING
@@ -222,6 +245,8 @@ class TokenBudgetScheduler(Scheduler):
         request.status = RequestStatus.FINISHED
         request.finish_reason = reason
         request.siblings = ()
+        if request is self._loner:
+            self._loner = None
         del self._requests[request.request_id]
 
 
@@ -231,6 +256,14 @@ def _append_row(plan: StepPlan, request: Request, num_tokens: int) -> None:
     plan.num_computed.append(computed)
     plan.num_tokens.append(num_tokens)
     plan.samples.append(computed + num_tokens == len(request.token_ids))
+
+
+def _append_single_rows(plan: StepPlan, requests: list[Request]) -> None:
+    """Append a row of one token, which samples, for each request: column by column, as most steps are only this."""
+    plan.request_ids += [request.request_id for request in requests]
+    plan.num_computed += [request.num_computed_tokens for request in requests]
+    plan.num_tokens += [1] * len(requests)
+    plan.samples += [True] * len(requests)
 
 
 def _remove_row(plan: StepPlan, request: Request) -> None:
