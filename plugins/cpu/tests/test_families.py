@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.checkpoints import FAMILIES, build_checkpoint
 from transformers import AutoModelForCausalLM
 
+from support.checkpoints import FAMILIES, build_checkpoint
 from zif import LLM, RequestOutput, SamplingParams
 from zif.contract import Request, RequestStatus
 from zif.kv import PagedBlockManager

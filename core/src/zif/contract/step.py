@@ -77,9 +77,9 @@ class StepResult:
     """What one step gave.
 
     `sampled[i]` holds the new tokens of the i-th request of the plan: at least one if it samples, else none. The
-    dictionaries are keyed by request id and hold only requests that asked. `prompt_logprobs` covers the prompt tokens after the first
-    that this step computed the predecessors of, in order. `faults` says why one request failed; the others are
-    unaffected and a faulty request's `sampled` entry is ignored.
+    dictionaries are keyed by request id and hold only requests that asked. `prompt_logprobs` covers the prompt tokens
+    after the first that this step computed the predecessors of, in order. `faults` says why one request failed; the
+    others are unaffected and a faulty request's `sampled` entry is ignored.
     """
 
     step: int

@@ -112,7 +112,8 @@ class InputProcessor:
         """Return each word's tokens as they stand at the start of a text and after a space."""
         spellings = (variant for word in words for variant in (word.lstrip(), " " + word.lstrip()))
         tokens = (tuple(self._vocabulary.encode(text, add_special_tokens=False)) for text in spellings)
-        return tuple(dict.fromkeys(ids for ids in tokens if ids))
+        # A word with a token that the model does not have can never be generated.
+        return tuple(dict.fromkeys(ids for ids in tokens if ids and max(ids) < self._model.vocab_size))
 
 
 def eos_token_ids(model: ModelDescription, vocabulary: Vocabulary) -> frozenset[int]:

@@ -1,0 +1,63 @@
+# Everything is run from here. Needs Python 3.11 or later, pip, git and make; the rest goes into $(VENV).
+#
+#   make run     build the environment, then generate from the model in examples/
+#   make test    all tests
+#   make check   format, lint, types, import contracts, house rules and fast tests: under a minute
+#   make bench   throughput and latency on the model in examples/
+#   make lock    regenerate the lock file of the contract's public surface
+#   make clean   remove the environment and what tools left behind
+
+PYTHON ?= python3
+VENV ?= .venv
+CONSTRAINTS ?= constraints/cpu.txt
+MODEL ?= examples/embedded_model/checkpoint
+PROMPT ?= Return a list of
+WORKERS ?= 2
+
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+INSTALLED_DEV := $(VENV)/.installed-dev
+PROJECTS := core plugins/cpu
+SOURCES := core plugins examples
+TYPED := core/src plugins/cpu/src
+TESTS := core/tests $(wildcard plugins/cpu/tests) $(wildcard conformance/tests)
+FAST := $(addprefix core/tests/,contract house settings scheduling kv null text cli)
+
+.PHONY: run test check bench lock clean environment
+
+run: $(INSTALLED)
+	$(BIN)/zif generate $(MODEL) --prompt "$(PROMPT)" --max-tokens 128 --temperature 0
+
+test: $(INSTALLED_DEV)
+	$(BIN)/python -m pytest -n $(WORKERS) $(TESTS)
+
+check: $(INSTALLED_DEV)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/mypy $(TYPED)
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest -q -n $(WORKERS) -m "not slow" $(wildcard $(FAST))
+
+bench: $(INSTALLED)
+	$(BIN)/zif bench throughput $(MODEL) --num-prompts 64 --input-len 128 --output-len 128
+	$(BIN)/zif bench latency $(MODEL) --batch-size 1 --input-len 128 --output-len 128 --repeats 5
+
+lock: $(INSTALLED)
+	$(BIN)/python -m zif.contract.surface
+
+environment: $(INSTALLED_DEV)
+
+$(INSTALLED): pyproject.toml $(CONSTRAINTS) $(PROJECTS:%=%/pyproject.toml)
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "zif needs Python 3.11 or later: set PYTHON")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) $(PROJECTS:%=--editable ./%)
+	touch $@
+
+$(INSTALLED_DEV): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable './core[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find core plugins -name __pycache__ -prune -exec rm -rf {} +
+	find core plugins -name '*.egg-info' -prune -exec rm -rf {} +

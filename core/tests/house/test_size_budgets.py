@@ -1,0 +1,65 @@
+"""Budgets of size and shape for the source of core and the vendors. An exception carries its reason."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+_ROOT = Path(__file__).resolve().parents[3]
+_MAX_FILE_LINES = 400
+_MAX_FUNCTION_LINES = 60
+_MAX_PARAMETERS = 6
+
+# "file:function" -> why a reader would accept it.
+_PARAMETER_EXCEPTIONS: dict[str, str] = {}
+_FUNCTION_EXCEPTIONS: dict[str, str] = {}
+_FILE_EXCEPTIONS: dict[str, str] = {}
+
+
+def _sources():
+    return sorted(
+        p for folder in ("core/src", "plugins") for p in (_ROOT / folder).rglob("*.py") if "/build/" not in str(p)
+    )
+
+
+def _name(path):
+    return path.relative_to(_ROOT).as_posix()
+
+
+def _functions():
+    for path in _sources():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                yield f"{_name(path)}:{node.name}", node
+
+
+def _num_parameters(node):
+    names = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+    return len([name for name in names if name not in ("self", "cls")])
+
+
+def test_files_are_short():
+    long = {_name(p): n for p in _sources() if (n := len(p.read_text(encoding="utf-8").splitlines())) > _MAX_FILE_LINES}
+    assert {name: n for name, n in long.items() if name not in _FILE_EXCEPTIONS} == {}
+
+
+def test_functions_are_short():
+    lengths = {name: node.end_lineno - node.lineno + 1 for name, node in _functions()}
+    long = {name: n for name, n in lengths.items() if n > _MAX_FUNCTION_LINES}
+    assert {name: n for name, n in long.items() if name not in _FUNCTION_EXCEPTIONS} == {}
+
+
+def test_functions_have_few_parameters():
+    many = {name: n for name, node in _functions() if (n := _num_parameters(node)) > _MAX_PARAMETERS}
+    assert {name: n for name, n in many.items() if name not in _PARAMETER_EXCEPTIONS} == {}
+
+
+@pytest.mark.parametrize("exceptions", [_PARAMETER_EXCEPTIONS, _FUNCTION_EXCEPTIONS, _FILE_EXCEPTIONS])
+def test_exceptions_still_exist_and_have_reasons(exceptions):
+    known = {name for name, _ in _functions()} | {_name(path) for path in _sources()}
+    assert [name for name, reason in exceptions.items() if name not in known or len(reason) < 20] == []
+
+
+def test_every_source_file_says_what_it_is():
+    silent = [_name(p) for p in _sources() if not ast.get_docstring(ast.parse(p.read_text(encoding="utf-8")))]
+    assert [name for name in silent if (_ROOT / name).read_text().strip()] == []

@@ -1,0 +1,192 @@
+"""Settings: limits, sources, precedence, origins, and advice for names that zif does not have."""
+
+import tomllib
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from zif.errors import ConfigError
+from zif.settings import EngineSettings, format_settings, parse_bytes, resolve_settings, setting_fields
+
+
+def _settings(**values):
+    return EngineSettings.from_values({"model": "folder", **values})
+
+
+def test_defaults_are_valid_and_complete():
+    settings = _settings()
+    assert settings.max_num_seqs == 256
+    assert settings.max_num_batched_tokens == 2048
+    assert settings.enable_prefix_caching is True
+    assert settings.kv_bytes is None
+
+
+def test_model_may_be_a_path():
+    assert _settings(tokenizer=Path("a") / "b").tokenizer == str(Path("a") / "b")
+
+
+@pytest.mark.parametrize(
+    ("text", "num_bytes"),
+    [
+        ("4294967296", 2**32),
+        ("4GiB", 2**32),
+        ("4 gib", 2**32),
+        ("512MiB", 2**29),
+        ("1.5KiB", 1536),
+        ("2e9", 2 * 10**9),
+        ("2GB", 2 * 10**9),
+        ("10_000", 10_000),
+        ("7B", 7),
+    ],
+)
+def test_bytes_are_read(text, num_bytes):
+    assert parse_bytes(text) == num_bytes
+    assert _settings(memory_limit=text).memory_limit == num_bytes
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "-1", "4 XB", "4GiBx", "1e", "1e999", "0x10", "٤", "nan", "1" * 5000])
+def test_what_is_no_number_of_bytes_is_refused_by_name(text):
+    with pytest.raises(ConfigError, match="kv_bytes"):
+        _settings(kv_bytes=text)
+
+
+@given(st.integers(min_value=1, max_value=2**60))
+def test_every_number_of_bytes_is_read_back(num_bytes):
+    assert parse_bytes(str(num_bytes)) == num_bytes
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "limit"),
+    [
+        ("max_num_seqs", 0, "1 to 65536"),
+        ("max_num_batched_tokens", -1, "1 to"),
+        ("max_model_len", 0, "1 to"),
+        ("block_size", 0, "1 to"),
+        ("kv_bytes", 0, "1 to"),
+        ("seed", -1, "0 to"),
+        ("max_num_seqs", True, "an integer"),
+        ("max_num_seqs", 1.0, "an integer"),
+        ("max_num_seqs", "8", "an integer"),
+        ("max_num_seqs", None, "an integer"),
+        ("enable_prefix_caching", 1, "true or false"),
+        ("dtype", "float61", "bfloat16"),
+        ("dtype", 3, "text"),
+        ("model_impl", "vendor", "transformers"),
+        ("scheduling_policy", "lifo", "fcfs"),
+        ("tokenizer", "", "empty"),
+    ],
+)
+def test_a_wrong_value_is_refused_with_name_value_and_limit(name, value, limit):
+    with pytest.raises(ConfigError) as caught:
+        _settings(**{name: value})
+    message = str(caught.value)
+    assert message.startswith(name)
+    assert limit in message
+    assert not value or repr(value) in message
+
+
+@pytest.mark.parametrize(("name", "value"), [("tensor_parallel_size", 2), ("quantization", "fp8")])
+def test_what_is_not_supported_yet_says_so(name, value):
+    with pytest.raises(ConfigError, match=rf"{name}={value!r} is not supported yet: .+"):
+        _settings(**{name: value})
+
+
+def test_cache_larger_than_the_limit_is_refused():
+    with pytest.raises(ConfigError, match=r"kv_bytes=.*memory_limit="):
+        _settings(kv_bytes="2GiB", memory_limit="1GiB")
+
+
+def test_missing_model_is_refused():
+    with pytest.raises(ConfigError, match="model is not set"):
+        resolve_settings({}, {})
+
+
+def test_an_unknown_name_is_refused_with_the_nearest():
+    with pytest.raises(ConfigError, match=r"max_num_seq .*did you mean max_num_seqs\?"):
+        _settings(max_num_seq=4)
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("gpu_memory_utilization", "kv_bytes"),
+        ("enforce_eager", "captures no graphs"),
+        ("swap_space", "not supported yet"),
+        ("speculative_config", "not supported yet"),
+        ("max_seq_len", "max_model_len"),
+    ],
+)
+def test_names_of_other_engines_get_an_answer(name, advice, tmp_path):
+    with pytest.raises(ConfigError, match=advice):
+        _settings(**{name: 1})
+    with pytest.raises(ConfigError, match=advice):
+        resolve_settings({"model": "m"}, {f"ZIF_{name.upper()}": "1"})
+    file = tmp_path / "zif.toml"
+    file.write_text(f"{name} = 1\n")
+    with pytest.raises(ConfigError, match=advice):
+        resolve_settings({"model": "m"}, {}, file)
+
+
+def test_precedence_and_origins(tmp_path):
+    file = tmp_path / "zif.toml"
+    file.write_text('model = "from-file"\nmax_num_seqs = 1\nmax_model_len = 10\nkv_bytes = "1MiB"\n')
+    environ = {"ZIF_MAX_NUM_SEQS": "2", "ZIF_MAX_MODEL_LEN": "20", "ZIF_ENABLE_PREFIX_CACHING": "off"}
+    resolved = resolve_settings({"max_num_seqs": "3"}, environ, file)
+    settings, origins = resolved.settings, resolved.origins
+    assert (settings.max_num_seqs, origins["max_num_seqs"]) == (3, "command line")
+    assert (settings.max_model_len, origins["max_model_len"]) == (20, "environment ZIF_MAX_MODEL_LEN")
+    assert (settings.kv_bytes, origins["kv_bytes"]) == (2**20, f"file {file}")
+    assert (settings.seed, origins["seed"]) == (0, "default")
+    assert settings.enable_prefix_caching is False
+    assert settings.model == "from-file"
+    assert resolved.warnings == ()
+
+
+def test_auto_takes_an_option_back(tmp_path):
+    file = tmp_path / "zif.toml"
+    file.write_text("max_model_len = 10\n")
+    assert resolve_settings({"model": "m", "max_model_len": "auto"}, {}, file).settings.max_model_len is None
+
+
+@pytest.mark.parametrize(
+    ("cli", "environ", "place"),
+    [
+        ({"max_num_seqs": "x"}, {}, "command line: max_num_seqs='x'"),
+        ({}, {"ZIF_MAX_NUM_SEQS": "0"}, "environment ZIF_MAX_NUM_SEQS: max_num_seqs=0"),
+        ({}, {"ZIF_TRUST_REMOTE_CODE": "maybe"}, "environment ZIF_TRUST_REMOTE_CODE: trust_remote_code='maybe'"),
+        ({"max_num_seqs": "1" * 5000}, {}, "command line: max_num_seqs="),
+    ],
+)
+def test_an_error_names_the_source(cli, environ, place):
+    with pytest.raises(ConfigError) as caught:
+        resolve_settings({"model": "m", **cli}, environ)
+    assert str(caught.value).startswith(place)
+
+
+def test_unknown_variables_are_warned_about_not_refused():
+    resolved = resolve_settings({"model": "m"}, {"ZIF_MAX_NUM_SEQ": "1", "ZIF_ACME_TILES": "4", "HOME": "/"})
+    assert len(resolved.warnings) == 2
+    assert any("ZIF_MAX_NUM_SEQS" in warning for warning in resolved.warnings)
+
+
+@pytest.mark.parametrize("content", ["max_num_seqs = ", "\x00", "[engine]\nmax_num_seqs = 1\n", 'max_num_seqs = "8"'])
+def test_a_wrong_file_is_refused_by_name(content, tmp_path):
+    file = tmp_path / "zif.toml"
+    file.write_text(content)
+    with pytest.raises(ConfigError, match=r"zif\.toml"):
+        resolve_settings({"model": "m"}, {}, file)
+
+
+def test_a_missing_file_is_refused_by_name(tmp_path):
+    with pytest.raises(ConfigError, match=r"absent\.toml.*check the path"):
+        resolve_settings({"model": "m"}, {}, tmp_path / "absent.toml")
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(str.strip), st.integers(1, 2**16))
+def test_printed_settings_are_toml_that_reads_back(model, max_num_seqs):
+    resolved = resolve_settings({"model": model, "max_num_seqs": str(max_num_seqs)}, {})
+    table = tomllib.loads(format_settings(resolved))
+    assert list(table) == [declared.name for declared in setting_fields()]
+    assert EngineSettings.from_values(table) == resolved.settings

@@ -1,0 +1,157 @@
+"""The CPU as a platform: what it offers, and how a workload is planned on it. Imports no array library.
+
+Called by discovery through `zif_cpu.plugin`; `open` is the only method that imports torch's device side.
+"""
+
+import importlib.metadata
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+
+from zif.contract import (
+    Capabilities,
+    Collective,
+    Device,
+    DeviceInfo,
+    Feature,
+    KVSizing,
+    Numerics,
+    Offer,
+    Plan,
+    Platform,
+    Probe,
+    Refusal,
+    Workload,
+    negotiate,
+)
+from zif.errors import PlatformUnavailableError
+from zif_cpu.host import Host, read_host
+
+_MIN_TORCH = (2, 8)
+_DTYPES = ("float32", "bfloat16", "float16")
+
+_CAPABILITIES = Capabilities(
+    dtypes=tuple(Numerics(storage=dtype, compute=dtype, accumulate="float32") for dtype in _DTYPES),
+    features=frozenset(
+        {
+            Feature.ATTENTION_FULL,
+            Feature.ATTENTION_SLIDING_WINDOW,
+            Feature.ATTENTION_SOFTCAP,
+            Feature.ATTENTION_SINKS,
+            Feature.MIXTURE_OF_EXPERTS,
+            Feature.QUANTIZATION_MXFP4_DEQUANTIZED,
+            Feature.TRANSFORMERS_BACKEND,
+            Feature.PREFIX_CACHING,
+        }
+    ),
+    kv_dtypes=_DTYPES,
+    block_sizes=(8, 16, 32, 64, 128),
+    max_head_size=512,
+    collectives=frozenset(Collective),
+    collective_dtypes=("float32", "bfloat16", "float16", "float64", "int64", "int32", "int8", "uint8"),
+    notes=("threads of one process share the cores: run one rank per socket", "collectives run over gloo"),
+)
+
+_IMPLEMENTATIONS = (
+    ("allocator", "zif_cpu.memory.CpuAllocator"),
+    ("attention", "zif_cpu.attention.CpuAttention"),
+    ("communicator", "zif_cpu.collectives.GlooCommunicator"),
+    ("graphs", "zif.contract.EagerGraphs"),
+    ("ops", "zif.reference.ops.ReferenceOps"),
+    ("runner", "core"),
+)
+
+_EMULATED = (
+    (Feature.MIXTURE_OF_EXPERTS, "zif.reference.ops.ReferenceOps: one matrix product per expert in use"),
+    (Feature.QUANTIZATION_MXFP4_DEQUANTIZED, "weights are held in the model's dtype: about four times the bytes"),
+)
+
+
+class CpuPlatform(Platform):
+    """Any CPU that torch runs on. `root` is where `/proc` and `/sys` are found."""
+
+    name = "cpu"
+    vendor = "zif"
+    preference = 0
+
+    def __init__(self, root: Path = Path("/")) -> None:
+        self._root = root
+
+    def probe(self) -> Probe:
+        host = read_host(self._root)
+        torch_version = _torch_version()
+        steps = (*host.steps, f"torch: {torch_version or 'not installed'}")
+        problem = _torch_problem(torch_version)
+        if problem or torch_version is None:
+            return Probe((), problem, steps)
+        return Probe((_device_info(host, torch_version),), steps=steps)
+
+    def plan(self, workload: Workload) -> Plan | Refusal:
+        probe = self.probe()
+        if not probe.devices:
+            return Refusal(self.name, (probe.reason,))
+        from zif_cpu.attention import CpuAttention
+
+        offer = Offer(
+            platform=self.name,
+            device=probe.devices[0],
+            layout_of=CpuAttention().kv_layout,
+            implementations=_IMPLEMENTATIONS,
+            emulated=_EMULATED,
+            notes=tuple(_plan_notes(workload, probe.devices[0])),
+            sizing=KVSizing(max_share=0.5),
+        )
+        return negotiate(workload, offer)
+
+    def open(self, plan: Plan, rank: int) -> Device:
+        probe = self.probe()
+        if not probe.devices:
+            raise PlatformUnavailableError(probe.reason)
+        from zif_cpu.device import CpuDevice
+
+        return CpuDevice(plan, rank, num_cores=read_host(self._root).num_cores)
+
+
+def _device_info(host: Host, torch_version: str) -> DeviceInfo:
+    return DeviceInfo(
+        device_id="cpu",
+        name=host.processor,
+        architecture=host.architecture,
+        memory_bytes=host.memory_bytes,
+        available_bytes=host.available_bytes,
+        capabilities=_CAPABILITIES,
+        runtime=(
+            ("torch", torch_version),
+            ("cores", str(host.num_cores)),
+            ("instruction set", " ".join(host.isa_features) or "baseline"),
+        ),
+    )
+
+
+def _plan_notes(workload: Workload, device: DeviceInfo) -> Iterator[str]:
+    """Yield what a user should know before the weights load."""
+    runtime = dict(device.runtime)
+    yield f"{runtime['cores']} cores, instruction set: {runtime['instruction set']}"
+    native = {"bfloat16": {"amx_bf16", "avx512_bf16", "bf16", "svebf16"}, "float16": {"avx512_fp16", "asimd"}}
+    if workload.dtype in native and not native[workload.dtype] & {*runtime["instruction set"].split()}:
+        yield f"this processor has no {workload.dtype} instructions: float32 may be faster, at twice the bytes"
+
+
+def _torch_version() -> str | None:
+    """Return the installed torch's version without importing it, or None."""
+    try:
+        if importlib.util.find_spec("torch") is None:
+            return None
+        return importlib.metadata.version("torch")
+    except (ValueError, importlib.metadata.PackageNotFoundError):
+        return None  # `sys.modules["torch"] = None`, or a folder of that name that is no installed package
+
+
+def _torch_problem(version: str | None) -> str:
+    needed = ".".join(map(str, _MIN_TORCH))
+    if version is None:
+        return f"torch is not installed; install torch>={needed}"
+    parts = [int(part) for part in version.split("+")[0].split(".")[:2] if part.isdecimal()]
+    if tuple(parts) < _MIN_TORCH:
+        return f"torch {version} is too old; install torch>={needed}"
+    return ""

@@ -1,0 +1,93 @@
+"""The opened CPU: threads, health, closing; and the plugin's settings."""
+
+import pytest
+import torch
+
+from zif.contract import FullAttentionSpec, Workload
+from zif.errors import ConfigError
+from zif_cpu import device as device_module
+from zif_cpu.device import CpuDevice
+from zif_cpu.platform import CpuPlatform
+from zif_cpu.settings import CpuSettings, read_settings
+
+
+@pytest.fixture(scope="module")
+def plan():
+    spec = FullAttentionSpec((0,), 1, 16, 16, "float32")
+    return CpuPlatform().plan(Workload("float32", (spec,), (16,), frozenset(), 1000, 1000, 128, 2, 64))
+
+
+@pytest.fixture(autouse=True)
+def _threads():
+    before = torch.get_num_threads()
+    yield
+    assert torch.get_num_threads() == before
+
+
+def test_the_device_uses_the_cores_it_may_and_puts_the_threads_back(plan):
+    before = torch.get_num_threads()
+    device = CpuDevice(plan, 0, num_cores=before + 1, settings=CpuSettings())
+    assert torch.get_num_threads() == before + 1
+    device.close()
+    assert torch.get_num_threads() == before
+
+
+def test_settings_go_before_the_cores(plan):
+    device = CpuDevice(plan, 0, num_cores=64, settings=CpuSettings(num_threads=1))
+    assert torch.get_num_threads() == 1
+    device.close()
+
+
+def test_opened_and_closed_fifty_times(plan):
+    for _ in range(50):
+        device = CpuPlatform().open(plan, 0)
+        buffer = device.allocator.allocate(1 << 16, "kv")
+        assert device.health(10.0).healthy
+        device.synchronize()
+        device.close()
+        device.close()
+        assert device.allocator.stats().allocated_bytes == 0
+        assert not device.health(10.0).healthy
+        del buffer
+
+
+def test_health_says_when_arithmetic_is_wrong_fails_or_is_late(plan, monkeypatch):
+    device = CpuDevice(plan, 0, num_cores=torch.get_num_threads())
+    assert "no answer within 0.0 s" in device.health(0.0).detail or device.health(10.0).healthy
+
+    def fail():
+        raise RuntimeError("out of order")
+
+    monkeypatch.setattr(device_module, "_multiply", fail)
+    assert "out of order" in device.health(10.0).detail
+    assert not device.health(10.0).healthy
+    monkeypatch.undo()
+    monkeypatch.setattr(torch, "equal", lambda *_: False)
+    assert "is wrong" in device.health(10.0).detail
+    device.close()
+
+
+def test_the_limit_of_the_allocator_is_the_plans(plan):
+    device = CpuPlatform().open(plan, 0)
+    assert device.allocator.stats().limit_bytes == plan.memory.available_bytes
+    device.close()
+
+
+@pytest.mark.parametrize(
+    ("environ", "threads"),
+    [
+        ({}, None),
+        ({"OMP_NUM_THREADS": "3"}, 3),
+        ({"OMP_NUM_THREADS": "4,2"}, 4),
+        ({"ZIF_CPU_THREADS": "2", "OMP_NUM_THREADS": "3"}, 2),
+        ({"ZIF_CPU_THREADS": ""}, None),
+    ],
+)
+def test_settings_are_read_from_the_environment(environ, threads):
+    assert read_settings(environ) == CpuSettings(threads)
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "many", "5000", "1.5"])
+def test_a_wrong_number_of_threads_is_an_error(text):
+    with pytest.raises(ConfigError, match="ZIF_CPU_THREADS"):
+        read_settings({"ZIF_CPU_THREADS": text})
