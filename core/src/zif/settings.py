@@ -4,11 +4,12 @@ A setting comes from the command line, from the environment (`ZIF_MAX_NUM_SEQS=8
 default, in falling order of precedence. Everything is validated here and nowhere else, before any model is opened.
 
 Not here: options of one request (`zif.contract.SamplingParams`) and what the pluggable parts see once everything is
-resolved (`zif.contract.EngineConfig`). Called by the command line and by `LLM`. Standard library only. This module is
-the only place in core that reads the environment.
+resolved (`zif.contract.EngineConfig`). Called by the command line and by `LLM`. This module is the only place in
+core that reads the environment.
 """
 
 import difflib
+import importlib.metadata
 import json
 import os
 import re
@@ -19,6 +20,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, cast
 
+from zif.contract import ENTRY_POINT_GROUP
 from zif.errors import ConfigError
 
 ENVIRONMENT_PREFIX = "ZIF_"
@@ -180,8 +182,9 @@ def resolve_settings(
 ) -> ResolvedSettings:
     """Merge command line over environment over file over defaults.
 
-    `cli` holds only what was given. `environ` None reads the process's environment. An unknown `ZIF_` variable is a
-    warning, because plugins have variables of their own; an unknown key in the file raises `ConfigError`.
+    `cli` holds only what was given. `environ` None reads the process's environment. `ZIF_<PLUGIN>_...` belongs to the
+    installed plugin of that name; another unknown `ZIF_` variable is a warning, because it may belong to a plugin that
+    is installed elsewhere. An unknown key in the file raises `ConfigError`.
     """
     defaults = [d for d in setting_fields() if d.default is not MISSING]
     values: dict[str, object] = {d.name: d.default for d in defaults}
@@ -227,6 +230,10 @@ def _unknown_variables(variables: Mapping[str, str]) -> tuple[str, ...]:
     known = [ENVIRONMENT_PREFIX + d.name.upper() for d in setting_fields()]
     foreign = [ENVIRONMENT_PREFIX + name.upper() for name in _FOREIGN_NAMES]
     unknown = [v for v in variables if v.startswith(ENVIRONMENT_PREFIX) and v not in known and v not in foreign]
+    if unknown:
+        plugins = importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)
+        reserved = tuple(f"{ENVIRONMENT_PREFIX}{plugin.name.upper()}_" for plugin in plugins)
+        unknown = [v for v in unknown if not v.startswith(reserved)]
     return tuple(f"environment variable {v} is no setting of zif's core{_nearest(v, known)}" for v in sorted(unknown))
 
 

@@ -165,10 +165,12 @@ def test_an_error_names_the_source(cli, environ, place):
     assert str(caught.value).startswith(place)
 
 
-def test_unknown_variables_are_warned_about_not_refused():
-    resolved = resolve_settings({"model": "m"}, {"ZIF_MAX_NUM_SEQ": "1", "ZIF_ACME_TILES": "4", "HOME": "/"})
-    assert len(resolved.warnings) == 2
-    assert any("ZIF_MAX_NUM_SEQS" in warning for warning in resolved.warnings)
+def test_unknown_variables_are_warned_about_and_those_of_installed_plugins_are_not():
+    environ = {"ZIF_MAX_NUM_SEQ": "1", "ZIF_ACME_TILES": "4", "ZIF_NULL_SPEED": "2", "HOME": "/"}
+    warnings = resolve_settings({"model": "m"}, environ).warnings
+    assert len(warnings) == 2
+    assert "ZIF_ACME_TILES" in warnings[0]
+    assert "did you mean ZIF_MAX_NUM_SEQS?" in warnings[1]
 
 
 @pytest.mark.parametrize("content", ["max_num_seqs = ", "\x00", "[engine]\nmax_num_seqs = 1\n", 'max_num_seqs = "8"'])
