@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.checkpoints import build_checkpoint
 
+from support.checkpoints import build_checkpoint
 from zif import LLM, SamplingParams
 from zif.contract import StepFuture, StepPlan
 from zif.errors import ConfigError, EngineError, RequestError

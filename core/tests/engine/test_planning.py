@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import pytest
-from support.checkpoints import build_checkpoint
 
+from support.checkpoints import build_checkpoint
 from zif.engine.planning import plan_model
 from zif.errors import ConfigError, PlanRefusedError, PlatformNotFoundError
 from zif.settings import EngineSettings

@@ -3,8 +3,8 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.control_plane import full, sliding
 
+from support.control_plane import full, sliding
 from zif.contract import KVSpec
 from zif.errors import ContractError
 from zif.kv.groups import NEVER, layer_group

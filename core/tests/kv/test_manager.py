@@ -4,8 +4,8 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
-from support.control_plane import cut, full, new_request, samples_of, sliding
 
+from support.control_plane import cut, full, new_request, samples_of, sliding
 from zif.contract import CacheKey, SamplingParams
 from zif.kv import PagedBlockManager
 

@@ -1,8 +1,8 @@
 """The states of a block: free, cached, owned; eviction order; the index."""
 
 import pytest
-from support.control_plane import cut, full
 
+from support.control_plane import cut, full
 from zif.contract import KVUsage
 from zif.kv.pool import BlockPool
 from zif.kv.slabs import SlabLender

@@ -5,8 +5,8 @@ import struct
 from types import SimpleNamespace
 
 import pytest
-from support.control_plane import cut, full, new_request, sliding
 
+from support.control_plane import cut, full, new_request, sliding
 from zif.contract import CacheKey, SamplingParams
 from zif.kv import PagedBlockManager, hashing
 from zif.kv.hashing import PrefixChain, canonical_tokens, root_content

@@ -3,8 +3,8 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.control_plane import cut, full, new_request, sliding
 
+from support.control_plane import cut, full, new_request, sliding
 from zif.contract import KVUsage
 from zif.kv import PagedBlockManager
 from zif.kv.pool import BlockPool

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+
 from support.checkpoints import build_checkpoint, build_sharded_checkpoint, build_tied_checkpoint, edit_config
 from support.host_memory import HostAllocator
 from support.native_models import describe_native, ignore_progress, load_native, native_logits
-
 from zif.contract import ModelDescription
 from zif.errors import CheckpointError, OutOfMemoryError
 from zif.models.checkpoint import open_checkpoint

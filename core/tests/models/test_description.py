@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
+
 from support.checkpoints import FAMILIES, build_checkpoint, build_tied_checkpoint, edit_config
 from support.native_models import describe_native
-
 from zif.contract import Feature, FullAttentionSpec, SlidingWindowSpec
 from zif.errors import ConfigError, ModelError, UnknownArchitectureError
 from zif.models.description import ModelSource, describe_model

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+
 from support.checkpoints import build_tied_checkpoint, edit_config
 from support.native_models import describe_native, load_native
-
 from zif.errors import CheckpointError
 
 NUM_TOKENS = 400_000

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+
 from support.checkpoints import build_checkpoint, edit_config
 from support.native_models import describe_native, native_logits
-
 from zif.contract import Feature
 from zif.errors import CheckpointError, ModelError
 from zif.models.mxfp4 import dequantize

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from support.checkpoints import (
     FAMILIES,
     build_checkpoint,

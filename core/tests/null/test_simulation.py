@@ -6,9 +6,9 @@ Seeds are fixed, so that a failure repeats.
 from dataclasses import replace
 
 import pytest
+
 from support.control_plane import Engine, cut, expected_output, full, new_request, sliding
 from support.simulation import Simulation
-
 from zif.contract import RequestStatus
 from zif.errors import ZifError
 from zif.kv import hashing, manager

@@ -4,8 +4,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.paged_attention import BOUND_LAYER, LAYERS, PagedStep, StepCase
 
+from support.paged_attention import BOUND_LAYER, LAYERS, PagedStep, StepCase
 from zif.reference.attention import ReferenceAttention
 
 MIXED = ((1, 1), (1, 16), (17, 17), (1, 100), (30, 70), (33, 33), (1, 64))

@@ -7,7 +7,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.sampling import SampledBatch, SampledRequest, sample_one
 from transformers.generation.logits_process import (
     MinNewTokensLengthLogitsProcessor,
     NoBadWordsLogitsProcessor,
@@ -15,6 +14,7 @@ from transformers.generation.logits_process import (
     SequenceBiasLogitsProcessor,
 )
 
+from support.sampling import SampledBatch, SampledRequest, sample_one
 from zif.contract.sampling import SamplingParams
 from zif.errors import RequestError
 from zif.runtime.logprobs import prompt_logprobs

@@ -5,7 +5,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.sampling import SampledBatch, SampledRequest, sample_one
 from transformers.generation.logits_process import (
     LogitsProcessorList,
     MinPLogitsWarper,
@@ -14,6 +13,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
+from support.sampling import SampledBatch, SampledRequest, sample_one
 from zif.contract.sampling import SamplingParams
 from zif.runtime.drawing import DrawOptions, draw_tokens
 from zif.runtime.randomness import draw_fractions, stream_state

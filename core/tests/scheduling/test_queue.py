@@ -3,8 +3,8 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.control_plane import new_request
 
+from support.control_plane import new_request
 from zif.errors import ConfigError
 from zif.scheduling.queue import RequestQueue, order_key
 

@@ -3,8 +3,8 @@
 import random
 
 import pytest
-from support.control_plane import Engine, cut, expected_output, full, new_request, samples_of, sliding
 
+from support.control_plane import Engine, cut, expected_output, full, new_request, samples_of, sliding
 from zif.contract import (
     CacheKey,
     EngineConfig,

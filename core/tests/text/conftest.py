@@ -1,8 +1,8 @@
 """One tokenizer of each kind, loaded once."""
 
 import pytest
-from support.tokenizer_kinds import KINDS
 
+from support.tokenizer_kinds import KINDS
 from zif.text.tokenizer import load_tokenizer
 
 

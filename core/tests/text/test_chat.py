@@ -6,9 +6,9 @@ from datetime import datetime
 from itertools import product
 
 import pytest
-from support.tiny_tokenizer import write_tokenizer
 from transformers import AutoTokenizer
 
+from support.tiny_tokenizer import write_tokenizer
 from zif.errors import ModelError, RequestError
 from zif.text.chat import ChatOptions, ChatTemplates, load_chat_templates, render_chat
 

@@ -5,8 +5,8 @@ from itertools import chain
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from support.tokenizer_kinds import write_byte_fallback, write_byte_level
 
+from support.tokenizer_kinds import write_byte_fallback, write_byte_level
 from zif.text.detokenizer import Detokenizer
 from zif.text.tokenizer import load_tokenizer
 

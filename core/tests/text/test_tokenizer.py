@@ -7,10 +7,10 @@ import sys
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support.tiny_tokenizer import PAD_ID
-from support.tokenizer_kinds import write_byte_fallback, write_byte_level, write_python_vocabulary, write_word_level
 from transformers import AutoTokenizer
 
+from support.tiny_tokenizer import PAD_ID
+from support.tokenizer_kinds import write_byte_fallback, write_byte_level, write_python_vocabulary, write_word_level
 from zif.errors import ConfigError, ModelError
 from zif.text.tokenizer import load_tokenizer
 

@@ -28,9 +28,7 @@ class Model(ABC):
     """A decoder whose weights are loaded. T tokens of the step, C hidden channels, V vocabulary."""
 
     @abstractmethod
-    def forward(
-        self, token_ids: "torch.Tensor", positions: "torch.Tensor", attend: LayerAttention
-    ) -> "torch.Tensor":
+    def forward(self, token_ids: "torch.Tensor", positions: "torch.Tensor", attend: LayerAttention) -> "torch.Tensor":
         """Run all layers. token_ids, positions: [T], int64. Returns the final normed hidden states [T, C]."""
 
     @abstractmethod
