@@ -26,7 +26,7 @@ FAST := $(addprefix core/tests/,contract house settings scheduling kv null text 
 .PHONY: run test check bench lock clean environment
 
 run: $(INSTALLED)
-	$(BIN)/zif generate $(MODEL) --prompt "$(PROMPT)" --max-tokens 128 --temperature 0
+	$(BIN)/zif generate $(MODEL) --prompt "$(PROMPT)" --max-tokens 128 --temperature 0.6 --top-p 0.9 --request-seed 1
 
 test: $(INSTALLED_DEV)
 	$(BIN)/python -m pytest -n $(WORKERS) $(TESTS)

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from zif.contract import AttentionBackend, AttentionBatch, AttentionParams, KVArena, KVLayout, KVSpec
+from zif_cpu.layout import kv_layout
 from zif_cpu.tiling import DecodeRows, FusedPart, PreparedStep, PromptChunk, TileLimits, prepare_step
 
 
@@ -33,7 +34,7 @@ class LayerCache:
 
 
 class CpuAttention(AttentionBackend[LayerCache, PreparedStep]):
-    """Tiled attention. A block keeps the tokens of one head together, so that a gathered tile is ready to multiply.
+    """Tiled attention.
 
     Keeps a few tiles of working memory between calls; calls come from one thread.
     """
@@ -43,9 +44,7 @@ class CpuAttention(AttentionBackend[LayerCache, PreparedStep]):
         self._scratch = _Scratch()
 
     def kv_layout(self, spec: KVSpec) -> KVLayout:
-        shape = (len(spec.layers), 2, spec.num_kv_heads, spec.block_size, spec.head_dim)
-        num_bytes = torch.Size(shape).numel() * _torch_dtype(spec.dtype).itemsize
-        return KVLayout(num_bytes, ("layer", "kv", "head", "token", "element"), shape, spec.dtype)
+        return kv_layout(spec)
 
     def bind(self, arena: KVArena, group: int, memory: torch.Tensor) -> Sequence[LayerCache]:
         layout = arena.groups[group].layout

@@ -26,6 +26,8 @@ from zif.contract import (
 )
 from zif.errors import PlatformUnavailableError
 from zif_cpu.host import Host, read_host
+from zif_cpu.layout import kv_layout
+from zif_cpu.settings import limit_spinning
 
 _MIN_TORCH = (2, 8)
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -90,12 +92,10 @@ class CpuPlatform(Platform):
         probe = self.probe()
         if not probe.devices:
             return Refusal(self.name, (probe.reason,))
-        from zif_cpu.attention import CpuAttention
-
         offer = Offer(
             platform=self.name,
             device=probe.devices[0],
-            layout_of=CpuAttention().kv_layout,
+            layout_of=kv_layout,
             implementations=_IMPLEMENTATIONS,
             emulated=_EMULATED,
             notes=tuple(_plan_notes(workload, probe.devices[0])),
@@ -107,6 +107,7 @@ class CpuPlatform(Platform):
         probe = self.probe()
         if not probe.devices:
             raise PlatformUnavailableError(probe.reason)
+        limit_spinning()
         from zif_cpu.device import CpuDevice
 
         return CpuDevice(plan, rank, num_cores=read_host(self._root).num_cores)

@@ -1,12 +1,18 @@
-"""The CPU plugin's own settings: the one place of this package that reads the environment. Called by the device."""
+"""The CPU plugin's own settings: the one place of this package that touches the environment.
+
+Called by the platform and the device.
+"""
 
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from zif.errors import ConfigError
 
 _THREAD_VARIABLES = ("ZIF_CPU_THREADS", "OMP_NUM_THREADS")
+_SPIN_VARIABLES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+_SPIN_COUNT = "1000"
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +32,17 @@ def read_settings(environ: Mapping[str, str] | None = None) -> CpuSettings:
         if variables.get(name):
             return CpuSettings(num_threads=_thread_count(name, variables[name]))
     return CpuSettings()
+
+
+def limit_spinning() -> None:
+    """Let OpenMP threads sleep soon when they wait for each other, unless the user says how they should wait.
+
+    By default they spin so long that one busy neighbour slows small steps many times over. The runtime reads the
+    variable when torch loads it, so this does nothing once torch is imported. Mutates the process's environment.
+    (libgomp manual, GOMP_SPINCOUNT.)
+    """
+    if "torch" not in sys.modules and not any(name in os.environ for name in _SPIN_VARIABLES):
+        os.environ["GOMP_SPINCOUNT"] = _SPIN_COUNT
 
 
 def _thread_count(name: str, text: str) -> int:

@@ -1,0 +1,14 @@
+"""How this platform stores a KV block. Apart from the attention that reads it, so that planning imports no torch."""
+
+import math
+
+from zif.contract import KVLayout, KVSpec
+
+_ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def kv_layout(spec: KVSpec) -> KVLayout:
+    """Keep the tokens of one head together: a gathered tile of a head is then ready to multiply."""
+    shape = (len(spec.layers), 2, spec.num_kv_heads, spec.block_size, spec.head_dim)
+    num_bytes = math.prod(shape) * _ELEMENT_BYTES[spec.dtype]
+    return KVLayout(num_bytes, ("layer", "kv", "head", "token", "element"), shape, spec.dtype)
