@@ -78,6 +78,7 @@ def step(scheduler: TokenBudgetScheduler, result: StepResult) -> float:
     start = time.perf_counter()
     plan = scheduler.schedule()
     assert plan is not None, "a decoding request can always be scheduled"
+    result.step = plan.step
     updates = scheduler.update(plan, result)
     elapsed_us = (time.perf_counter() - start) * 1e6
     assert len(updates) == len(result.sampled), "a request was left out of the step"

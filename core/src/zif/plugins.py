@@ -34,11 +34,14 @@ class PluginEntry:
     distribution: str
 
     def probe(self) -> Probe:
-        """Probe the platform; one that breaks the rule never to raise is reported, not passed on."""
+        """Probe the platform; one that raises or returns something else is reported, not passed on."""
         try:
-            return self.platform.probe()
+            probe = self.platform.probe()
         except (Exception, SystemExit) as error:
             return Probe(devices=(), reason=f"probe raised {error!r}; this is a fault of {self.distribution}")
+        if not isinstance(probe, Probe):
+            return Probe(devices=(), reason=f"probe returned {probe!r}; this is a fault of {self.distribution}")
+        return probe
 
 
 class PlatformRegistry:
@@ -121,6 +124,7 @@ class _Loader:
         self.manager = pluggy.PluginManager(PROJECT_NAME)
         self.manager.add_hookspecs(hooks)
         self._claims: dict[str, list[PluginEntry]] = {}
+        self._claimants: dict[str, list[object]] = {}
         self._failures: list[PluginFailure] = []
 
     def load(self, entry_point: importlib.metadata.EntryPoint) -> None:
@@ -145,12 +149,14 @@ class _Loader:
             raise
 
     def settle(self) -> tuple[dict[str, PluginEntry], tuple[PluginFailure, ...]]:
-        """Refuse names that two plugins claim; return what remains."""
+        """Set aside the plugins that claim one name, with all their hooks; return what remains."""
         platforms = {}
         for name, entries in self._claims.items():
             if len(entries) == 1:
                 platforms[name] = entries[0]
                 continue
+            for plugin in filter(self.manager.is_registered, self._claimants[name]):
+                self.manager.unregister(plugin)
             claimants = " and ".join(sorted(entry.distribution for entry in entries))
             reason = f"{claimants} both claim the platform name {name!r}; uninstall one of them"
             self._failures.append(PluginFailure(name, claimants, reason, trace=""))
@@ -163,6 +169,7 @@ class _Loader:
                 if not isinstance(platform, Platform):
                     raise ContractError(f"zif_platform returned {platform!r}, which is no zif.contract.Platform")
                 self._claims.setdefault(platform.name, []).append(PluginEntry(platform, _distribution(entry_point)))
+                self._claimants.setdefault(platform.name, []).append(plugin)
 
     def _fail(self, entry_point: importlib.metadata.EntryPoint, reason: str, trace: str) -> None:
         self._failures.append(PluginFailure(entry_point.name, _distribution(entry_point), reason, trace))

@@ -22,7 +22,6 @@ from zif.contract import (
     SchedulerConstraints,
     SlidingWindowSpec,
     Workload,
-    blocks_per_request,
     format_bytes,
     negotiate,
     slab_arena,
@@ -195,9 +194,9 @@ def test_the_length_that_a_refusal_proposes_is_the_longest_that_runs():
 
 def test_a_window_bounds_what_a_request_needs():
     # 99 positions behind the first query and 512 new ones: 39 blocks, and one for a window that starts inside a block.
-    assert blocks_per_request(SLIDING, 100_000, 512) == 40
-    assert blocks_per_request(SLIDING, 160, 512) == 10
-    assert blocks_per_request(FULL, 1601, 512) == 101
+    assert SLIDING.peak_blocks(100_000, 512) == 40
+    assert SLIDING.peak_blocks(160, 512) == 10
+    assert FULL.peak_blocks(1601, 512) == 101
     assert plan_of(kv_specs=(SLIDING,), max_model_len=10**9, max_num_seqs=1).memory.kv_bytes == 41 * BLOCK_BYTES
 
 
@@ -211,7 +210,7 @@ def test_no_step_needs_more_blocks_than_a_window_is_said_to(first, length, windo
     spec = SlidingWindowSpec((0,), 1, 8, block_size, "float32", window=window)
     first_visible = max(0, first - window + 1)
     used = len({p // block_size for p in range(first_visible, first + length)})
-    assert used <= blocks_per_request(spec, first + length, length)
+    assert used <= spec.peak_blocks(first + length, length)
 
 
 def test_a_model_without_kv_plans_without_cache():
@@ -241,7 +240,7 @@ def test_what_is_planned_holds_one_request(lengths, num_seqs, layers, available)
     arena = slab_arena(memory.kv_bytes, answer.kv_groups)
     slabs = iter(range(1, arena.num_slabs))
     for index, spec in enumerate(specs):
-        needed = blocks_per_request(spec, lengths, workload.max_num_batched_tokens)
+        needed = spec.peak_blocks(lengths, workload.max_num_batched_tokens)
         while needed > 0:
             needed -= len(arena.slab_blocks(index, next(slabs)))
 

@@ -107,3 +107,22 @@ def test_samples_have_seeds_of_their_own(seed, n):
 def test_options_cannot_change_after_the_check():
     with pytest.raises(AttributeError):
         SamplingParams().temperature = -1.0
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("stop", 5),
+        ("bad_words", "abc"),
+        ("bad_words", 5),
+        ("stop_token_ids", 5),
+        ("allowed_token_ids", "12"),
+        ("logit_bias", [1]),
+        ("ignore_eos", "yes"),
+        ("detokenize", None),
+        ("skip_special_tokens", 1),
+    ],
+)
+def test_options_of_another_kind_are_refused_by_name(name, value):
+    with pytest.raises(RequestError, match=rf"{name}=.* must"):
+        SamplingParams(**{name: value})

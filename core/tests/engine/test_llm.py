@@ -106,6 +106,13 @@ def test_closing_the_iterator_aborts_what_runs(llm: LLM) -> None:
         ({"prompt": "x", "multi_modal_data": {}}, "multi_modal_data"),
         ({}, "neither"),
         (7, "type int"),
+        ({"prompt_token_ids": 5}, "prompt_token_ids of type int"),
+        ({"prompt_token_ids": None}, "prompt_token_ids of type NoneType"),
+        ({"prompt_token_ids": b"ab"}, "prompt_token_ids of type bytes"),
+        ({"prompt_token_ids": [5], "prompt": 7}, "prompt=7 must be text"),
+        ({"prompt_token_ids": [5], "cache_salt": 7}, "cache_salt=7 must be text"),
+        ({"prompt_token_ids": [5], "cache_salt": "\ud800"}, "cache_salt holds"),
+        ("a\ud800", "no character"),
     ],
 )
 def test_wrong_prompt_is_refused_before_anything_runs(llm: LLM, prompt: object, message: str) -> None:
@@ -118,6 +125,20 @@ def test_wrong_prompt_is_refused_before_anything_runs(llm: LLM, prompt: object, 
 def test_options_that_name_foreign_tokens_are_refused(llm: LLM, options: dict[str, object]) -> None:
     with pytest.raises(RequestError, match=next(iter(options))):
         llm.generate(tokens(), sampling(**options), use_tqdm=False)
+
+
+def test_options_that_are_no_sampling_params_are_refused(llm: LLM) -> None:
+    for options in ({"temperature": 0}, [{"temperature": 0}]):
+        with pytest.raises(RequestError, match="SamplingParams"):
+            llm.generate([tokens()], options, use_tqdm=False)  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize(("priority", "message"), [(3, "scheduling_policy='priority'"), ("high", "must be an integer")])
+def test_priority_that_would_be_ignored_is_refused(llm: LLM, priority: object, message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        llm.generate([tokens()], sampling(), priority=[priority], use_tqdm=False)  # type: ignore[list-item]
+    with pytest.raises(RequestError, match=message):
+        llm.stream(tokens(), sampling(), priority=priority)  # type: ignore[arg-type]
 
 
 def test_numbers_of_prompts_and_options_must_match(llm: LLM) -> None:
@@ -155,6 +176,14 @@ def test_stop_string_cuts_the_text_and_frees_the_request(llm: LLM) -> None:
     assert len(cut.token_ids) < 20
 
 
+def test_stop_string_in_the_last_token_allowed_is_a_stop(llm: LLM) -> None:
+    plain = llm.generate(tokens(), sampling(max_tokens=20), use_tqdm=False)[0].outputs[0]
+    stop = plain.text[6:8]
+    cut = llm.generate(tokens(), sampling(max_tokens=20, stop=stop), use_tqdm=False)[0].outputs[0]
+    last = llm.generate(tokens(), sampling(max_tokens=len(cut.token_ids), stop=stop), use_tqdm=False)[0].outputs[0]
+    assert last == cut
+
+
 def test_without_detokenize_there_is_no_text(llm: LLM) -> None:
     output = llm.generate(tokens(), sampling(detokenize=False), use_tqdm=False)[0].outputs[0]
     assert output.text == ""
@@ -174,6 +203,21 @@ def test_abandoned_stream_is_aborted(llm: LLM) -> None:
     while llm.engine.has_work():
         llm.engine.step()
     assert not llm.engine.check_integrity()
+
+
+def test_stream_that_is_never_read_leaves_nothing(llm: LLM) -> None:
+    llm.stream(tokens(), sampling())
+    assert not llm.engine.has_work()
+
+
+def test_streams_side_by_side_both_reach_their_end(llm: LLM) -> None:
+    short, long = llm.stream(tokens(5), sampling(max_tokens=3)), llm.stream(tokens(6), sampling(max_tokens=9))
+    first = next(short)
+    last_long, last_short = list(long)[-1], list(short)[-1]
+    assert len(first.outputs[0].token_ids) == 1
+    assert last_long.outputs[0].token_ids == continuation(llm, [6], 9)
+    assert last_short.outputs[0].token_ids == continuation(llm, [5], 3)
+    assert (last_long.finished, last_short.finished) == (True, True)
 
 
 def test_second_identical_prompt_is_found_computed_unless_salted(llm: LLM) -> None:
@@ -215,6 +259,43 @@ def test_second_interrupt_raises(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(KeyboardInterrupt):
         llm.generate(tokens(), sampling(), use_tqdm=False)
     monkeypatch.undo()
+
+
+def interrupt_within_step(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    submit, count = NullRunner.submit, itertools.count()
+
+    def interrupted_submit(self: NullRunner, step: StepPlan) -> StepFuture:
+        if next(count) == number:
+            signal.raise_signal(signal.SIGINT)
+        return submit(self, step)
+
+    monkeypatch.setattr(NullRunner, "submit", interrupted_submit)
+
+
+def test_interrupted_stream_leaves_the_engine_usable(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupt_within_step(3, monkeypatch)
+    seen = []
+    with pytest.raises(KeyboardInterrupt):
+        seen += [None for _ in llm.stream(tokens(), sampling(max_tokens=20))]
+    monkeypatch.undo()
+    assert llm.generate(tokens(), sampling(), use_tqdm=False)[0].outputs[0].token_ids == continuation(llm, PROMPT, 6)
+
+
+def test_interrupted_iterator_yields_what_it_holds_first(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupt_within_step(9, monkeypatch)
+    outputs = []
+    with pytest.raises(KeyboardInterrupt):
+        outputs.extend(llm.generate((tokens(5 + i) for i in range(100)), sampling()))
+    reasons = [output.outputs[0].finish_reason for output in outputs]
+    assert set(reasons) == {"length", "abort"}
+    assert all(o.outputs[0].token_ids == continuation(llm, [5 + i], 6) for i, o in enumerate(outputs[:4]))
+    monkeypatch.undo()
+    assert llm.generate(tokens(), sampling(), use_tqdm=False)[0].outputs[0].finish_reason == "length"
+
+
+def test_iterator_reports_a_prompt_that_is_none_and_goes_on(llm: LLM) -> None:
+    outputs = list(llm.generate(iter([tokens(), None, tokens()]), sampling()))  # type: ignore[list-item]
+    assert [output.outputs[0].finish_reason for output in outputs] == ["length", "error", "length"]
 
 
 def test_fault_of_one_request_stays_its_own(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:

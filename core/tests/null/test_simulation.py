@@ -9,12 +9,12 @@ import pytest
 
 from support.control_plane import Engine, cut, expected_output, full, new_request, sliding
 from support.simulation import Simulation
-from zif.contract import RequestStatus
+from zif.contract import RequestStatus, SlidingWindowSpec
 from zif.errors import ZifError
 from zif.kv import hashing, manager
-from zif.kv.groups import SlidingWindowGroup
 from zif.kv.manager import PagedBlockManager
 from zif.kv.pool import BlockPool
+from zif.kv.prefix import PrefixFinder
 from zif.null.runner import NullRunner
 from zif.scheduling import scheduler
 from zif.scheduling.scheduler import TokenBudgetScheduler
@@ -90,7 +90,7 @@ class TestRunner:
 
 def window_off_by_one(monkeypatch):
     monkeypatch.setattr(
-        SlidingWindowGroup, "first_visible_block", lambda self, n: max(0, n - self.window + 2) // self.block_size
+        SlidingWindowSpec, "first_needed_block", lambda self, n: max(0, n - self.window + 2) // self.block_size
     )
 
 
@@ -132,7 +132,7 @@ def last_block_released_twice(monkeypatch):
 
 
 def one_null_entry_too_many(monkeypatch):
-    original = PagedBlockManager._indexed_prefix
+    original = PrefixFinder.find
 
     def indexed_prefix(self, request, limit):
         prefix = original(self, request, limit)
@@ -142,11 +142,11 @@ def one_null_entry_too_many(monkeypatch):
                 blocks[visible[0]] = 0
         return prefix
 
-    monkeypatch.setattr(PagedBlockManager, "_indexed_prefix", indexed_prefix)
+    monkeypatch.setattr(PrefixFinder, "find", indexed_prefix)
 
 
 def sibling_shares_the_block_that_is_half_full(monkeypatch):
-    original = PagedBlockManager._shared_prefix
+    original = PrefixFinder.of_source
 
     def shared_prefix(self, source, limit):
         prefix = original(self, source, limit)
@@ -154,7 +154,7 @@ def sibling_shares_the_block_that_is_half_full(monkeypatch):
             blocks += [block for block in held[len(blocks) : len(blocks) + 1] if block and blocks]
         return prefix
 
-    monkeypatch.setattr(PagedBlockManager, "_shared_prefix", shared_prefix)
+    monkeypatch.setattr(PrefixFinder, "of_source", shared_prefix)
 
 
 def blocks_indexed_before_they_are_computed(monkeypatch):
@@ -164,9 +164,9 @@ def blocks_indexed_before_they_are_computed(monkeypatch):
         done = original(self, request, num_tokens)
         computed = request.num_computed_tokens
         request.num_computed_tokens = min(request.num_tokens, request.capacity)
-        for group, pool, blocks in zip(self._groups, self._pools, request.block_ids, strict=True):
+        for group in range(len(self._pools)):
             if self._caching and done:
-                self._index_new_blocks(request, group, pool, blocks)
+                self._index_new_blocks(request, group)
         request.num_computed_tokens = computed
         return done
 

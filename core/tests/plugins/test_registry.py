@@ -131,6 +131,12 @@ class TestLoading:
         with pytest.raises(ContractError, match=r"zif-first 1\.0 and zif-second 1\.0 both claim .*'acme'; uninstall"):
             registry.select("acme")
 
+    def test_plugins_that_claim_one_name_lose_their_hooks_too(self):
+        plugins = [module_of(FakePlatform("acme")) for _ in range(2)]
+        claims = [EntryPoint("acme", plugin, f"zif-{index}") for index, plugin in enumerate(plugins)]
+        registry = PlatformRegistry.load([*claims, GOOD])
+        assert not any(registry.manager.is_registered(plugin) for plugin in plugins)
+
     def test_one_plugin_under_two_entry_points_is_loaded_once_and_keeps_its_hooks(self):
         plugin = module_of(FakePlatform("acme"))
         registry = PlatformRegistry.load([EntryPoint("acme", plugin), EntryPoint("acme-again", plugin)])
@@ -185,6 +191,12 @@ class TestSelection:
     def test_a_probe_that_raises_is_a_fault_of_its_distribution(self, fault):
         registry = registry_of(FakePlatform("acme", probe=fault), FakePlatform("present", preference=1))
         with pytest.raises(PlatformUnavailableError, match=r"probe raised .*boom.*a fault of zif-acme 1\.0"):
+            registry.select("acme")
+        assert registry.select(None).name == "present"
+
+    def test_a_probe_that_returns_something_else_is_a_fault_of_its_distribution(self):
+        registry = registry_of(FakePlatform("acme", probe=None, preference=2), FakePlatform("present", preference=1))
+        with pytest.raises(PlatformUnavailableError, match=r"probe returned None; this is a fault of zif-acme 1\.0"):
             registry.select("acme")
         assert registry.select(None).name == "present"
 

@@ -4,15 +4,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from zif.contract import (
+    ChunkedLocalSpec,
     EngineConfig,
     FullAttentionSpec,
     KVArena,
     KVGroup,
     KVSpec,
+    LatentAttentionSpec,
     ModelDescription,
+    RecurrentStateSpec,
     Request,
     SamplingParams,
     SlidingWindowSpec,
+    StateTensor,
     StepPlan,
     StepResult,
     TokenUpdate,
@@ -31,6 +35,32 @@ def full(block_size: int = 4) -> FullAttentionSpec:
 
 def sliding(window: int, block_size: int = 4) -> SlidingWindowSpec:
     return SlidingWindowSpec((1,), 1, 8, block_size, "float32", window=window)
+
+
+def chunked(chunk: int, block_size: int = 4) -> ChunkedLocalSpec:
+    return ChunkedLocalSpec((2,), 1, 8, block_size, "float32", chunk=chunk)
+
+
+def latent(block_size: int = 4) -> LatentAttentionSpec:
+    return LatentAttentionSpec((3,), 8, 4, block_size, "float32")
+
+
+def recurrent(block_size: int = 4) -> RecurrentStateSpec:
+    return RecurrentStateSpec((4,), (StateTensor("state", (4, 4), "float32"),), block_size, "float32")
+
+
+KINDS = {
+    "full": lambda reach, block_size: full(block_size),
+    "latent": lambda reach, block_size: latent(block_size),
+    "sliding": sliding,
+    "chunked": chunked,
+    "recurrent": lambda reach, block_size: recurrent(block_size),
+}
+"""Every kind by name: a function of its reach, where it has one, and its block size."""
+
+
+def spec_of(kind: str, reach: int, block_size: int) -> KVSpec:
+    return KINDS[kind](reach, block_size)
 
 
 def cut(specs: tuple[KVSpec, ...], num_slabs: int, slab_words: int | None = None) -> KVArena:

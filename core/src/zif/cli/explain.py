@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from zif.cli.setting_options import add_setting_options, print_config_if_asked, settings_of
 from zif.cli.terminal import format_table
-from zif.contract import EngineConfig, blocks_per_request, format_bytes
+from zif.contract import EngineConfig, format_bytes
 from zif.errors import PlanRefusedError
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def max_concurrency(arena: "KVArena", config: EngineConfig) -> float:
     """Return how many requests of full length the arena holds at once. Layer groups share its slabs."""
     slabs_per_request = 0.0
     for index, group in enumerate(arena.groups):
-        num_blocks = blocks_per_request(group.spec, config.max_model_len, config.max_num_batched_tokens)
+        num_blocks = group.spec.peak_blocks(config.max_model_len, config.max_num_batched_tokens)
         slabs_per_request += num_blocks * _num_lendable_slabs(arena) / max(_num_blocks(arena, index), 1)
     return _num_lendable_slabs(arena) / slabs_per_request
 

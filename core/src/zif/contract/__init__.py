@@ -12,14 +12,23 @@ from zif.contract.config import EngineConfig
 from zif.contract.device import Device, Health
 from zif.contract.graphs import EagerGraphs, GraphRunner
 from zif.contract.hooks import CONTRACT_VERSION, ENTRY_POINT_GROUP, PROJECT_NAME, hookimpl
-from zif.contract.kv import FullAttentionSpec, KVArena, KVGroup, KVLayout, KVSpec, SlidingWindowSpec
+from zif.contract.kinds import (
+    AttentionSpec,
+    ChunkedLocalSpec,
+    FullAttentionSpec,
+    LatentAttentionSpec,
+    RecurrentStateSpec,
+    SlidingWindowSpec,
+    StateTensor,
+)
+from zif.contract.kv import NEVER, BlockTest, KVArena, KVGroup, KVLayout, KVSpec
 from zif.contract.memory import Allocator, Buffer, MemoryStats
 from zif.contract.model import ModelDescription
-from zif.contract.negotiation import KVSizing, Offer, blocks_per_request, format_bytes, negotiate, slab_arena
+from zif.contract.negotiation import KVSizing, Offer, format_bytes, negotiate, slab_arena
 from zif.contract.ops import Activation, ExpertWeights, NormOutput, OpTable, RotatedHeads, RouterOutput, Routing
 from zif.contract.plan import Decision, MemoryPlan, Outcome, Plan, Refusal, SchedulerConstraints, Workload
 from zif.contract.platform import DeviceInfo, Platform, Probe
-from zif.contract.request import CacheKey, FinishReason, Request, RequestStatus
+from zif.contract.request import CacheKey, FinishReason, PrefixMiss, PrefixReport, Request, RequestStatus
 from zif.contract.runner import ModelRunner, Progress
 from zif.contract.sampling import GREEDY_TEMPERATURE, MAX_LOGPROBS, MAX_SAMPLES, SamplingParams
 from zif.contract.scheduling import BlockManager, KVUsage, Scheduler, TokenUpdate
@@ -31,6 +40,7 @@ __all__ = [
     "GREEDY_TEMPERATURE",
     "MAX_LOGPROBS",
     "MAX_SAMPLES",
+    "NEVER",
     "PROJECT_NAME",
     "Activation",
     "Allocator",
@@ -38,11 +48,14 @@ __all__ = [
     "AttentionBackend",
     "AttentionBatch",
     "AttentionParams",
+    "AttentionSpec",
     "BlockManager",
+    "BlockTest",
     "BlockUpdate",
     "Buffer",
     "CacheKey",
     "Capabilities",
+    "ChunkedLocalSpec",
     "Collective",
     "Communicator",
     "CommunicatorError",
@@ -66,6 +79,7 @@ __all__ = [
     "KVSizing",
     "KVSpec",
     "KVUsage",
+    "LatentAttentionSpec",
     "MemoryPlan",
     "MemoryStats",
     "ModelDescription",
@@ -77,8 +91,11 @@ __all__ = [
     "Outcome",
     "Plan",
     "Platform",
+    "PrefixMiss",
+    "PrefixReport",
     "Probe",
     "Progress",
+    "RecurrentStateSpec",
     "Refusal",
     "Request",
     "RequestStart",
@@ -90,13 +107,13 @@ __all__ = [
     "Scheduler",
     "SchedulerConstraints",
     "SlidingWindowSpec",
+    "StateTensor",
     "StepFuture",
     "StepPlan",
     "StepResult",
     "TokenLogprobs",
     "TokenUpdate",
     "Workload",
-    "blocks_per_request",
     "format_bytes",
     "hookimpl",
     "negotiate",

@@ -15,6 +15,9 @@ class Feature(StrEnum):
 
     ATTENTION_FULL = "attention.full"
     ATTENTION_SLIDING_WINDOW = "attention.sliding_window"
+    ATTENTION_CHUNKED_LOCAL = "attention.chunked_local"
+    ATTENTION_LATENT = "attention.latent"
+    STATE_RECURRENT = "state.recurrent"
     ATTENTION_SOFTCAP = "attention.softcap"
     ATTENTION_SINKS = "attention.sinks"
     MIXTURE_OF_EXPERTS = "moe"

@@ -15,19 +15,33 @@ Slab 0 is never lent: block 0 of every group is the *null block*, an address tha
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Final
+
+from zif.contract.capabilities import Feature
+
+NEVER: Final = 2**62
+"""A number of computed tokens that no request reaches."""
+
+BlockTest = Callable[[int], bool]
+"""Says whether a logical block is found computed."""
 
 
-@dataclass(frozen=True, slots=True)
 class KVSpec(ABC):
-    """What one layer group keeps per token.
+    """What the layers of one group keep per request, and which of it later tokens still need.
 
-    `layers` are the model's layer indices in order. `block_size` is in tokens. `dtype` is the stored element type.
+    A kind of layer is one subclass, a frozen dataclass: it carries its own retention rule, so block manager, planning
+    and the null platform serve a new kind without knowing it. `layers` are the model's layer indices in order,
+    `block_size` is in tokens, `dtype` is the stored element type. Logical block i covers the tokens from
+    i * block_size to (i + 1) * block_size - 1.
+
+    The rule is one question, `first_needed_token`; the other methods follow from it and are overridden for speed, or
+    by kinds that do not keep every block.
     """
 
+    __slots__ = ()
     layers: tuple[int, ...]
-    num_kv_heads: int
-    head_dim: int
     block_size: int
     dtype: str
 
@@ -36,25 +50,54 @@ class KVSpec(ABC):
     def kind(self) -> str:
         """Name the kind of state, as plans print it."""
 
+    @property
+    @abstractmethod
+    def feature(self) -> Feature:
+        """Name the feature that a device must claim to serve this kind."""
 
-@dataclass(frozen=True, slots=True)
-class FullAttentionSpec(KVSpec):
-    """Every token sees every earlier token: blocks live as long as the request."""
+    @abstractmethod
+    def first_needed_token(self, num_computed_tokens: int) -> int:
+        """Return the first token whose state a token at position `num_computed_tokens` needs. Never falls."""
+
+    @abstractmethod
+    def next_release(self, num_computed_tokens: int) -> int:
+        """Return the number of computed tokens at which the next block is no longer needed, or `NEVER`."""
+
+    @abstractmethod
+    def peak_blocks(self, num_tokens: int, max_step_tokens: int) -> int:
+        """Bound the blocks held at once by a request of `num_tokens` that computes `max_step_tokens` a step."""
+
+    def first_needed_block(self, num_computed_tokens: int) -> int:
+        """Return the first logical block that a token at position `num_computed_tokens` or later needs."""
+        return self.first_needed_token(num_computed_tokens) // self.block_size
+
+    def num_blocks(self, num_tokens: int) -> int:
+        """Count the logical blocks of `num_tokens` tokens."""
+        return -(-num_tokens // self.block_size)
+
+    def first_written_block(self, num_held_blocks: int, num_tokens: int) -> int:
+        """Return the first of the new logical blocks that a step up to `num_tokens` writes; those before stay null."""
+        return num_held_blocks
+
+    def reusable_blocks(self, num_indexed_tokens: int, num_computed_tokens: int) -> range:
+        """Return the logical blocks whose content became final between two counts of computed tokens."""
+        return range(num_indexed_tokens // self.block_size, num_computed_tokens // self.block_size)
 
     @property
-    def kind(self) -> str:
-        return "full"
+    def keeps_checkpoints(self) -> bool:
+        """Say whether a prefix can be resumed only where a step happened to end."""
+        return False
 
-
-@dataclass(frozen=True, slots=True)
-class SlidingWindowSpec(KVSpec):
-    """The token at position p sees positions p - window + 1 to p: blocks behind the window are returned."""
-
-    window: int = 0
-
-    @property
-    def kind(self) -> str:
-        return f"sliding[{self.window}]"
+    def longest_prefix(self, num_blocks: int, found: BlockTest) -> int:
+        """Return the largest b <= num_blocks such that a request can go on after b blocks with what is found."""
+        end, block = num_blocks, num_blocks - 1
+        while end > 0:
+            if block < self.first_needed_block(end * self.block_size):
+                return end
+            if not found(block):
+                end = block
+            block -= 1
+        return 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from zif.contract.capabilities import Feature
-from zif.contract.kv import FullAttentionSpec, KVArena, KVGroup, KVLayout, KVSpec, SlidingWindowSpec
+from zif.contract.kinds import AttentionSpec
+from zif.contract.kv import KVArena, KVGroup, KVLayout, KVSpec
 from zif.contract.plan import Decision, MemoryPlan, Outcome, Plan, Refusal, SchedulerConstraints, Workload
 from zif.contract.platform import DeviceInfo
 from zif.errors import ConfigError
@@ -54,7 +55,7 @@ def negotiate(workload: Workload, offer: Offer) -> Plan | Refusal:
     decisions = tuple(_decide(feature, offer) for feature in sorted(_features_needed(workload)))
     reasons = [f"{d.feature}: {d.detail}" for d in decisions if d.outcome is Outcome.REFUSED]
     shape_reasons = [*_shape_reasons(workload, offer)]
-    groups = () if shape_reasons else tuple(KVGroup(spec, offer.layout_of(spec)) for spec in workload.kv_specs)
+    groups = () if shape_reasons or _refuses_a_kind(workload, decisions) else _groups(workload, offer)
     memory = _Budget(workload, offer, groups).plan()
     if isinstance(memory, str):
         return Refusal(offer.platform, (*reasons, *shape_reasons, memory))
@@ -72,16 +73,14 @@ def negotiate(workload: Workload, offer: Offer) -> Plan | Refusal:
     )
 
 
-def blocks_per_request(spec: KVSpec, num_tokens: int, max_num_batched_tokens: int) -> int:
-    """Count the blocks of one group that a request of `num_tokens` holds at its worst step.
+def _groups(workload: Workload, offer: Offer) -> tuple[KVGroup, ...]:
+    return tuple(KVGroup(spec, offer.layout_of(spec)) for spec in workload.kv_specs)
 
-    A windowed group keeps what the first query of a step sees and what the step writes; the one block more is for a
-    window that starts inside a block.
-    """
-    whole = _ceil_div(num_tokens, spec.block_size)
-    if not isinstance(spec, SlidingWindowSpec):
-        return whole
-    return min(whole, _ceil_div(spec.window - 1 + max_num_batched_tokens, spec.block_size) + 1)
+
+def _refuses_a_kind(workload: Workload, decisions: Sequence[Decision]) -> bool:
+    """Say whether some layer group cannot be served, so that it has no layout."""
+    refused = {decision.feature for decision in decisions if decision.outcome is Outcome.REFUSED}
+    return any(spec.feature.value in refused for spec in workload.kv_specs)
 
 
 def slab_arena(kv_bytes: int, groups: Sequence[KVGroup]) -> KVArena:
@@ -112,8 +111,7 @@ def format_bytes(num_bytes: int) -> str:
 
 def _features_needed(workload: Workload) -> frozenset[Feature]:
     """Return what the workload names and what its KV specs imply."""
-    kinds = {FullAttentionSpec: Feature.ATTENTION_FULL, SlidingWindowSpec: Feature.ATTENTION_SLIDING_WINDOW}
-    implied = {feature for spec in workload.kv_specs for kind, feature in kinds.items() if isinstance(spec, kind)}
+    implied = {spec.feature for spec in workload.kv_specs}
     if workload.tensor_parallel_size > 1:
         implied.add(Feature.TENSOR_PARALLEL)
     return workload.features | implied
@@ -138,7 +136,7 @@ def _shape_reasons(workload: Workload, offer: Offer) -> Iterator[str]:
     if capabilities.numerics(workload.dtype) is None:
         offered = ", ".join(n.storage for n in capabilities.dtypes)
         yield f"dtype {workload.dtype!r} is not offered; choose one of: {offered}"
-    head_sizes = {*workload.head_sizes, *(spec.head_dim for spec in workload.kv_specs)}
+    head_sizes = {*workload.head_sizes, *(s.head_dim for s in workload.kv_specs if isinstance(s, AttentionSpec))}
     for head_size in sorted(size for size in head_sizes if not capabilities.accepts_head_size(size)):
         accepted = ", ".join(map(str, capabilities.head_sizes)) or f"1 to {capabilities.max_head_size}"
         yield f"head size {head_size} is not served by attention, which takes {accepted}; choose another platform"
@@ -146,9 +144,6 @@ def _shape_reasons(workload: Workload, offer: Offer) -> Iterator[str]:
         yield f"block size {block_size} is not one of {', '.join(map(str, capabilities.block_sizes))}; choose one"
     for dtype in sorted({spec.dtype for spec in workload.kv_specs} - {*capabilities.kv_dtypes}):
         yield f"KV dtype {dtype!r} is not offered; choose one of: {', '.join(capabilities.kv_dtypes)}"
-    for spec in workload.kv_specs:
-        if not isinstance(spec, FullAttentionSpec | SlidingWindowSpec):
-            yield f"layers {spec.layers} keep state of kind {spec.kind!r}, which this contract cannot plan"
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,8 +195,8 @@ class _Budget:
     def _blocks(self, spec: KVSpec, num_tokens: int, num_requests: int) -> int:
         """Bound the blocks of `num_requests` requests: they share one step's token budget."""
         batched = self.workload.max_num_batched_tokens
-        apart = num_requests * blocks_per_request(spec, num_tokens, batched)
-        together = num_requests * (blocks_per_request(spec, num_tokens, 1) + 1) + _ceil_div(batched, spec.block_size)
+        apart = num_requests * spec.peak_blocks(num_tokens, batched)
+        together = num_requests * (spec.peak_blocks(num_tokens, 1) + 1) + _ceil_div(batched, spec.block_size)
         return min(apart, together)
 
     def _holds(self, kv_bytes: int, num_tokens: int) -> bool:

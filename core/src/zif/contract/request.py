@@ -8,7 +8,7 @@ KV in blocks; scheduling lets the second number catch up with the first:
 """
 
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import Enum, StrEnum
 
 from zif.contract.sampling import SamplingParams
 
@@ -43,9 +43,39 @@ class CacheKey:
     media: tuple[str, ...] = ()
 
 
+class PrefixMiss(StrEnum):
+    """Why no longer prefix was found computed.
+
+    CACHING_OFF and PROMPT_LOGPROBS: nothing was looked up, because reuse is off or every prompt token's logits are
+    asked for. SHORT_PROMPT: less than a block and a token. NOT_SEEN: nobody has computed this before. EVICTED: it was
+    computed and its memory reused. NO_CHECKPOINT: the tokens were found, a recurrent state to go on from was not.
+    """
+
+    CACHING_OFF = "caching_off"
+    PROMPT_LOGPROBS = "prompt_logprobs"
+    SHORT_PROMPT = "short_prompt"
+    NOT_SEEN = "not_seen"
+    EVICTED = "evicted"
+    NO_CHECKPOINT = "no_checkpoint"
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixReport:
+    """What was found of a request's prefix at admission.
+
+    `num_tokens` of at most `max_tokens` were found; `miss` says why no more, None when all were; `kind` names the layer
+    group that ended the prefix.
+    """
+
+    num_tokens: int
+    max_tokens: int
+    miss: PrefixMiss | None = None
+    kind: str = ""
+
+
 @dataclass(slots=True, eq=False)
 class Request:
-    """One sequence being generated. Owned by the scheduler, the last five fields by the block manager.
+    """One sequence being generated. Owned by the scheduler, the last six fields by the block manager.
 
     `request_id` is the engine's own number, never taken from a caller. `seed` is resolved: the caller's, or one that
     the engine drew. `stop_ids` end the request when sampled (end of sequence, unless ignored, and the stop token ids).
@@ -54,7 +84,8 @@ class Request:
 
     `block_ids` maps, per layer group, logical block to block id, 0 where a block was returned. `capacity` counts the
     token slots that every group holds; `next_commit` is the number of computed tokens at which `commit` has work;
-    the prefix index has seen the first `num_indexed_tokens`. `digests` are the prefix hashes so far, by block size.
+    the prefix index has seen the first `num_indexed_tokens`. `digests` are the prefix hashes so far, by block size;
+    `prefix` is what was found at first admission.
     """
 
     request_id: int
@@ -80,6 +111,7 @@ class Request:
     capacity: int = 0
     next_commit: int = 0
     num_indexed_tokens: int = 0
+    prefix: PrefixReport | None = None
     digests: dict[int, list[bytes]] = field(default_factory=dict)
 
     @property

@@ -4,7 +4,7 @@ Names follow vLLM's `SamplingParams` where the meaning is the same.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from zif.errors import RequestError
@@ -61,6 +61,7 @@ class SamplingParams:
         _check_optional("seed", self.seed, -(2**63), 2**63 - 1)
         _check_optional("logprobs", self.logprobs, 0, MAX_LOGPROBS)
         _check_optional("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS)
+        self._check_kinds()
         self._check_lists()
 
     def _check_lists(self) -> None:
@@ -79,6 +80,19 @@ class SamplingParams:
         for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
             for token_id in getattr(self, name) or ():
                 _check_range(name, token_id, 0, 2**31 - 1, integer=True)
+
+    def _check_kinds(self) -> None:
+        for name in ("ignore_eos", "include_stop_str_in_output", "detokenize", "skip_special_tokens"):
+            if not isinstance(getattr(self, name), bool):
+                raise RequestError(f"{name}={getattr(self, name)!r} must be True or False")
+        for name in ("allowed_token_ids", "stop_token_ids", "bad_words"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, str | bytes) or not isinstance(value, Collection)):
+                raise RequestError(f"{name}={value!r} must be a list")
+        if self.stop is not None and not isinstance(self.stop, Collection):
+            raise RequestError(f"stop={self.stop!r} must be a string or a list of strings")
+        if self.logit_bias is not None and not isinstance(self.logit_bias, Mapping):
+            raise RequestError(f"logit_bias={self.logit_bias!r} must map token ids to numbers")
 
     @property
     def greedy(self) -> bool:

@@ -44,6 +44,13 @@ class BlockManager(ABC):
         cached blocks may have been dropped in the attempt.
         """
 
+    def step_end(self, request: Request, num_tokens: int) -> int:
+        """Return where a step that would compute up to `num_tokens` tokens should end: there, or earlier.
+
+        Kinds of state that can be resumed only where a step ended get their checkpoints this way.
+        """
+        return num_tokens
+
     @abstractmethod
     def commit(self, request: Request) -> None:
         """Index the blocks that `num_computed_tokens` has filled and return blocks that no later token can see."""
@@ -101,7 +108,10 @@ class Scheduler(ABC):
 
     @abstractmethod
     def update(self, plan: StepPlan, result: StepResult) -> list[TokenUpdate]:
-        """Apply the result of `plan`: append tokens, end requests, return blocks."""
+        """Apply the result of `plan`: append tokens, end requests, return blocks.
+
+        A plan is applied once; again, it changes nothing. Raises `ContractError` on the result of another step.
+        """
 
     @abstractmethod
     def has_requests(self) -> bool:

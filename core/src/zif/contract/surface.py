@@ -28,7 +28,7 @@ def surface_text() -> str:
 
 def _definitions() -> Iterator[tuple[str, _Definition]]:
     """Yield the top-level definitions of every module of the contract."""
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
         if path.name != "__init__.py":
             yield from _named(ast.parse(path.read_text(encoding="utf-8")).body)
 

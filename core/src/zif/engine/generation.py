@@ -116,6 +116,8 @@ class OutputProcessor:
         sample.text.append(visible, may_stop=request.num_output_tokens >= request.sampling.min_tokens)
         if request.finished:
             sample.text.finish()
+            if sample.text.matched is not None and request.finish_reason is FinishReason.LENGTH:
+                request.finish_reason = FinishReason.STOP
         return sample.text.matched is not None and not request.finished
 
     def position_logprobs(self, entry: TokenLogprobs) -> PositionLogprobs:
@@ -137,6 +139,7 @@ class OutputProcessor:
             outputs=[self._completion(sample) for sample in generation.samples],
             finished=generation.finished,
             num_cached_tokens=requests[0].num_cached_tokens,
+            cache_miss=_cache_miss(requests[0]),
             prompt_logprobs=generation.prompt_logprobs,
             metrics=RequestMetrics(
                 arrival_s=generation.arrival_s,
@@ -163,6 +166,10 @@ class OutputProcessor:
             stop_reason=_stop_reason(sample),
             error=request.error,
         )
+
+
+def _cache_miss(request: Request) -> str | None:
+    return request.prefix.miss.value if request.prefix and request.prefix.miss else None
 
 
 def _stop_reason(sample: Sample) -> int | str | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from zif.contract import CacheKey, EngineConfig, ModelDescription, Request, SamplingParams
-from zif.engine.vocabulary import Vocabulary
+from zif.engine.vocabulary import Vocabulary, check_encodable
 from zif.errors import CheckpointError, RequestError
 
 PromptInput = str | Mapping[str, Any]
@@ -45,15 +45,22 @@ class InputProcessor:
         unknown = set(given) - {"prompt", "prompt_token_ids", "cache_salt"}
         if unknown:
             raise RequestError(f"prompt has keys {sorted(unknown)} that are not supported")
-        salt = given.get("cache_salt") or ""
+        text = _text("prompt", given.get("prompt"))
+        salt = _text("cache_salt", given.get("cache_salt")) or ""
         if "prompt_token_ids" in given:
-            return self._checked(Prompt(list(given["prompt_token_ids"]), given.get("prompt"), salt))
-        if "prompt" in given:
-            return self._checked(Prompt(self._vocabulary.encode(given["prompt"]), given["prompt"], salt))
+            return self._checked(Prompt(_token_ids(given["prompt_token_ids"]), text, salt))
+        if text is not None:
+            return self._checked(Prompt(self._vocabulary.encode(text), text, salt))
         raise RequestError("prompt has neither 'prompt' nor 'prompt_token_ids'")
 
     def check_sampling(self, sampling: SamplingParams) -> None:
-        """Raise `RequestError` when options name tokens that the model does not have."""
+        """Raise `RequestError` when options name tokens that the model does not have, or need a tokenizer it lacks."""
+        if not isinstance(sampling, SamplingParams):
+            raise RequestError(
+                f"sampling options of type {type(sampling).__name__} are not understood; pass SamplingParams"
+            )
+        if sampling.detokenize or sampling.bad_words:
+            self._vocabulary.require_tokenizer()
         named: list[tuple[str, Sequence[int]]] = [
             ("allowed_token_ids", sampling.allowed_token_ids or ()),
             ("logit_bias", tuple(sampling.logit_bias or ())),
@@ -114,6 +121,24 @@ class InputProcessor:
         tokens = (tuple(self._vocabulary.encode(text, add_special_tokens=False)) for text in spellings)
         # A word with a token that the model does not have can never be generated.
         return tuple(dict.fromkeys(ids for ids in tokens if ids and max(ids) < self._model.vocab_size))
+
+
+def _text(name: str, value: object) -> str | None:
+    """Return a prompt's text or salt, None when it is not given."""
+    if value is not None and not isinstance(value, str):
+        raise RequestError(f"{name}={value!r} must be text, not {type(value).__name__}")
+    if value is not None:
+        check_encodable(name, value)
+    return value
+
+
+def _token_ids(value: object) -> list[int]:
+    """Return a copy of a caller's token ids; what they hold is checked later."""
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes | bytearray):
+        raise RequestError(
+            f"prompt_token_ids of type {type(value).__name__} is not understood; pass a list of integers"
+        )
+    return list(value)
 
 
 def eos_token_ids(model: ModelDescription, vocabulary: Vocabulary) -> frozenset[int]:

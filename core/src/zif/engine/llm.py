@@ -13,7 +13,7 @@ from typing import Any, TypeGuard, cast, overload
 from zif.contract import KVArena, ModelDescription, Plan, SamplingParams
 from zif.engine.engine import Engine, PhaseProgress, start_engine
 from zif.engine.generation import Generation
-from zif.engine.inputs import PromptInput, default_sampling
+from zif.engine.inputs import Prompt, PromptInput, default_sampling
 from zif.engine.outputs import RequestOutput
 from zif.engine.planning import PlannedModel, plan_model
 from zif.engine.vocabulary import Vocabulary
@@ -120,16 +120,20 @@ class LLM:
         answers marked with finish reason "abort"; a second Ctrl-C raises KeyboardInterrupt.
 
         An iterator gives an iterator with bounded memory; a wrong prompt gives an output with finish reason "error".
+        Ctrl-C while it computes ends it early: it yields what it holds, then raises KeyboardInterrupt.
         """
         if isinstance(prompts, Iterator):
             if not (sampling_params is None or isinstance(sampling_params, SamplingParams)) or not _is_one(priority):
                 raise RequestError("an iterator of prompts takes one SamplingParams and one priority for all")
+            self._check_priority(priority)
             return self._generate_lazily(prompts, sampling_params or self.get_default_sampling_params(), priority)
         given = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
         options = self._per_prompt(sampling_params, len(given))
         priorities = [priority] * len(given) if isinstance(priority, int) else list(priority)
         if len(priorities) != len(given):
             raise RequestError(f"{len(priorities)} priorities for {len(given)} prompts; pass one, or one for each")
+        for value in priorities:
+            self._check_priority(value)
         return self._generate_all(given, options, priorities, use_tqdm)
 
     def chat(
@@ -171,10 +175,14 @@ class LLM:
     def stream(
         self, prompt: PromptInput, sampling_params: SamplingParams | None = None, *, priority: int = 0
     ) -> Iterator[RequestOutput]:
-        """Yield the growing answer of one prompt, once per step that changed it. Closing the iterator aborts it."""
+        """Yield the growing answer of one prompt, once per step that changed it.
+
+        A wrong prompt raises here, the request is queued with the first `next`. Closing the iterator aborts it, and so
+        does Ctrl-C; the engine stays usable.
+        """
         options = sampling_params or self.get_default_sampling_params()
-        generation = self._engine.submit(self._engine.check(prompt, options), options, priority)
-        return self._follow(generation)
+        self._check_priority(priority)
+        return self._follow(self._engine.check(prompt, options), options, priority)
 
     def reset_prefix_cache(self) -> None:
         """Forget every computed prefix."""
@@ -199,13 +207,36 @@ class LLM:
             raise RequestError(f"{len(given)} SamplingParams for {num_prompts} prompts; pass one, or one for each")
         return list(given)
 
-    def _follow(self, generation: Generation) -> Iterator[RequestOutput]:
+    def _check_priority(self, priority: int) -> None:
+        """Raise `RequestError` for a priority that is no integer, or that this engine would ignore."""
+        if type(priority) is not int:
+            raise RequestError(f"priority={priority!r} must be an integer")
+        if priority and self._settings.scheduling_policy != "priority":
+            raise RequestError(
+                f"priority={priority} has no meaning under scheduling_policy={self._settings.scheduling_policy!r}; "
+                "open the engine with scheduling_policy='priority', or leave it out"
+            )
+
+    def _follow(self, prompt: Prompt, sampling: SamplingParams, priority: int) -> Iterator[RequestOutput]:
+        generation = self._engine.submit(prompt, sampling, priority)
+        has_ended = False
         try:
-            while not generation.finished:
-                if generation in self._engine.step():
+            while not has_ended:
+                # Steps for other callers may have moved this answer on, even to its end.
+                changed = [generation] if generation.finished else self._step()
+                has_ended = generation.finished
+                if generation in changed:
                     yield self._engine.output(generation)
         finally:
             self._engine.abort(generation)
+
+    def _step(self) -> list[Generation]:
+        """Compute a step; Ctrl-C raises after it, so that it is not torn and the engine stays usable."""
+        with _deferred_interrupt() as interrupted:
+            changed = self._engine.step()
+        if interrupted.is_set():
+            raise KeyboardInterrupt
+        return changed
 
     def _generate_all(
         self,
@@ -220,9 +251,9 @@ class LLM:
                 prompts.append(self._engine.check(prompt, sampling))
             except RequestError as error:
                 raise RequestError(f"prompt {index}: {error}") from error
-        generations = [self._engine.submit(*entry) for entry in zip(prompts, options, priorities, strict=True)]
-        unfinished = set(generations)
-        with _progress_bar(len(generations), use_tqdm) as advance, _deferred_interrupt() as interrupted:
+        with _progress_bar(len(prompts), use_tqdm) as advance, _deferred_interrupt() as interrupted:
+            generations = [self._engine.submit(*entry) for entry in zip(prompts, options, priorities, strict=True)]
+            unfinished = set(generations)
             while unfinished and not interrupted.is_set():
                 for generation in unfinished.intersection(self._engine.step()):
                     if generation.finished:
@@ -238,23 +269,38 @@ class LLM:
         """Answer in order while pulling prompts only as the engine has room for them."""
         max_running = self._settings.max_num_seqs
         held: deque[Generation | RequestOutput] = deque()
-        exhausted = False
+        exhausted = is_interrupted = False
         try:
             while held or not exhausted:
                 while not exhausted and _wants_more(held, max_running):
-                    prompt = next(prompts, None)
-                    exhausted = prompt is None
-                    if prompt is not None:
-                        held.append(self._submit_or_reject(prompt, sampling, priority))
+                    try:
+                        held.append(self._submit_or_reject(next(prompts), sampling, priority))
+                    except StopIteration:
+                        exhausted = True
                 if any(isinstance(entry, Generation) and not entry.finished for entry in held):
-                    self._engine.step()
+                    is_interrupted = self._step_or_abort(held)
+                    exhausted |= is_interrupted
                 while held and (isinstance(held[0], RequestOutput) or held[0].finished):
                     entry = held.popleft()
                     yield entry if isinstance(entry, RequestOutput) else self._engine.output(entry)
+            if is_interrupted:
+                raise KeyboardInterrupt
         finally:
-            for entry in held:
-                if isinstance(entry, Generation):
-                    self._engine.abort(entry)
+            self._abort(held)
+
+    def _step_or_abort(self, held: Iterable[Generation | RequestOutput]) -> bool:
+        """Compute a step. True when Ctrl-C came meanwhile: then every answer that was not finished is aborted."""
+        try:
+            self._step()
+        except KeyboardInterrupt:
+            self._abort(held)
+            return True
+        return False
+
+    def _abort(self, held: Iterable[Generation | RequestOutput]) -> None:
+        for entry in held:
+            if isinstance(entry, Generation):
+                self._engine.abort(entry)
 
     def _submit_or_reject(
         self, prompt: PromptInput, sampling: SamplingParams, priority: int

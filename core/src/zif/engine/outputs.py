@@ -57,7 +57,8 @@ class RequestMetrics:
 class RequestOutput:
     """One prompt with its samples. `prompt_logprobs[0]` is None: nothing predicts the first token.
 
-    `num_cached_tokens` counts the prompt tokens that were found computed.
+    `num_cached_tokens` counts the prompt tokens that were found computed; `cache_miss` says why no more were, in the
+    words of `zif.contract.PrefixMiss`, and is None when all that can be reused were.
     """
 
     request_id: str
@@ -66,5 +67,6 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     finished: bool
     num_cached_tokens: int = 0
+    cache_miss: str | None = None
     prompt_logprobs: list[PositionLogprobs | None] | None = None
     metrics: RequestMetrics | None = field(default=None, repr=False)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal, cast
 
 from zif.contract import (
+    AttentionSpec,
     EngineConfig,
     KVArena,
     ModelDescription,
@@ -85,7 +86,7 @@ def _workload(settings: EngineSettings, model: ModelDescription, max_model_len: 
     return Workload(
         dtype=model.dtype,
         kv_specs=model.kv_specs,
-        head_sizes=tuple(sorted({spec.head_dim for spec in model.kv_specs})),
+        head_sizes=tuple(sorted({spec.head_dim for spec in model.kv_specs if isinstance(spec, AttentionSpec)})),
         features=model.features,
         weight_bytes=model.weight_bytes,
         activation_bytes=activations,

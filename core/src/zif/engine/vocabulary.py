@@ -25,11 +25,16 @@ class Vocabulary:
     @property
     def tokenizer(self) -> "Tokenizer":
         """Return the tokenizer; raise `RequestError` with the reason when there is none."""
+        self.require_tokenizer()
+        assert self._tokenizer is not None
+        return self._tokenizer
+
+    def require_tokenizer(self) -> None:
+        """Raise `RequestError` with the reason when there is no tokenizer."""
         if self._tokenizer is None:
             raise RequestError(
                 f"this needs a tokenizer: {self._absence}; pass prompt_token_ids and detokenize=False to do without"
             )
-        return self._tokenizer
 
     @property
     def eos_token_id(self) -> int | None:
@@ -40,8 +45,18 @@ class Vocabulary:
         """Return the tokens of a text."""
         if not isinstance(text, str):
             raise RequestError(f"a prompt must be text, not {type(text).__name__}")
+        check_encodable("prompt", text)
         return self.tokenizer.encode(text, add_special_tokens)
 
     def token_text(self, token_id: int) -> str | None:
         """Return the text of one token, None without a tokenizer."""
         return self._tokenizer.decode([token_id], skip_special_tokens=False) if self._tokenizer else None
+
+
+def check_encodable(name: str, text: str) -> None:
+    """Raise `RequestError` when a text has no UTF-8 form: tokenizers and hashes work on its bytes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        wrong = text[error.start]
+        raise RequestError(f"{name} holds {wrong!r} at {error.start}, which is no character; remove it") from error

@@ -14,6 +14,9 @@ from collections.abc import Collection
 from zif.contract import KVUsage
 from zif.kv.slabs import SlabLender
 
+MAX_REMEMBERED_EVICTIONS = 4096
+"""Digests of evicted blocks kept to tell a miss by eviction from a miss of the unknown."""
+
 
 class BlockPool:
     """Hand out blocks of one group by id. Ids follow the arena's cells, see `zif.contract.KVArena`."""
@@ -32,6 +35,7 @@ class BlockPool:
         self._cached: dict[int, None] = {}
         self._num_owned = 0
         self._block_of: dict[bytes, int] = {}
+        self._evicted: dict[bytes, None] = {}
         self._name_of: dict[int, tuple[bytes, bytes]] = {}
         lender.register(self)
 
@@ -71,11 +75,25 @@ class BlockPool:
             return None
         return block
 
-    def index(self, block: int, digest: bytes, content: bytes) -> None:
-        """Make an owned, computed block findable; the first block with a digest keeps it."""
-        if digest not in self._block_of and block not in self._name_of:
-            self._block_of[digest] = block
-            self._name_of[block] = (digest, content)
+    def index(self, block: int, digest: bytes, content: bytes) -> bool:
+        """Make an owned, computed block findable; the first block with a digest keeps it. True if this one has it."""
+        if digest in self._block_of or block in self._name_of:
+            return False
+        self._block_of[digest] = block
+        self._name_of[block] = (digest, content)
+        return True
+
+    def forget(self, digest: bytes) -> None:
+        """Make a block unfindable, if one has this digest; unless it is owned, it becomes free."""
+        block = self._block_of.get(digest)
+        if block in self._cached:
+            self._evict(block)
+        elif block is not None:
+            del self._block_of[digest], self._name_of[block]
+
+    def was_evicted(self, digest: bytes) -> bool:
+        """Say whether a block with this digest was dropped for its memory, as far back as is remembered."""
+        return digest in self._evicted
 
     def forget_all(self) -> None:
         """Empty the index; cached blocks become free and slabs without owned blocks go back to the lender."""
@@ -166,7 +184,7 @@ class BlockPool:
         if slab is None:
             slab = self._lender.lend_surrendered(self, evict=False)
         if slab is None and self._cached:
-            self._evict(next(iter(self._cached)))
+            self._evict(next(iter(self._cached)), remember=True)
             return True
         if slab is None:
             slab = self._lender.lend_surrendered(self, evict=True)
@@ -187,14 +205,18 @@ class BlockPool:
     def _drop_slab(self, slab: int) -> None:
         for block in self._slabs.pop(slab):
             if block in self._cached:
-                self._evict(block)
+                self._evict(block, remember=True)
             del self._free[block]
         del self._owned_in_slab[slab], self._used_in_slab[slab], self._idle_slabs[slab]
 
-    def _evict(self, block: int) -> None:
+    def _evict(self, block: int, remember: bool = False) -> None:
         del self._cached[block]
         digest, _ = self._name_of.pop(block)
         del self._block_of[digest]
+        if remember:
+            self._evicted[digest] = None
+            if len(self._evicted) > MAX_REMEMBERED_EVICTIONS:
+                del self._evicted[next(iter(self._evicted))]
         self._put_free(block)
 
     def _num_lendable(self) -> int:

@@ -17,8 +17,8 @@ from zif.contract import (
     ModelDescription,
     ModelRunner,
     Progress,
+    RecurrentStateSpec,
     RequestStart,
-    SlidingWindowSpec,
     StepFuture,
     StepPlan,
     StepResult,
@@ -56,7 +56,13 @@ def expected_token(token_ids: list[int], specs: tuple[KVSpec, ...], vocab_size: 
     """Return the token that follows `token_ids`, computed without blocks: the oracle of every test on this platform."""
     tokens = np.asarray(token_ids, dtype=np.uint64)
     words = token_words(tokens, np.arange(len(tokens), dtype=np.uint64))
-    return next_token([words[_first_visible(spec, len(tokens)) :] for spec in specs], vocab_size)
+    visible = [
+        words.sum(dtype=np.uint64, keepdims=True)
+        if isinstance(spec, RecurrentStateSpec)
+        else words[spec.first_needed_token(len(tokens) - 1) :]
+        for spec in specs
+    ]
+    return next_token(visible, vocab_size)
 
 
 @dataclass(slots=True)
@@ -116,17 +122,33 @@ class NullRunner(ModelRunner):
     def _write(self, sequence: _Sequence, start: int, end: int) -> None:
         tokens = np.asarray(sequence.token_ids[start:end], dtype=np.uint64)
         words = token_words(tokens, np.arange(start, end, dtype=np.uint64))
-        for group in range(len(self._specs)):
-            self._memory[self._slots(sequence, group, start, end)] = words
+        for group, spec in enumerate(self._specs):
+            if isinstance(spec, RecurrentStateSpec):
+                state = words.sum(dtype=np.uint64, keepdims=True)
+                if start:
+                    state = state + self._visible(sequence, group, start)
+                self._memory[self._state_slot(sequence, group, end)] = state[0]
+            else:
+                self._memory[self._slots(sequence, group, start, end)] = words
 
     def _sample(self, sequence: _Sequence, end: int) -> int:
-        visible = [
-            self._memory[self._slots(sequence, group, _first_visible(spec, end), end)]
-            for group, spec in enumerate(self._specs)
-        ]
+        visible = [self._visible(sequence, group, end) for group in range(len(self._specs))]
         token_id = next_token(visible, self._vocab_size)
         sequence.token_ids.append(token_id)
         return token_id
+
+    def _visible(self, sequence: _Sequence, group: int, end: int) -> Words:
+        """Read what the token at `end - 1` sees of one group."""
+        spec = self._specs[group]
+        if isinstance(spec, RecurrentStateSpec):
+            slot = self._state_slot(sequence, group, end)
+            return self._memory[slot : slot + 1]
+        return self._memory[self._slots(sequence, group, spec.first_needed_token(end - 1), end)]
+
+    def _state_slot(self, sequence: _Sequence, group: int, num_tokens: int) -> int:
+        """Return where the state after `num_tokens` tokens is kept: in the first slot of its block."""
+        size = self._specs[group].block_size
+        return sequence.tables[group][(num_tokens - 1) // size] * size
 
     def _slots(
         self, sequence: _Sequence, group: int, start: int, end: int
@@ -136,8 +158,3 @@ class NullRunner(ModelRunner):
         blocks = np.asarray(sequence.tables[group][first : -(-end // size)], dtype=np.int64)
         slots = (blocks[:, None] * size + np.arange(size)).reshape(-1)
         return slots[start - first * size : end - first * size]
-
-
-def _first_visible(spec: KVSpec, num_tokens: int) -> int:
-    """Return the first position that the token at `num_tokens - 1` sees."""
-    return max(0, num_tokens - spec.window) if isinstance(spec, SlidingWindowSpec) else 0

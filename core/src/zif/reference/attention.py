@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from zif.contract import AttentionBackend, AttentionBatch, AttentionParams, KVArena, KVLayout, KVSpec
+from zif.contract import AttentionBackend, AttentionBatch, AttentionParams, AttentionSpec, KVArena, KVLayout, KVSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +43,7 @@ class ReferenceAttention(AttentionBackend[torch.Tensor, PreparedReference]):
         self._device = torch.device(device)
 
     def kv_layout(self, spec: KVSpec) -> KVLayout:
+        assert isinstance(spec, AttentionSpec), f"KV of kind {spec.kind!r} is not claimed"
         shape = (len(spec.layers), 2, spec.block_size, spec.num_kv_heads, spec.head_dim)
         num_bytes = torch.Size(shape).numel() * _torch_dtype(spec.dtype).itemsize
         return KVLayout(num_bytes, ("layer", "kv", "token", "head", "element"), shape, spec.dtype)

@@ -46,10 +46,12 @@ class TokenBudgetScheduler(Scheduler):
         self._requests: dict[int, Request] = {}
         self._released: list[int] = []
         self._step = 0
+        self._in_flight: set[int] = set()
         self._num_ended = 0
         self._num_preemptions = 0
         self._blocked: tuple[int, int] | None = None
         self._loner: Request | None = None
+        self._given_up: list[TokenUpdate] = []
 
     def add(self, request: Request) -> None:
         assert request.request_id not in self._requests, f"request id {request.request_id} is taken"
@@ -69,15 +71,21 @@ class TokenBudgetScheduler(Scheduler):
         budget = self._schedule_running(plan)
         if budget:
             self._admit(plan, budget)
-        if not plan.request_ids and not self._released:
+        if not plan.request_ids and not self._released and not self._given_up:
             return None
         plan.released, self._released = self._released, []
         plan.total_tokens = sum(plan.num_tokens)
+        self._in_flight.add(self._step)
         self._step += 1
         return plan
 
     def update(self, plan: StepPlan, result: StepResult) -> list[TokenUpdate]:
-        updates: list[TokenUpdate] = []
+        if result.step != plan.step:
+            raise ContractError(f"the result of step {result.step} came for step {plan.step}; runners keep the order")
+        if plan.step not in self._in_flight:
+            return []
+        self._in_flight.remove(plan.step)
+        updates, self._given_up = self._given_up, []
         num_ended = self._num_ended
         requests = self._requests
         for request_id, num_tokens, sampled in zip(plan.request_ids, plan.num_tokens, result.sampled, strict=True):
@@ -100,7 +108,7 @@ class TokenBudgetScheduler(Scheduler):
         return updates
 
     def has_requests(self) -> bool:
-        return bool(self._requests or self._released)
+        return bool(self._requests or self._released or self._given_up)
 
     @property
     def num_waiting(self) -> int:
@@ -131,11 +139,16 @@ class TokenBudgetScheduler(Scheduler):
         _append_single_rows(plan, singles)
         budget = self._token_budget - len(singles)
         for request in chunks:
-            num_tokens = min(request.num_tokens - request.num_computed_tokens, budget)
+            num_tokens = self._chunk_tokens(request, budget)
             if num_tokens and self._make_room(plan, request, num_tokens):
                 _append_row(plan, request, num_tokens)
                 budget -= num_tokens
         return budget if self._num_preemptions == num_preemptions else 0
+
+    def _chunk_tokens(self, request: Request, budget: int) -> int:
+        """Return how many known tokens a step computes: what the budget allows, up to where the step should end."""
+        computed = request.num_computed_tokens
+        return self._blocks.step_end(request, min(request.num_tokens, computed + budget)) - computed
 
     def _make_room(self, plan: StepPlan, request: Request, num_tokens: int) -> bool:
         """Reserve slots for the next tokens, at the cost of later requests. False when `request` itself had to go."""
@@ -191,13 +204,24 @@ class TokenBudgetScheduler(Scheduler):
                 continue
             if self._start(plan, request, source, budget):
                 budget -= plan.num_tokens[-1]
-            elif self._running or request is self._loner:
+            elif self._running:
                 self._blocked = (request.request_id, self._num_ended + self._num_preemptions)
                 break
+            elif request is self._loner:
+                self._give_up(request)
             else:
                 self._isolate(request)
         for request in deferred:
             self._waiting.push(request)
+
+    def _give_up(self, request: Request) -> None:
+        """End a request that found no room alone in an empty cache: waiting would stop everybody behind it."""
+        request.error = (
+            f"no KV blocks for {request.num_tokens} tokens, although no other request holds any: give the engine more "
+            "kv_bytes, or the request fewer tokens"
+        )
+        self._end(request, FinishReason.ERROR)
+        self._given_up.append(TokenUpdate(request, []))
 
     def _is_blocked(self, request: Request) -> bool:
         """Say whether the request did not fit before and nothing has been given back since."""
@@ -206,7 +230,7 @@ class TokenBudgetScheduler(Scheduler):
     def _start(self, plan: StepPlan, request: Request, source: Request | None, budget: int) -> bool:
         self._blocks.begin(request, source)
         computed = request.num_computed_tokens
-        num_tokens = min(request.num_tokens - computed, budget)
+        num_tokens = self._chunk_tokens(request, budget)
         room = not self._running or self._blocks.can_hold(request, request.num_tokens)
         if not room or not self._blocks.reserve(request, computed + num_tokens):
             self._blocks.release(request)
