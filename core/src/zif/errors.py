@@ -17,6 +17,8 @@
 A message says what happened, the value, the limit, and the next step.
 """
 
+from collections.abc import Sequence
+
 
 class ZifError(Exception):
     """Root of all errors raised on purpose."""
@@ -67,4 +69,11 @@ class OutOfMemoryError(ZifError, MemoryError):
 
 
 class EngineError(ZifError):
-    """The engine met an invariant fault and can no longer serve."""
+    """The engine met an invariant fault and can no longer serve.
+
+    `outputs` holds the answers of the interrupted call that were finished or under way, so that nothing is lost.
+    """
+
+    def __init__(self, message: str, outputs: Sequence[object] = ()) -> None:
+        super().__init__(message)
+        self.outputs = list(outputs)

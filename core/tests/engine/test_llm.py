@@ -13,7 +13,8 @@ import pytest
 from support.checkpoints import build_checkpoint
 from zif import LLM, SamplingParams
 from zif.contract import StepFuture, StepPlan
-from zif.errors import ConfigError, EngineError, RequestError
+from zif.errors import CheckpointError, ConfigError, EngineError, RequestError
+from zif.null.platform import NullDevice
 from zif.null.runner import NullRunner, expected_token
 from zif.text.tokenizer import load_tokenizer
 
@@ -318,9 +319,17 @@ def test_failed_step_ends_the_engine_with_its_reason(llm: LLM, monkeypatch: pyte
     def broken_submit(self: NullRunner, step: StepPlan) -> StepFuture:
         raise RuntimeError("device lost")
 
-    monkeypatch.setattr(NullRunner, "submit", broken_submit)
-    with pytest.raises(RuntimeError, match="device lost"):
-        llm.generate(tokens(), sampling(), use_tqdm=False)
+    submit, steps = NullRunner.submit, iter(range(100))
+
+    def late_failure(self: NullRunner, step: StepPlan) -> StepFuture:
+        return submit(self, step) if next(steps) < 4 else broken_submit(self, step)
+
+    monkeypatch.setattr(NullRunner, "submit", late_failure)
+    with pytest.raises(EngineError, match="device lost") as failure:
+        llm.generate([tokens(), tokens(5)], [sampling(max_tokens=2), sampling(max_tokens=30)], use_tqdm=False)
+    finished, cut = (output.outputs[0] for output in failure.value.outputs)
+    assert (finished.finish_reason, finished.token_ids) == ("length", continuation(llm, PROMPT, 2))
+    assert (cut.finish_reason, cut.token_ids) == (None, continuation(llm, [5], 4))
     with pytest.raises(EngineError, match="device lost"):
         llm.generate(tokens(), sampling(), use_tqdm=False)
 
@@ -377,6 +386,19 @@ def test_defaults_come_from_the_generation_config(model: Path, tmp_path: Path) -
     with LLM(folder, platform="null", max_model_len=64) as llm:
         assert llm.get_default_sampling_params() == SamplingParams(temperature=0.25, top_k=7, max_tokens=3)
         assert len(llm.generate(tokens(), use_tqdm=False)[0].outputs[0].token_ids) <= 3
+
+
+@pytest.mark.parametrize("declared", ['"x"', "[[1]]", "1.5"])
+def test_end_of_sequence_that_is_no_token_id_is_named_and_the_device_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, declared: str
+) -> None:
+    folder = build_checkpoint("llama3", tmp_path)
+    (folder / "generation_config.json").write_text(f'{{"eos_token_id": {declared}}}')
+    closed: list[NullDevice] = []
+    monkeypatch.setattr(NullDevice, "close", lambda device: closed.append(device))
+    with pytest.raises(CheckpointError, match="eos_token_id"):
+        LLM(folder, platform="null", max_model_len=64)
+    assert len(closed) == 1
 
 
 def test_priorities_decide_who_runs_first(model: Path) -> None:

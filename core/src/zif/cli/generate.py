@@ -13,7 +13,7 @@ from zif.cli.opening import open_llm
 from zif.cli.prompts import Prompt, add_prompt_options, read_prompts
 from zif.cli.sampling_options import add_sampling_options, sampling_of
 from zif.cli.setting_options import add_setting_options, print_config_if_asked, settings_of
-from zif.cli.terminal import note, summary
+from zif.cli.terminal import Tally, note
 from zif.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -44,45 +44,56 @@ def run(arguments: argparse.Namespace) -> int:
     settings, sampling, prompts = settings_of(arguments), sampling_of(arguments), read_prompts(arguments)
     if sampling.logprobs is not None and arguments.output is None:
         raise ConfigError("log-probabilities are written to JSON lines only; give --output FILE with --logprobs")
+    tally = Tally()
     with _writer(arguments.output) as write, open_llm(settings) as llm:
         begin = time.perf_counter()
         if len(prompts) == 1 and sampling.n == 1 and arguments.output is None:
-            outputs = _stream(llm, prompts[0], sampling)
+            _stream(llm, prompts[0], sampling, tally)
         else:
-            outputs = llm.generate(prompts, sampling, use_tqdm=sys.stderr.isatty())
-            for index, output in enumerate(outputs):
-                if not _aborted(output):
-                    write(index, output)
-        note(summary(outputs, time.perf_counter() - begin))
-    return _exit_code(outputs)
+            _work_through(llm, prompts, sampling, tally, write)
+        note(tally.summary(time.perf_counter() - begin))
+    return _exit_code(tally)
 
 
-def _stream(llm: "LLM", prompt: Prompt, sampling: "SamplingParams") -> "list[RequestOutput]":
-    """Print the text of one request as it comes. Returns its last state: unfinished when Ctrl-C ended it."""
-    outputs: list[RequestOutput] = []
+def _stream(llm: "LLM", prompt: Prompt, sampling: "SamplingParams", tally: Tally) -> None:
+    """Print the text of one request as it comes; Ctrl-C ends it."""
+    last: RequestOutput | None = None
     num_shown = 0
     with contextlib.suppress(KeyboardInterrupt):
-        for output in llm.stream(prompt, sampling):
-            text = output.outputs[0].text
+        for last in llm.stream(prompt, sampling):
+            text = last.outputs[0].text
             print(text[num_shown:], end="", flush=True)
-            outputs, num_shown = [output], len(text)
+            num_shown = len(text)
     print(flush=True)
-    return outputs
+    if last is None:
+        tally.interrupted = True
+    else:
+        tally.add(last)
 
 
-def _aborted(output: "RequestOutput") -> bool:
-    return any(sample.finish_reason in (None, "abort") for sample in output.outputs)
+def _work_through(llm: "LLM", prompts: list[Prompt], sampling: "SamplingParams", tally: Tally, write: Write) -> None:
+    """Answer many prompts, writing each answer once those before it are written. Ctrl-C keeps what is finished."""
+    from tqdm import tqdm
+
+    with tqdm(total=len(prompts), unit="prompt", disable=not sys.stderr.isatty()) as bar:
+        try:
+            for index, output in enumerate(llm.generate(iter(prompts), sampling)):
+                tally.add(output)
+                if any(sample.finish_reason != "abort" for sample in output.outputs):
+                    write(index, output)
+                bar.update()
+        except KeyboardInterrupt:
+            tally.interrupted = True
 
 
-def _exit_code(outputs: "list[RequestOutput]") -> int:
+def _exit_code(tally: Tally) -> int:
     """Report what failed or was interrupted."""
-    samples = [sample for output in outputs for sample in output.outputs]
-    for error in dict.fromkeys(sample.error for sample in samples if sample.error):
+    for error in tally.errors:
         note(f"error: {error}")
-    if not samples or any(map(_aborted, outputs)):
+    if tally.interrupted:
         note("interrupted")
         return _EXIT_INTERRUPTED
-    return _EXIT_ERROR if any(sample.error for sample in samples) else 0
+    return _EXIT_ERROR if tally.errors else 0
 
 
 @contextlib.contextmanager

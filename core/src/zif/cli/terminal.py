@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -53,13 +53,30 @@ class StartProgress:
         print(f"{begin}{text}", end="\n" if lasting else "", file=sys.stderr, flush=True)
 
 
-def summary(outputs: "Sequence[RequestOutput]", seconds: float) -> str:
-    """Return the line that ends a run: tokens in and out, time, rate, and when the first token came."""
-    num_prompt_tokens = sum(len(output.prompt_token_ids) for output in outputs)
-    num_output_tokens = sum(len(sample.token_ids) for output in outputs for sample in output.outputs)
-    waits = [output.metrics.time_to_first_token_s for output in outputs if output.metrics]
-    first = min((wait for wait in waits if wait is not None), default=None)
-    return (
-        f"{num_prompt_tokens} prompt tokens, {num_output_tokens} output tokens, {seconds:.2f} s, "
-        f"{num_output_tokens / seconds:.1f} tokens/s" + ("" if first is None else f", first token after {first:.3f} s")
-    )
+@dataclass(slots=True)
+class Tally:
+    """What a run gave, counted as it comes, so that millions of answers need not be kept."""
+
+    num_prompt_tokens: int = 0
+    num_output_tokens: int = 0
+    first_token_s: float | None = None
+    errors: dict[str, None] = field(default_factory=dict)
+    interrupted: bool = False
+
+    def add(self, output: "RequestOutput") -> None:
+        """Count an answer."""
+        self.num_prompt_tokens += len(output.prompt_token_ids)
+        self.num_output_tokens += sum(len(sample.token_ids) for sample in output.outputs)
+        wait = output.metrics.time_to_first_token_s if output.metrics else None
+        if wait is not None:
+            self.first_token_s = wait if self.first_token_s is None else min(wait, self.first_token_s)
+        self.errors |= dict.fromkeys(sample.error for sample in output.outputs if sample.error)
+        self.interrupted |= any(sample.finish_reason in (None, "abort") for sample in output.outputs)
+
+    def summary(self, seconds: float) -> str:
+        """Return the line that ends a run: tokens in and out, time, rate, and when the first token came."""
+        first = "" if self.first_token_s is None else f", first token after {self.first_token_s:.3f} s"
+        return (
+            f"{self.num_prompt_tokens} prompt tokens, {self.num_output_tokens} output tokens, {seconds:.2f} s, "
+            f"{self.num_output_tokens / seconds:.1f} tokens/s{first}"
+        )

@@ -75,6 +75,8 @@ class Engine:
         generation.samples = [self._outputs.begin(i, request, prompt) for i, request in enumerate(requests)]
         for sample, request in zip(generation.samples, requests, strict=True):
             request.siblings = tuple(requests) if sampling.n > 1 else ()
+            if prompt.timeout_s is not None:
+                request.deadline_s = generation.arrival_s + prompt.timeout_s
             self._generations[request.request_id] = generation
             self._samples[request.request_id] = sample
             self._scheduler.add(request)
@@ -204,11 +206,22 @@ def start_engine(planned: PlannedModel, vocabulary: Vocabulary, on_phase: PhaseP
         on_phase("allocating KV blocks", 0, 1)
         parts.runner.start(planned.arena)
         on_phase("allocating KV blocks", 1, 1)
+        engine = Engine(planned, parts, vocabulary)
+        _require_room(planned, parts.block_manager)
     except BaseException:
         device.close()
         raise
     logger.info("engine ready on %s after %.2f s", planned.plan.platform, time.monotonic() - started)
-    return Engine(planned, parts, vocabulary)
+    return engine
+
+
+def _require_room(planned: PlannedModel, block_manager: BlockManager) -> None:
+    """Refuse a block manager under which the longest request could wait for ever."""
+    if not block_manager.fits(planned.config.max_model_len):
+        raise EngineError(
+            f"{type(block_manager).__name__} cannot hold one request of max_model_len={planned.config.max_model_len} "
+            f"tokens in the {planned.arena.num_bytes} bytes that the plan gives it; this is a fault of the plan"
+        )
 
 
 def _wire(planned: PlannedModel, device: Device) -> EngineParts:

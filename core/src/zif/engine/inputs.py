@@ -1,6 +1,7 @@
 """From what a caller passes to checked requests: tokens, limits and ids that the engine can trust from here on."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,8 @@ from zif.errors import CheckpointError, RequestError
 
 PromptInput = str | Mapping[str, Any]
 """A text, or {"prompt": text} or {"prompt_token_ids": [ids]}, either with an optional "cache_salt", which keeps the
-KV of this prompt from being shared with prompts of another salt."""
+KV of this prompt from being shared with prompts of another salt, "tenant", whose share of the engine it uses, and
+"timeout_s", after which it ends, finished or not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +24,8 @@ class Prompt:
     token_ids: list[int]
     text: str | None = None
     cache_salt: str = ""
+    tenant: str = ""
+    timeout_s: float | None = None
 
 
 class InputProcessor:
@@ -42,16 +46,19 @@ class InputProcessor:
                 f"a prompt of type {type(given).__name__} is not understood; pass text, {{'prompt': text}} or "
                 "{'prompt_token_ids': [ids]}"
             )
-        unknown = set(given) - {"prompt", "prompt_token_ids", "cache_salt"}
+        unknown = set(given) - {"prompt", "prompt_token_ids", "cache_salt", "tenant", "timeout_s"}
         if unknown:
             raise RequestError(f"prompt has keys {sorted(unknown)} that are not supported")
         text = _text("prompt", given.get("prompt"))
         salt = _text("cache_salt", given.get("cache_salt")) or ""
         if "prompt_token_ids" in given:
-            return self._checked(Prompt(_token_ids(given["prompt_token_ids"]), text, salt))
-        if text is not None:
-            return self._checked(Prompt(self._vocabulary.encode(text), text, salt))
-        raise RequestError("prompt has neither 'prompt' nor 'prompt_token_ids'")
+            token_ids = _token_ids(given["prompt_token_ids"])
+        elif text is not None:
+            token_ids = self._vocabulary.encode(text)
+        else:
+            raise RequestError("prompt has neither 'prompt' nor 'prompt_token_ids'")
+        tenant, timeout_s = self._tenant(given.get("tenant")) or salt, _timeout_s(given.get("timeout_s"))
+        return self._checked(Prompt(token_ids, text, salt, tenant, timeout_s))
 
     def check_sampling(self, sampling: SamplingParams) -> None:
         """Raise `RequestError` when options name tokens that the model does not have, or need a tokenizer it lacks."""
@@ -86,11 +93,21 @@ class InputProcessor:
             priority=priority,
             arrival=request_id,
             cache_key=CacheKey(salt=prompt.cache_salt),
+            tenant=prompt.tenant,
         )
 
     def is_eos(self, token_id: int) -> bool:
         """Say whether the token ends a sequence for this model."""
         return token_id in self._eos_ids
+
+    def _tenant(self, value: object) -> str:
+        tenant = _text("tenant", value) or ""
+        if tenant and self._config.scheduling_policy != "fair":
+            raise RequestError(
+                f"tenant={tenant!r} has no meaning under scheduling_policy={self._config.scheduling_policy!r}; "
+                "open the engine with scheduling_policy='fair', or leave it out"
+            )
+        return tenant
 
     def _checked(self, prompt: Prompt) -> Prompt:
         num_tokens, limit = len(prompt.token_ids), self._config.max_model_len
@@ -132,6 +149,15 @@ def _text(name: str, value: object) -> str | None:
     return value
 
 
+def _timeout_s(value: object) -> float | None:
+    """Return a prompt's time limit in seconds, None when it has none."""
+    if value is None:
+        return None
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise RequestError(f"timeout_s={value!r} must be a number of seconds above 0; leave it out for no limit")
+    return float(value)
+
+
 def _token_ids(value: object) -> list[int]:
     """Return a copy of a caller's token ids; what they hold is checked later."""
     if not isinstance(value, Sequence) or isinstance(value, str | bytes | bytearray):
@@ -146,7 +172,10 @@ def eos_token_ids(model: ModelDescription, vocabulary: Vocabulary) -> frozenset[
     declared = generation_config(model.path).get("eos_token_id")
     if declared is None:
         declared = model.config.get("eos_token_id")
-    ids = {declared} if isinstance(declared, int) else set(declared or ())
+    listed = declared if isinstance(declared, list) else [] if declared is None else [declared]
+    if not all(type(token_id) is int for token_id in listed):
+        raise CheckpointError(f"eos_token_id={declared!r} of {str(model.path)!r} must be a token id or a list of them")
+    ids = set(listed)
     if vocabulary.eos_token_id is not None:
         ids.add(vocabulary.eos_token_id)
     return frozenset(token_id for token_id in ids if 0 <= token_id < model.vocab_size)

@@ -17,7 +17,7 @@ from zif.engine.inputs import Prompt, PromptInput, default_sampling
 from zif.engine.outputs import RequestOutput
 from zif.engine.planning import PlannedModel, plan_model
 from zif.engine.vocabulary import Vocabulary
-from zif.errors import ConfigError, RequestError
+from zif.errors import ConfigError, EngineError, RequestError
 from zif.settings import EngineSettings
 from zif.text.chat import ChatOptions, ChatTemplates, load_chat_templates, render_chat
 
@@ -211,10 +211,10 @@ class LLM:
         """Raise `RequestError` for a priority that is no integer, or that this engine would ignore."""
         if type(priority) is not int:
             raise RequestError(f"priority={priority!r} must be an integer")
-        if priority and self._settings.scheduling_policy != "priority":
+        if priority and self._settings.scheduling_policy == "fcfs":
             raise RequestError(
                 f"priority={priority} has no meaning under scheduling_policy={self._settings.scheduling_policy!r}; "
-                "open the engine with scheduling_policy='priority', or leave it out"
+                "open the engine with scheduling_policy='priority' or 'fair', or leave it out"
             )
 
     def _follow(self, prompt: Prompt, sampling: SamplingParams, priority: int) -> Iterator[RequestOutput]:
@@ -251,16 +251,21 @@ class LLM:
                 prompts.append(self._engine.check(prompt, sampling))
             except RequestError as error:
                 raise RequestError(f"prompt {index}: {error}") from error
-        with _progress_bar(len(prompts), use_tqdm) as advance, _deferred_interrupt() as interrupted:
-            generations = [self._engine.submit(*entry) for entry in zip(prompts, options, priorities, strict=True)]
-            unfinished = set(generations)
-            while unfinished and not interrupted.is_set():
-                for generation in unfinished.intersection(self._engine.step()):
-                    if generation.finished:
-                        unfinished.remove(generation)
-                        advance(self._engine.output(generation))
-            for generation in generations:
-                self._engine.abort(generation)
+        generations: list[Generation] = []
+        try:
+            with _progress_bar(len(prompts), use_tqdm) as advance, _deferred_interrupt() as interrupted:
+                generations += [self._engine.submit(*e) for e in zip(prompts, options, priorities, strict=True)]
+                unfinished = set(generations)
+                while unfinished and not interrupted.is_set():
+                    for generation in unfinished.intersection(self._engine.step()):
+                        if generation.finished:
+                            unfinished.remove(generation)
+                            advance(self._engine.output(generation))
+                for generation in generations:
+                    self._engine.abort(generation)
+        except Exception as error:
+            outputs = [self._engine.output(generation) for generation in generations]
+            raise EngineError(f"the engine failed: {error!r}; what was generated is in .outputs", outputs) from error
         return [self._engine.output(generation) for generation in generations]
 
     def _generate_lazily(

@@ -11,6 +11,7 @@ from typing import Literal, cast
 from zif.contract import (
     AttentionSpec,
     EngineConfig,
+    Feature,
     KVArena,
     ModelDescription,
     Plan,
@@ -22,7 +23,7 @@ from zif.contract import (
 from zif.errors import PlanRefusedError
 from zif.models.description import ModelSource, describe_model
 from zif.plugins import PlatformRegistry
-from zif.settings import EngineSettings
+from zif.settings import EngineSettings, parse_tenant_weights
 
 DEFAULT_BLOCK_SIZE = 16
 MIN_FITTED_TOKENS = 64
@@ -87,7 +88,7 @@ def _workload(settings: EngineSettings, model: ModelDescription, max_model_len: 
         dtype=model.dtype,
         kv_specs=model.kv_specs,
         head_sizes=tuple(sorted({spec.head_dim for spec in model.kv_specs if isinstance(spec, AttentionSpec)})),
-        features=model.features,
+        features=model.features | ({Feature.PREFIX_CACHING} if settings.enable_prefix_caching else set()),
         weight_bytes=model.weight_bytes,
         activation_bytes=activations,
         max_model_len=max_model_len,
@@ -119,6 +120,11 @@ def _engine_config(settings: EngineSettings, model: ModelDescription) -> EngineC
         enable_prefix_caching=settings.enable_prefix_caching,
         scheduling_policy=settings.scheduling_policy,
         seed=settings.seed,
+        max_partial_prefills=settings.max_partial_prefills,
+        max_prefill_chunk=settings.max_prefill_chunk,
+        max_bypasses=settings.max_bypasses,
+        expected_output_percent=settings.expected_output_percent,
+        tenant_weights=parse_tenant_weights(settings.tenant_weights),
     )
 
 

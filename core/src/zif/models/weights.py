@@ -20,6 +20,7 @@ import torch
 from zif.contract import Allocator, Buffer, ModelDescription, OpTable, Progress
 from zif.errors import CheckpointError
 from zif.models.checkpoint import Checkpoint, StoredTensor, open_checkpoint
+from zif.models.checksums import verify_files
 from zif.models.decoder import Decoder
 from zif.models.families import decoder_spec
 from zif.models.layout import EMBEDDING, LM_HEAD, Arrangement, HeldTensor, Layout, Piece, plan_layout
@@ -48,6 +49,7 @@ def load_decoder(
     spec = decoder_spec(model.architecture, model.config)
     checkpoint = open_checkpoint(model.path)
     layout = plan_layout(spec, checkpoint)
+    verify_files({tensor.file for tensor in checkpoint.tensors.values()})
     dtype = getattr(torch, model.dtype)
     with _Loader(checkpoint, allocator, dtype) as loader:
         weights = loader.load(layout, progress)
