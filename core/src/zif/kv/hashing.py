@@ -35,11 +35,6 @@ def root_content(key: CacheKey, block_size: int) -> bytes:
     return _VERSION + canonical_tokens(numbers) + b"".join(texts)
 
 
-def block_content(parent: bytes, token_ids: Sequence[int]) -> bytes:
-    """Return the canonical bytes of one block: what its digest is the hash of."""
-    return parent + canonical_tokens(token_ids)
-
-
 class PrefixChain:
     """The digests of one request at one block size, extended as its tokens become known.
 
@@ -50,9 +45,14 @@ class PrefixChain:
     def __init__(self, request: Request, block_size: int) -> None:
         self._token_ids = request.token_ids
         self._block_size = block_size
+        self._encoded = b""
         self._digests = request.digests.setdefault(block_size, [])
         if not self._digests:
             self._digests.append(root_content(request.cache_key, block_size))
+
+    def encode(self, num_blocks: int) -> None:
+        """Encode the tokens of the first `num_blocks` blocks at once, for a look-up that may go through all of them."""
+        self._encoded = canonical_tokens(self._token_ids[: num_blocks * self._block_size])
 
     def extend(self, num_blocks: int) -> None:
         """Hash up to the first `num_blocks` blocks, all of whose tokens are known."""
@@ -60,11 +60,20 @@ class PrefixChain:
         for block in range(len(digests) - 1, num_blocks):
             digests.append(hashlib.sha256(self.content(block)).digest())
 
+    def hashed(self, block: int) -> bytes:
+        """Return the digest of `block`, hashing up to it if need be."""
+        if len(self._digests) <= block + 1:
+            self.extend(block + 1)
+        return self._digests[block + 1]
+
     def digest(self, block: int) -> bytes:
         """Return the digest of a hashed block."""
         return self._digests[block + 1]
 
     def content(self, block: int) -> bytes:
-        """Return the canonical bytes of `block`; its parent must be hashed."""
-        start = block * self._block_size
-        return block_content(self._digests[block], self._token_ids[start : start + self._block_size])
+        """Return the canonical bytes of `block`, what its digest is the hash of; its parent must be hashed."""
+        size = self._block_size
+        start = block * size
+        if self._encoded:
+            return self._digests[block] + self._encoded[4 * start : 4 * (start + size)]
+        return self._digests[block] + canonical_tokens(self._token_ids[start : start + size])

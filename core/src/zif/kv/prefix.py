@@ -41,7 +41,7 @@ class PrefixFinder:
     def find(self, request: Request, max_tokens: int) -> Prefix:
         """Return the longest prefix of at most `max_tokens`, a multiple of the alignment."""
         pairs = zip(self._specs, self._pools, strict=True)
-        lookups = [_Lookup(spec, pool, PrefixChain(request, spec.block_size)) for spec, pool in pairs]
+        lookups = [_Lookup(spec, pool, PrefixChain(request, spec.block_size), max_tokens) for spec, pool in pairs]
         served = [self._served(lookup, max_tokens) for lookup in lookups]
         num_tokens = self._settle(lookups, min(served))
         report = self._report(lookups, served, num_tokens, max_tokens)
@@ -68,7 +68,7 @@ class PrefixFinder:
         return lookup.spec.longest_prefix(num_tokens // size, lookup.found) * size // self._alignment * self._alignment
 
     def _settle(self, lookups: "list[_Lookup]", num_tokens: int) -> int:
-        settled = False
+        settled = len(lookups) == 1
         while num_tokens and not settled:
             settled = True
             for lookup in lookups:
@@ -87,11 +87,12 @@ class PrefixFinder:
 class _Lookup:
     """Find a request's blocks in one group's index, hashing and searching each block at most once."""
 
-    def __init__(self, spec: KVSpec, pool: BlockPool, chain: PrefixChain) -> None:
+    def __init__(self, spec: KVSpec, pool: BlockPool, chain: PrefixChain, max_tokens: int) -> None:
         self.spec = spec
         self._pool = pool
         self._chain = chain
         self._blocks: dict[int, int | None] = {}
+        chain.encode(max_tokens // spec.block_size)
 
     def found(self, block: int) -> bool:
         """Say whether a logical block is indexed."""
@@ -116,8 +117,8 @@ class _Lookup:
 
     def _find(self, block: int) -> int | None:
         if block not in self._blocks:
-            self._chain.extend(block + 1)
-            self._blocks[block] = self._pool.find(self._chain.digest(block), self._chain.content(block))
+            digest = self._chain.hashed(block)
+            self._blocks[block] = self._pool.find(digest, self._chain.content(block))
         return self._blocks[block]
 
 
