@@ -9,6 +9,7 @@ import importlib.metadata
 import traceback
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import pluggy
 
@@ -28,10 +29,11 @@ class PluginFailure:
 
 @dataclass(frozen=True, slots=True)
 class PluginEntry:
-    """A loaded platform and the distribution that brought it."""
+    """A loaded platform, the distribution that brought it, and the plugin with its hooks."""
 
     platform: Platform
     distribution: str
+    plugin: object
 
     def probe(self) -> Probe:
         """Probe the platform; one that raises or returns something else is reported, not passed on."""
@@ -73,6 +75,15 @@ class PlatformRegistry:
         Raises `PlatformNotFoundError`, `PlatformUnavailableError` or `ContractError` (it failed to load).
         """
         return self._preferred() if name is None else self._named(name)
+
+    def ask(self, platform: str, hook: str, **arguments: object) -> Any:
+        """Call a first-result hook for a plan of `platform`; None when nobody answers.
+
+        Only the platform's own plugin is asked, and plugins that bring no platform: one that was not chosen has no say.
+        """
+        others = [entry.plugin for name, entry in self.platforms.items() if name != platform]
+        chosen = self.platforms[platform].plugin if platform in self.platforms else None
+        return self.manager.subset_hook_caller(hook, [plugin for plugin in others if plugin is not chosen])(**arguments)
 
     def _named(self, name: str) -> Platform:
         if name not in self.platforms:
@@ -124,7 +135,6 @@ class _Loader:
         self.manager = pluggy.PluginManager(PROJECT_NAME)
         self.manager.add_hookspecs(hooks)
         self._claims: dict[str, list[PluginEntry]] = {}
-        self._claimants: dict[str, list[object]] = {}
         self._failures: list[PluginFailure] = []
 
     def load(self, entry_point: importlib.metadata.EntryPoint) -> None:
@@ -155,7 +165,7 @@ class _Loader:
             if len(entries) == 1:
                 platforms[name] = entries[0]
                 continue
-            for plugin in filter(self.manager.is_registered, self._claimants[name]):
+            for plugin in filter(self.manager.is_registered, [entry.plugin for entry in entries]):
                 self.manager.unregister(plugin)
             claimants = " and ".join(sorted(entry.distribution for entry in entries))
             reason = f"{claimants} both claim the platform name {name!r}; uninstall one of them"
@@ -168,8 +178,8 @@ class _Loader:
                 platform = implementation.function()
                 if not isinstance(platform, Platform):
                     raise ContractError(f"zif_platform returned {platform!r}, which is no zif.contract.Platform")
-                self._claims.setdefault(platform.name, []).append(PluginEntry(platform, _distribution(entry_point)))
-                self._claimants.setdefault(platform.name, []).append(plugin)
+                entry = PluginEntry(platform, _distribution(entry_point), plugin)
+                self._claims.setdefault(platform.name, []).append(entry)
 
     def _fail(self, entry_point: importlib.metadata.EntryPoint, reason: str, trace: str) -> None:
         self._failures.append(PluginFailure(entry_point.name, _distribution(entry_point), reason, trace))

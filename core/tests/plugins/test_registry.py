@@ -242,3 +242,33 @@ class TestSelection:
 
 def test_the_null_platform_is_found_like_any_other():
     assert PlatformRegistry.discover().select("null").name == "null"
+
+
+class TestAsking:
+    """Who is asked for the parts of a plan."""
+
+    @staticmethod
+    def hooks(answer):
+        @hookimpl
+        def zif_scheduler(config, plan, block_manager):
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
+
+        return {"zif_scheduler": zif_scheduler}
+
+    def ask(self, *entry_points):
+        registry = PlatformRegistry.load(entry_points)
+        return registry.ask("good", "zif_scheduler", config=None, plan=None, block_manager=None)
+
+    def entry(self, name, answer):
+        return EntryPoint(name, module_of(FakePlatform(name), **self.hooks(answer)), f"zif-{name}")
+
+    def test_a_plugin_whose_platform_was_not_chosen_is_not_asked(self):
+        assert self.ask(self.entry("good", "mine"), self.entry("other", ValueError("asked"))) == "mine"
+
+    def test_nobody_answers_when_only_others_would(self):
+        assert self.ask(GOOD, self.entry("other", "theirs")) is None
+
+    def test_a_plugin_without_a_platform_is_asked(self):
+        assert self.ask(GOOD, EntryPoint("extra", module(**self.hooks("extra's")), "zif-extra")) == "extra's"

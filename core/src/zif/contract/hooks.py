@@ -41,5 +41,5 @@ def zif_block_manager(config: EngineConfig, plan: Plan, arena: KVArena) -> Block
 def zif_model_runner(config: EngineConfig, plan: Plan, device: Device) -> ModelRunner | None:
     """Return a model runner for this plan, or None. Called once per worker; core's torch runner is tried last.
 
-    Every plugin is asked about every plan: return None unless `plan.platform` is yours.
+    Asked of the plugin whose platform was chosen, and of plugins that bring no platform.
     """

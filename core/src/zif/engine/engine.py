@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from zif.contract import (
     BlockManager,
@@ -226,8 +227,9 @@ def _require_room(planned: PlannedModel, block_manager: BlockManager) -> None:
 
 def _wire(planned: PlannedModel, device: Device) -> EngineParts:
     """Ask the plugins for each part, and use core's own where none answers."""
-    hook, config, plan = planned.registry.manager.hook, planned.config, planned.plan
-    block_manager = hook.zif_block_manager(config=config, plan=plan, arena=planned.arena)
+    config, plan = planned.config, planned.plan
+    ask = partial(planned.registry.ask, plan.platform, config=config, plan=plan)
+    block_manager = ask(hook="zif_block_manager", arena=planned.arena)
     if block_manager is None:
         from zif.kv import PagedBlockManager
 
@@ -236,12 +238,12 @@ def _wire(planned: PlannedModel, device: Device) -> EngineParts:
             enable_prefix_caching=config.enable_prefix_caching,
             max_step_tokens=config.max_num_batched_tokens,
         )
-    scheduler = hook.zif_scheduler(config=config, plan=plan, block_manager=block_manager)
+    scheduler = ask(hook="zif_scheduler", block_manager=block_manager)
     if scheduler is None:
         from zif.scheduling import TokenBudgetScheduler
 
         scheduler = TokenBudgetScheduler(config, block_manager, plan.constraints)
-    runner = hook.zif_model_runner(config=config, plan=plan, device=device)
+    runner = ask(hook="zif_model_runner", device=device)
     if runner is None:
         from zif.runtime.runner import TorchRunner
 
