@@ -15,6 +15,7 @@ import ast
 import copy
 import hashlib
 import inspect
+import hashlib
 import json
 import math
 import os
@@ -251,6 +252,8 @@ def save_checkpoint(model: LlamaForCausalLM, tokenizer: Tokenizer, out: Path) ->
         rounded.save_pretrained(scratch)
         tokenizer.save(str(Path(scratch, "tokenizer.json")), pretty=False)
         Path(scratch, "tokenizer_config.json").write_text(json.dumps(tokenizer_settings(), indent=2) + "\n")
+        digest = hashlib.sha256(Path(scratch, "model.safetensors").read_bytes()).hexdigest()
+        Path(scratch, "SHA256SUMS").write_text(f"{digest}  model.safetensors\n")
         for file in Path(scratch).iterdir():
             os.chmod(file, 0o644)
             os.replace(file, out / file.name)
