@@ -15,7 +15,6 @@ import ast
 import copy
 import hashlib
 import inspect
-import hashlib
 import json
 import math
 import os
