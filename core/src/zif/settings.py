@@ -101,7 +101,25 @@ class EngineSettings:
     enable_prefix_caching: bool = _switch("reuse the KV of prompts that begin alike", True)
     kv_bytes: int | None = _bytes("memory for KV; auto: what fits")
     memory_limit: int | None = _bytes("most memory to hold, weights included; auto: what the device has free")
-    scheduling_policy: str = _text("order in which requests run", "fcfs", choices=("fcfs", "priority"))
+    scheduling_policy: str = _text(
+        "order in which requests run: as they come, by priority, or in fair shares of tokens per tenant", "fcfs",
+        choices=("fcfs", "priority", "fair"),
+    )  # fmt: skip
+    tenant_weights: str | None = _text("shares under 'fair', as in 'alice=3,bob=1'; auto: all tenants equal", None)
+    max_partial_prefills: int = _integer(
+        "most prompts that one step computes in part", 4, minimum=1, maximum=2**16
+    )  # fmt: skip
+    max_prefill_chunk: int | None = _integer(
+        "most tokens of one prompt in a step while others wait for tokens; "
+        "auto: max_num_batched_tokens / max_partial_prefills", None, minimum=1, maximum=2**24,
+    )  # fmt: skip
+    max_bypasses: int = _integer(
+        "how many later requests may start before one that does not fit yet", 16, maximum=2**31 - 1
+    )  # fmt: skip
+    expected_output_percent: int = _integer(
+        "how much of max_tokens answers are expected to use until zif has seen some; 0 admits most, 100 preempts least",
+        50, maximum=100,
+    )  # fmt: skip
     seed: int = _integer("seed of requests that bring none", 0, minimum=0)
     trust_remote_code: bool = _switch("run Python code that comes with the model", False)
     quantization: str | None = _text(
@@ -121,6 +139,11 @@ class EngineSettings:
             raise ConfigError(
                 f"kv_bytes={self.kv_bytes!r} leaves nothing of memory_limit={self.memory_limit!r} to the weights; "
                 "lower kv_bytes or raise memory_limit"
+            )
+        if parse_tenant_weights(self.tenant_weights) and self.scheduling_policy != "fair":
+            raise ConfigError(
+                f"tenant_weights={self.tenant_weights!r} have no meaning under scheduling_policy="
+                f"{self.scheduling_policy!r}; choose scheduling_policy='fair' or leave them out"
             )
 
     @classmethod
@@ -160,6 +183,20 @@ def parse_bytes(text: str) -> int:
         raise ValueError(f"{text!r} is no number of bytes")
     number = match[1].replace("_", "")
     return int(number) * unit if number.isdigit() else int(float(number) * unit)
+
+
+def parse_tenant_weights(text: str | None) -> tuple[tuple[str, int], ...]:
+    """Read "alice=3,bob=1"; nothing when None. Raises `ConfigError` on anything else."""
+    if text is None:
+        return ()
+    entries = [entry.rpartition("=") for entry in text.split(",")]
+    weights = {tenant.strip(): weight.strip() for tenant, _, weight in entries}
+    is_number = all(re.fullmatch(r"[1-9][0-9]{0,5}", weight) for weight in weights.values())
+    if not is_number or "" in weights or len(weights) < len(entries):
+        raise ConfigError(
+            f"tenant_weights={text!r} must name each tenant once with a weight of 1 to 999999, as in 'alice=3,bob=1'"
+        )
+    return tuple((tenant, int(weight)) for tenant, weight in weights.items())
 
 
 def require_known(name: str) -> None:
@@ -311,6 +348,8 @@ _FOREIGN_NAMES = {
     "max_num_tokens": "zif's name is max_num_batched_tokens",
     "max_batch_size": "zif's name is max_num_seqs",
     "device": "zif's name is platform; `zif platforms` lists what is installed",
+    "max_num_partial_prefills": "zif's name is max_partial_prefills",
+    "long_prefill_token_threshold": "zif's name is max_prefill_chunk",
     "enable_chunked_prefill": "prompts are always computed in chunks; max_num_batched_tokens bounds a chunk",
     "disable_log_stats": "zif logs no statistics; every result carries its metrics",
     "enforce_eager": "zif captures no graphs in this version, so there is nothing to switch off",

@@ -7,16 +7,12 @@ import pytest
 from support.control_plane import Engine, cut, expected_output, full, new_request, samples_of, sliding
 from zif.contract import (
     CacheKey,
-    EngineConfig,
     FinishReason,
     RequestStatus,
     SamplingParams,
-    SchedulerConstraints,
     StepResult,
 )
-from zif.errors import ConfigError, ContractError
-from zif.kv import PagedBlockManager
-from zif.scheduling import TokenBudgetScheduler
+from zif.errors import ConfigError
 
 LONG = list(range(40))
 FULL = (full(),)
@@ -395,24 +391,3 @@ class TestEnds:
         stack.add(new_request(0, [1]))
         with pytest.raises(AssertionError, match="taken"):
             stack.add(new_request(0, [1]))
-
-
-class TestConstraints:
-    def scheduler(self, constraints, budget=64, max_num_seqs=8):
-        blocks = PagedBlockManager(cut((full(),), 64), enable_prefix_caching=True, max_step_tokens=budget)
-        return TokenBudgetScheduler(EngineConfig(64, max_num_seqs, budget), blocks, constraints)
-
-    @pytest.mark.parametrize(
-        "constraints", [SchedulerConstraints(separate_prefill=True), SchedulerConstraints(token_alignment=8)], ids=str
-    )
-    def test_what_it_cannot_honour_it_refuses(self, constraints):
-        with pytest.raises(ContractError, match="zif_scheduler"):
-            self.scheduler(constraints)
-
-    @pytest.mark.parametrize(("length", "planned"), [(12, (16, 2)), (3, (6, 2))])
-    def test_a_step_is_no_larger_than_the_largest_buckets(self, length, planned):
-        scheduler = self.scheduler(SchedulerConstraints(token_buckets=(4, 16), batch_buckets=(1, 2)))
-        for request_id in range(4):
-            scheduler.add(new_request(request_id, prompt(request_id, length)))
-        plan = scheduler.schedule()
-        assert (plan.total_tokens, len(plan.request_ids)) == planned

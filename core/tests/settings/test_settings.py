@@ -8,7 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zif.errors import ConfigError
-from zif.settings import EngineSettings, format_settings, parse_bytes, resolve_settings, setting_fields
+from zif.settings import (
+    EngineSettings,
+    format_settings,
+    parse_bytes,
+    parse_tenant_weights,
+    resolve_settings,
+    setting_fields,
+)
 
 
 def _settings(**values):
@@ -75,6 +82,14 @@ def test_every_number_of_bytes_is_read_back(num_bytes):
         ("dtype", 3, "text"),
         ("model_impl", "vendor", "transformers"),
         ("scheduling_policy", "lifo", "fcfs"),
+        ("max_partial_prefills", 0, "1 to"),
+        ("max_prefill_chunk", 0, "1 to"),
+        ("max_bypasses", -1, "0 to"),
+        ("expected_output_percent", 101, "0 to 100"),
+        ("tenant_weights", "a", "alice=3"),
+        ("tenant_weights", "a=0", "alice=3"),
+        ("tenant_weights", "a=1,a=2", "alice=3"),
+        ("tenant_weights", "=1", "alice=3"),
         ("tokenizer", "", "empty"),
     ],
 )
@@ -96,6 +111,16 @@ def test_what_is_not_supported_yet_says_so(name, value):
 def test_cache_larger_than_the_limit_is_refused():
     with pytest.raises(ConfigError, match=r"kv_bytes=.*memory_limit="):
         _settings(kv_bytes="2GiB", memory_limit="1GiB")
+
+
+def test_weights_of_tenants_are_read_and_need_fair_shares():
+    assert parse_tenant_weights(_settings(tenant_weights="a=3, b=1", scheduling_policy="fair").tenant_weights) == (
+        ("a", 3),
+        ("b", 1),
+    )
+    assert parse_tenant_weights(None) == ()
+    with pytest.raises(ConfigError, match="tenant_weights='a=3' have no meaning .*'fcfs'"):
+        _settings(tenant_weights="a=3")
 
 
 def test_missing_model_is_refused():

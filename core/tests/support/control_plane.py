@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from zif.contract import (
     ChunkedLocalSpec,
@@ -15,6 +16,7 @@ from zif.contract import (
     RecurrentStateSpec,
     Request,
     SamplingParams,
+    SchedulerConstraints,
     SlidingWindowSpec,
     StateTensor,
     StepPlan,
@@ -93,20 +95,28 @@ def expected_output(request: Request, specs: tuple[KVSpec, ...]) -> list[int]:
 
 @dataclass
 class Engine:
-    """Scheduler, block manager and null runner, stepped by hand."""
+    """Scheduler, block manager and null runner, stepped by hand.
+
+    `limits` are further fields of the configuration. No output is expected unless they say so, so that requests are
+    admitted as long as their prompts fit, and preemption is met. `now_s` is the scheduler's clock.
+    """
 
     arena: KVArena
     budget: int = 16
     max_num_seqs: int = 8
     caching: bool = True
     policy: str = "fcfs"
+    limits: dict[str, Any] = field(default_factory=dict)
+    constraints: SchedulerConstraints = field(default_factory=SchedulerConstraints)
+    now_s: float = 0.0
     plans: list[StepPlan] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.specs = tuple(group.spec for group in self.arena.groups)
-        self.config = EngineConfig(1024, self.max_num_seqs, self.budget, self.caching, self.policy)
+        limits = {"expected_output_percent": 0} | self.limits
+        self.config = EngineConfig(1024, self.max_num_seqs, self.budget, self.caching, self.policy, **limits)
         self.blocks = PagedBlockManager(self.arena, enable_prefix_caching=self.caching, max_step_tokens=self.budget)
-        self.scheduler = TokenBudgetScheduler(self.config, self.blocks)
+        self.scheduler = TokenBudgetScheduler(self.config, self.blocks, self.constraints, lambda: self.now_s)
         self.runner = NullRunner(self.config)
         self.runner.load(null_model(self.specs), lambda done, total: None)
         self.runner.start(self.arena)

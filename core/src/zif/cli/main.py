@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 
 from zif import __version__
-from zif.cli import bench, chat, explain, generate, platforms
+from zif.cli import bench, chat, explain, generate, platforms, simulate
 from zif.contract.sampling import SamplingParams
 from zif.errors import ConfigError, ZifError
 from zif.settings import foreign_name_advice, setting_fields
@@ -44,7 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="zif", description="LLM inference on any hardware that has a plugin.")
     parser.add_argument("--version", action="version", version=f"zif {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (generate, chat, bench, platforms, explain):
+    for command in (generate, chat, bench, platforms, explain, simulate):
         command.register(commands)
     return parser
 
@@ -73,6 +73,8 @@ def _advise(unknown: Sequence[str]) -> str:
     """Say which option was meant. Raises `ConfigError` on an option of another engine, with zif's answer to it."""
     known = ["--" + declared.name.replace("_", "-") for declared in (*setting_fields(), *fields(SamplingParams))]
     for flag in [argument.partition("=")[0] for argument in unknown if argument.startswith("--")]:
+        if flag == "--model":
+            return " (the model's folder comes right after the command, without an option's name)"
         if advice := foreign_name_advice(flag.removeprefix("--").replace("-", "_")):
             raise ConfigError(f"{flag}: {advice}")
         if nearest := difflib.get_close_matches(flag, known, n=1):

@@ -8,7 +8,12 @@ class EngineConfig:
     """Limits and switches of one engine.
 
     `max_num_batched_tokens` is the token budget of a step; `max_num_seqs` the number of requests in one step;
-    `max_model_len` the longest prompt plus output in tokens; `scheduling_policy` is "fcfs" or "priority".
+    `max_model_len` the longest prompt plus output in tokens; `scheduling_policy` is "fcfs", "priority" or "fair".
+
+    At most `max_partial_prefills` prompts are computed in part by one step, and while others want tokens too, one
+    prompt gets `max_prefill_chunk` of them (None: an equal share). A waiting request is passed by at most
+    `max_bypasses` later ones. `expected_output_percent` is how much of its allowed output a request is first expected
+    to use. `tenant_weights` are (tenant, weight) pairs under "fair"; a tenant that is not named has weight 1.
     """
 
     max_model_len: int
@@ -17,3 +22,8 @@ class EngineConfig:
     enable_prefix_caching: bool = True
     scheduling_policy: str = "fcfs"
     seed: int = 0
+    max_partial_prefills: int = 4
+    max_prefill_chunk: int | None = None
+    max_bypasses: int = 16
+    expected_output_percent: int = 50
+    tenant_weights: tuple[tuple[str, int], ...] = ()

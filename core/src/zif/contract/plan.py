@@ -54,9 +54,10 @@ class Decision:
 class SchedulerConstraints:
     """Scheduling needs of a platform, stated as data.
 
-    `token_buckets` and `batch_buckets` are the step sizes the platform runs (empty: any size). `separate_prefill`
-    asks for steps without mixing prompt chunks and single tokens. Core's scheduler refuses constraints it cannot
-    honour.
+    `token_buckets` and `batch_buckets` are the step sizes the platform runs (empty: any size): no step is larger than
+    the largest, and the runner pads to the next. A prompt is cut into chunks only at positions that are multiples of
+    `token_alignment`; its end may lie anywhere. With `separate_prefill` no step mixes prompt chunks with single tokens,
+    the one outstanding token of a request that the runner holds; a chunk may be one token long, too.
     """
 
     token_buckets: tuple[int, ...] = ()

@@ -7,6 +7,7 @@ KV in blocks; scheduling lets the second number catch up with the first:
     computed    |<------------------->|                    still to compute: num_tokens - num_computed_tokens
 """
 
+import math
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum
 
@@ -23,7 +24,10 @@ class RequestStatus(Enum):
 
 
 class FinishReason(Enum):
-    """Why a request ended. The values are those of the OpenAI API where it has one."""
+    """Why a request ended. The values are those of the OpenAI API where it has one.
+
+    ABORT is an end from outside: the caller's wish, or the deadline, which `Request.error` then names.
+    """
 
     STOP = "stop"
     LENGTH = "length"
@@ -82,6 +86,10 @@ class Request:
     `max_total_tokens` is prompt plus output at most. `siblings` are the parallel samples of one prompt, this one
     included; they share the prompt's blocks. `num_cached_tokens` is what was found computed at first admission.
 
+    `tenant` is who the tokens are charged to under fair shares. Past `deadline_s`, on the scheduler's clock, the
+    request ends with reason ABORT and says so in `error`. The scheduler sets `due_s`, after which no later request may
+    pass this one, `order`, the place among running requests (smaller first), and `num_bypasses`, how many have passed.
+
     `block_ids` maps, per layer group, logical block to block id, 0 where a block was returned. `capacity` counts the
     token slots that every group holds; `next_commit` is the number of computed tokens at which `commit` has work;
     the prefix index has seen the first `num_indexed_tokens`. `digests` are the prefix hashes so far, by block size;
@@ -100,6 +108,11 @@ class Request:
     arrival: int = 0
     cache_key: CacheKey = field(default_factory=CacheKey)
     siblings: "tuple[Request, ...]" = ()
+    tenant: str = ""
+    deadline_s: float | None = None
+    due_s: float = math.inf
+    order: tuple[float, ...] = ()
+    num_bypasses: int = 0
     status: RequestStatus = RequestStatus.WAITING
     num_computed_tokens: int = 0
     num_cached_tokens: int = 0

@@ -20,8 +20,9 @@ PositionLogprobs = dict[int, Logprob]
 class CompletionOutput:
     """One sample. `stop_reason` is the stop string or stop token id that ended it, None at end of sequence.
 
-    `finish_reason` is "stop", "length", "abort" (interrupted or past its time limit, which `error` then says; what
-    was generated is kept) or "error" (`error` says why), and None while it goes on. `text` is empty when `detokenize` is off.
+    `finish_reason` is "stop", "length", "abort" (interrupted, or past its time limit, which `error` then says; what was
+    generated is kept) or "error" (`error` says why), and None while it goes on. `text` is empty when `detokenize` is
+    off.
     """
 
     index: int

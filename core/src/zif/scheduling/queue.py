@@ -1,57 +1,91 @@
-"""The waiting line, ordered by policy. Preempted requests return to their old place because the order is a key."""
+"""The waiting requests, in policy order. Preempted ones have an order already and return to their old place."""
 
 import heapq
-from collections.abc import Callable
+from dataclasses import dataclass, field
 
 from zif.contract import Request
-from zif.errors import ConfigError
+from zif.scheduling.policies import Order, Policy
 
-OrderKey = tuple[int, ...]
-
-POLICIES: dict[str, Callable[[Request], OrderKey]] = {
-    "fcfs": lambda request: (request.arrival,),
-    "priority": lambda request: (request.priority, request.arrival),
-}
-"""Smaller keys run first. Under "priority" a smaller number is more urgent, ties go to the earlier arrival."""
+_MIN_DEAD_ENTRIES = 16
 
 
-def order_key(policy: str) -> Callable[[Request], OrderKey]:
-    """Return the order of `policy`; raise `ConfigError` when there is none of this name."""
-    if policy not in POLICIES:
-        raise ConfigError(f"scheduling_policy={policy!r} is unknown; choose one of {', '.join(sorted(POLICIES))}")
-    return POLICIES[policy]
+@dataclass(slots=True)
+class _Line:
+    """A heap of requests; those that left it without being taken stay as dead entries until they surface."""
+
+    heap: list[tuple[Order, int, Request]] = field(default_factory=list)
+    live: set[int] = field(default_factory=set)
+
+    def push(self, key: Order, request: Request) -> None:
+        self.live.add(request.request_id)
+        heapq.heappush(self.heap, (key, request.request_id, request))
+
+    def discard(self, request_id: int) -> None:
+        self.live.discard(request_id)
+        if len(self.heap) > 2 * len(self.live) + _MIN_DEAD_ENTRIES:
+            self.heap = [entry for entry in self.heap if entry[1] in self.live]
+            heapq.heapify(self.heap)
+        while self.heap and self.heap[0][1] not in self.live:
+            heapq.heappop(self.heap)
 
 
 class RequestQueue:
-    """Waiting requests, first the one with the smallest key."""
+    """Waiting requests, first the one that the policy wants first."""
 
-    def __init__(self, key: Callable[[Request], OrderKey]) -> None:
-        self._key = key
-        self._heap: list[tuple[OrderKey, int, Request]] = []
-        self._live: set[int] = set()
+    def __init__(self, policy: Policy) -> None:
+        self._policy = policy
+        self._lines: dict[str, _Line] = {}
+        self._resumed = _Line()
+        self._num_waiting = 0
 
     def __len__(self) -> int:
-        return len(self._live)
+        return self._num_waiting
 
     def push(self, request: Request) -> None:
         """Let a request wait."""
-        self._live.add(request.request_id)
-        heapq.heappush(self._heap, (self._key(request), request.request_id, request))
+        if not request.order and self._policy.line(request) not in self._lines:
+            self._policy.wake(self._policy.line(request))
+        self.put_back(request)
+
+    def put_back(self, request: Request) -> None:
+        """Let a request wait that was taken only to look behind it."""
+        self._num_waiting += 1
+        if request.order:
+            self._resumed.push(request.order, request)
+        else:
+            line = self._lines.setdefault(self._policy.line(request), _Line())
+            line.push(self._policy.urgency(request), request)
 
     def peek(self) -> Request | None:
         """Return the first request without taking it."""
-        while self._heap and self._heap[0][1] not in self._live:
-            heapq.heappop(self._heap)
-        return self._heap[0][2] if self._heap else None
+        line = self._first_line()
+        return line.heap[0][2] if line else None
+
+    def order_of(self, request: Request) -> Order:
+        """Return the order that a waiting request has, or would get if it were admitted now."""
+        return request.order or (self._policy.tag(self._policy.line(request)), *self._policy.urgency(request))
 
     def pop(self) -> Request:
         """Take the first request; the queue must not be empty."""
         request = self.peek()
         assert request is not None, "pop from an empty queue"
-        heapq.heappop(self._heap)
-        self._live.discard(request.request_id)
+        self.discard(request)
         return request
 
     def discard(self, request: Request) -> None:
-        """Forget a request, wherever it stands."""
-        self._live.discard(request.request_id)
+        """Forget a waiting request, wherever it stands."""
+        name = self._policy.line(request)
+        line = self._resumed if request.order else self._lines.get(name)
+        if line is None or request.request_id not in line.live:
+            return
+        self._num_waiting -= 1
+        line.discard(request.request_id)
+        if not line.live and line is not self._resumed:
+            del self._lines[name]
+
+    def _first_line(self) -> _Line | None:
+        candidates = [self._resumed] if self._resumed.live else []
+        candidates += self._lines.values()
+        if len(candidates) < 2:
+            return candidates[0] if candidates else None
+        return min(candidates, key=lambda line: self.order_of(line.heap[0][2]))

@@ -1,22 +1,26 @@
 """Core's scheduler: one rule under a token budget.
 
-A step hands out at most `max_num_batched_tokens` tokens to at most `max_num_seqs` requests so that computed tokens
-catch up with known ones. Prefill, chunked prefill, decode and recomputation after preemption are all this one rule.
-Running requests come first, single tokens before prompt chunks, so that a long prompt never delays a decode; then
-waiting requests are admitted in policy order. When blocks run out, the running request that is last in policy order
-loses its blocks and waits again; the first one always progresses. Should even a request alone find no room, because
-its own blocks or cached ones lie scattered over the slabs, it starts over from an empty cache and stays alone.
+A step hands out tokens to requests so that computed tokens catch up with known ones. Prefill, chunked prefill, decode
+and recomputation after preemption are all this one rule. Single tokens of running requests come first, so that a prompt
+never delays a decode. Then prompts, running and waiting ones merged in policy order: each gets its share, what is left
+over goes round again. A waiting request that cannot start is passed by later ones, but only so often.
+
+When blocks run out, the running request that is last in policy order loses its blocks and waits again; the first one
+always progresses. Should even a request alone find no room, because its own blocks or cached ones lie scattered over
+the slabs, it starts over from an empty cache and stays alone.
+
+Elsewhere: order (`policies.py`, `queue.py`), what fits (`admission.py`, `limits.py`), writing a plan (`rows.py`).
 """
 
 import bisect
+import time
+from collections.abc import Callable
 
 from zif.contract import (
     BlockManager,
-    BlockUpdate,
     EngineConfig,
     FinishReason,
     Request,
-    RequestStart,
     RequestStatus,
     Scheduler,
     SchedulerConstraints,
@@ -25,38 +29,59 @@ from zif.contract import (
     TokenUpdate,
 )
 from zif.errors import ContractError
-from zif.scheduling.queue import RequestQueue, order_key
+from zif.scheduling.admission import Admission, Look, awaits_sibling, no_room_error, sample_source
+from zif.scheduling.deadlines import Deadlines, overdue_error
+from zif.scheduling.limits import step_limits
+from zif.scheduling.policies import PATIENCE_S, policy_of
+from zif.scheduling.queue import RequestQueue
+from zif.scheduling.rows import (
+    StepDraft,
+    append_block_updates,
+    append_row,
+    append_single_rows,
+    extend_row,
+    remove_row,
+    request_start,
+)
 
 
 class TokenBudgetScheduler(Scheduler):
-    """Schedule by token budget over a block manager."""
+    """Schedule by token budget over a block manager. `clock` gives seconds that never fall; deadlines refer to it."""
 
     def __init__(
         self,
         config: EngineConfig,
         block_manager: BlockManager,
         constraints: SchedulerConstraints = SchedulerConstraints(),  # noqa: B008 - frozen value
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._token_budget = _token_budget(config, constraints)
-        self._max_running = min(config.max_num_seqs, max(constraints.batch_buckets, default=config.max_num_seqs))
+        self._limits = step_limits(config, constraints)
         self._blocks = block_manager
-        self._key = order_key(config.scheduling_policy)
-        self._waiting = RequestQueue(self._key)
+        self._clock = clock
+        self._policy = policy_of(config)
+        self._waiting = RequestQueue(self._policy)
+        self._admission = Admission(config, block_manager)
+        self._deadlines = Deadlines()
         self._running: list[Request] = []
         self._requests: dict[int, Request] = {}
         self._released: list[int] = []
+        self._ended_early: list[TokenUpdate] = []
         self._step = 0
         self._in_flight: set[int] = set()
         self._num_ended = 0
         self._num_preemptions = 0
-        self._blocked: tuple[int, int] | None = None
         self._loner: Request | None = None
-        self._given_up: list[TokenUpdate] = []
+        self._prompts_are_next = True
 
     def add(self, request: Request) -> None:
         assert request.request_id not in self._requests, f"request id {request.request_id} is taken"
         self._requests[request.request_id] = request
+        request.due_s = self._clock() + PATIENCE_S
+        if request.deadline_s is not None:
+            request.due_s = min(request.due_s, request.deadline_s)
+            self._deadlines.add(request)
         self._waiting.push(request)
+        self._admission.unsettle()
 
     def finish(self, request_id: int, reason: FinishReason) -> Request | None:
         request = self._requests.get(request_id)
@@ -67,11 +92,15 @@ class TokenBudgetScheduler(Scheduler):
         return request
 
     def schedule(self) -> StepPlan | None:
+        if self._deadlines:
+            self._end_overdue()
         plan = StepPlan(step=self._step)
-        budget = self._schedule_running(plan)
-        if budget:
-            self._admit(plan, budget)
-        if not plan.request_ids and not self._released and not self._given_up:
+        draft = StepDraft(plan, self._limits.max_tokens, self._limits.max_tokens)
+        if self._limits.separate_prefill:
+            self._plan_one_sort(draft)
+        else:
+            self._add_prompts(draft, self._add_singles(draft))
+        if not plan.request_ids and not self._released and not self._ended_early:
             return None
         plan.released, self._released = self._released, []
         plan.total_tokens = sum(plan.num_tokens)
@@ -85,7 +114,7 @@ class TokenBudgetScheduler(Scheduler):
         if plan.step not in self._in_flight:
             return []
         self._in_flight.remove(plan.step)
-        updates, self._given_up = self._given_up, []
+        updates, self._ended_early = self._ended_early, []
         num_ended = self._num_ended
         requests = self._requests
         for request_id, num_tokens, sampled in zip(plan.request_ids, plan.num_tokens, result.sampled, strict=True):
@@ -108,7 +137,7 @@ class TokenBudgetScheduler(Scheduler):
         return updates
 
     def has_requests(self) -> bool:
-        return bool(self._requests or self._released or self._given_up)
+        return bool(self._requests or self._released or self._ended_early)
 
     @property
     def num_waiting(self) -> int:
@@ -122,35 +151,97 @@ class TokenBudgetScheduler(Scheduler):
         """Return every request that has not ended."""
         return list(self._requests.values())
 
-    def _schedule_running(self, plan: StepPlan) -> int:
-        """Plan the running requests; return what is left of the budget for admission."""
-        num_preemptions = self._num_preemptions
+    def _end_overdue(self) -> None:
+        now_s = self._clock()
+        for request in self._deadlines.pop_passed(now_s):
+            request.error = overdue_error(request, now_s)
+            self.finish(request.request_id, FinishReason.ABORT)
+            self._ended_early.append(TokenUpdate(request, []))
+
+    def _plan_one_sort(self, draft: StepDraft) -> None:
+        """Plan either prompts or single tokens, in turns when there are both."""
+        for is_prompts in (self._prompts_are_next, not self._prompts_are_next):
+            if is_prompts:
+                self._add_prompts(draft, [r for r in self._running if r.num_tokens - r.num_computed_tokens > 1])
+            else:
+                self._add_singles(draft)
+            if draft.plan.request_ids:
+                self._prompts_are_next = not is_prompts
+                return
+
+    def _add_singles(self, draft: StepDraft) -> list[Request]:
+        """Plan the running requests that lack one token; return those that lack more, in order."""
+        plan, max_tokens, num_preemptions = draft.plan, draft.num_tokens_left, self._num_preemptions
         chunks: list[Request] = []
         singles: list[Request] = []
         for request in tuple(self._running):
             computed = request.num_computed_tokens
             if len(request.token_ids) - computed > 1:
                 chunks.append(request)
-            elif len(singles) < self._token_budget and (
-                computed < request.capacity or self._make_room(plan, request, 1)
-            ):
+            elif len(singles) < max_tokens and (computed < request.capacity or self._make_room(draft, request, 1)):
                 singles.append(request)
         # Only now: room was made at the cost of later requests, so none of these has lost its blocks.
-        _append_single_rows(plan, singles)
-        budget = self._token_budget - len(singles)
+        append_single_rows(plan, singles)
+        draft.num_tokens_left -= len(singles)
+        draft.admits = draft.admits and self._num_preemptions == num_preemptions
+        return chunks
+
+    def _add_prompts(self, draft: StepDraft, chunks: list[Request]) -> None:
+        """Plan prompts, running and waiting ones merged in policy order."""
+        if len(chunks) + len(self._waiting) > 1:
+            draft.max_chunk_tokens = self._limits.max_chunk_tokens
         for request in chunks:
-            num_tokens = self._chunk_tokens(request, budget)
-            if num_tokens and self._make_room(plan, request, num_tokens):
-                _append_row(plan, request, num_tokens)
-                budget -= num_tokens
-        return budget if self._num_preemptions == num_preemptions else 0
+            self._admit(draft, before=request)
+            self._continue(draft, request)
+        self._admit(draft)
+        for request in draft.prompts:
+            if not draft.num_tokens_left:
+                return
+            self._extend(draft, request)
 
-    def _chunk_tokens(self, request: Request, budget: int) -> int:
-        """Return how many known tokens a step computes: what the budget allows, up to where the step should end."""
-        computed = request.num_computed_tokens
-        return self._blocks.step_end(request, min(request.num_tokens, computed + budget)) - computed
+    def _continue(self, draft: StepDraft, request: Request) -> None:
+        """Plan the next chunk of a running prompt."""
+        if request.status is not RequestStatus.RUNNING:
+            return
+        end = self._chunk_end(request, min(draft.num_tokens_left, draft.max_chunk_tokens))
+        if end == request.num_computed_tokens:
+            # Later ones must not take, step after step, the few tokens that do not reach the next place to cut.
+            draft.num_tokens_left = 0
+        elif self._has_slot(draft, request, end) and self._make_room(draft, request, end - request.num_computed_tokens):
+            self._append_prompt(draft, request, end)
 
-    def _make_room(self, plan: StepPlan, request: Request, num_tokens: int) -> bool:
+    def _append_prompt(self, draft: StepDraft, request: Request, end: int) -> None:
+        append_row(draft.plan, request, end)
+        draft.prompts.append(request)
+        draft.num_tokens_left -= end - request.num_computed_tokens
+        draft.num_partial += end < request.num_tokens
+
+    def _extend(self, draft: StepDraft, request: Request) -> None:
+        """Give a planned prompt what the others left over, if there are free blocks for it."""
+        if request.status is not RequestStatus.RUNNING:
+            return
+        planned = draft.plan.num_tokens[draft.plan.request_ids.index(request.request_id)]
+        end = self._chunk_end(request, planned + draft.num_tokens_left)
+        if end <= request.num_computed_tokens + planned:
+            return
+        held = [len(blocks) for blocks in request.block_ids]
+        if end > request.capacity and not self._blocks.reserve(request, end):
+            return
+        append_block_updates(draft.plan, request, held)
+        extend_row(draft.plan, request, end)
+        draft.num_tokens_left -= end - request.num_computed_tokens - planned
+
+    def _has_slot(self, draft: StepDraft, request: Request, end: int) -> bool:
+        """Say whether the prompt is done with this chunk, or may be one of those that are computed in part."""
+        return end == request.num_tokens or draft.num_partial < self._limits.max_partial_prefills
+
+    def _chunk_end(self, request: Request, num_tokens: int) -> int:
+        """Return up to where a step computes a prompt: what the limits allow, or a checkpoint before that."""
+        end = self._limits.cut(request, num_tokens)
+        checkpoint = self._blocks.step_end(request, end)
+        return end if checkpoint % self._limits.token_alignment else checkpoint
+
+    def _make_room(self, draft: StepDraft, request: Request, num_tokens: int) -> bool:
         """Reserve slots for the next tokens, at the cost of later requests. False when `request` itself had to go."""
         if request.status is not RequestStatus.RUNNING:
             return False
@@ -160,13 +251,12 @@ class TokenBudgetScheduler(Scheduler):
         held = [len(blocks) for blocks in request.block_ids]
         while not self._blocks.reserve(request, needed):
             victim = self._running[-1]
-            _remove_row(plan, victim)
+            remove_row(draft.plan, victim)
             self._preempt(victim)
+            draft.admits = False
             if victim is request:
                 return False
-        for group, (start, blocks) in enumerate(zip(held, request.block_ids, strict=True)):
-            if len(blocks) > start:
-                plan.block_updates.append(BlockUpdate(request.request_id, group, start, blocks[start:]))
+        append_block_updates(draft.plan, request, held)
         return True
 
     def _preempt(self, request: Request) -> None:
@@ -178,6 +268,7 @@ class TokenBudgetScheduler(Scheduler):
         request.num_computed_tokens = 0
         request.num_preemptions += 1
         self._waiting.push(request)
+        self._admission.preempt()
         if not self._running:
             self._isolate(request)
 
@@ -191,59 +282,87 @@ class TokenBudgetScheduler(Scheduler):
         if request is self._loner:
             self._blocks.reset_prefix_cache()
 
-    def _admit(self, plan: StepPlan, budget: int) -> None:
-        """Start waiting requests in policy order until one does not fit."""
-        deferred: list[Request] = []
-        while budget and len(self._running) < (1 if self._loner else self._max_running):
-            request = self._waiting.peek()
-            if request is None or self._is_blocked(request):
-                break
-            source = _sample_source(request)
-            if source is None and _awaits_sibling(request):
-                deferred.append(self._waiting.pop())
-                continue
-            if self._start(plan, request, source, budget):
-                budget -= plan.num_tokens[-1]
-            elif self._running:
-                self._blocked = (request.request_id, self._num_ended + self._num_preemptions)
-                break
-            elif request is self._loner:
-                self._give_up(request)
-            else:
-                self._isolate(request)
-        for request in deferred:
-            self._waiting.push(request)
+    def _admit(self, draft: StepDraft, before: Request | None = None) -> None:
+        """Start waiting requests in policy order, those ahead of `before` only; pass the ones that cannot start."""
+        if not self._waiting or self._admission.settled:
+            return
+        self._admission.begin_look()
+        look = Look()
+        while draft.admits and draft.num_tokens_left and self._has_place() and self._admit_next(draft, look, before):
+            pass
+        for request in look.passed + look.unready:
+            self._waiting.put_back(request)
+
+    def _admit_next(self, draft: StepDraft, look: Look, before: Request | None) -> bool:
+        """Start or pass the first waiting request. False when none after it may start."""
+        request = self._waiting.peek()
+        if request is None:
+            self._admission.end_look(look)
+            return False
+        is_behind = before is not None and self._waiting.order_of(request) > before.order
+        if is_behind or (look.passed and not self._admission.may_look_on(look, self._clock())):
+            return False
+        source = sample_source(request)
+        if source is None and awaits_sibling(request):
+            look.unready.append(self._waiting.pop())
+        elif self._start(draft, request, source):
+            look.count_bypass()
+        elif self._running:
+            look.passed.append(self._waiting.pop())
+        elif look.cache_is_empty:
+            self._give_up(request)
+        else:
+            look.cache_is_empty = True
+            self._isolate(request)
+        return True
+
+    def _has_place(self) -> bool:
+        return len(self._running) < (1 if self._loner else self._limits.max_requests)
 
     def _give_up(self, request: Request) -> None:
         """End a request that found no room alone in an empty cache: waiting would stop everybody behind it."""
-        request.error = (
-            f"no KV blocks for {request.num_tokens} tokens, although no other request holds any: give the engine more "
-            "kv_bytes, or the request fewer tokens"
-        )
+        request.error = no_room_error(request)
         self._end(request, FinishReason.ERROR)
-        self._given_up.append(TokenUpdate(request, []))
+        self._ended_early.append(TokenUpdate(request, []))
 
-    def _is_blocked(self, request: Request) -> bool:
-        """Say whether the request did not fit before and nothing has been given back since."""
-        return bool(self._running) and self._blocked == (request.request_id, self._num_ended + self._num_preemptions)
-
-    def _start(self, plan: StepPlan, request: Request, source: Request | None, budget: int) -> bool:
+    def _start(self, draft: StepDraft, request: Request, source: Request | None) -> bool:
+        if self._running and (self._admission.is_refused(request) or self._lacks_slot(draft, request)):
+            return False
         self._blocks.begin(request, source)
-        computed = request.num_computed_tokens
-        num_tokens = self._chunk_tokens(request, budget)
-        room = not self._running or self._blocks.can_hold(request, request.num_tokens)
-        if not room or not self._blocks.reserve(request, computed + num_tokens):
+        assert request.num_computed_tokens < request.num_tokens, "the block manager left no token to compute"
+        end = self._chunk_end(request, min(draft.num_tokens_left, draft.max_chunk_tokens))
+        is_whole = end > request.num_computed_tokens and self._has_slot(draft, request, end)
+        has_room = is_whole and (not self._running or self._admission.has_room(request, self._running))
+        if not has_room or not self._blocks.reserve(request, end):
             self._blocks.release(request)
             request.num_computed_tokens = 0
+            if is_whole:
+                self._admission.refuse(request)
             return False
-        self._waiting.pop()
-        bisect.insort(self._running, request, key=self._key)
-        if not request.num_preemptions:
-            request.num_cached_tokens = computed
-        request.status = RequestStatus.RUNNING
-        plan.started.append(_request_start(request))
-        _append_row(plan, request, num_tokens)
+        self._take_place(request)
+        draft.plan.started.append(request_start(request))
+        self._append_prompt(draft, request, end)
         return True
+
+    def _lacks_slot(self, draft: StepDraft, request: Request) -> bool:
+        """Say, without a new look-up of its prefix, that the prompt would not end in this step and may not be cut."""
+        if request.prefix is None or draft.num_partial < self._limits.max_partial_prefills:
+            return False
+        max_tokens = min(draft.num_tokens_left, draft.max_chunk_tokens)
+        return request.num_tokens - request.prefix.num_tokens > max_tokens
+
+    def _take_place(self, request: Request) -> None:
+        """Move a request from the waiting to the running ones."""
+        order = self._waiting.order_of(request)
+        self._waiting.pop()
+        if not request.order:
+            request.order = order
+            request.num_cached_tokens = request.num_computed_tokens
+            num_known = request.num_tokens - request.num_computed_tokens
+            self._policy.admit(request, num_known + self._admission.num_expected(request))
+        bisect.insort(self._running, request, key=_order)
+        self._admission.start(request)
+        request.status = RequestStatus.RUNNING
 
     def _append_tokens(self, request: Request, sampled: list[int]) -> list[int]:
         """Append sampled tokens up to the one that ends the request; return those appended."""
@@ -272,60 +391,10 @@ class TokenBudgetScheduler(Scheduler):
         if request is self._loner:
             self._loner = None
         del self._requests[request.request_id]
+        self._deadlines.remove(request)
+        self._admission.end(request)
+        self._policy.end(request)
 
 
-def _append_row(plan: StepPlan, request: Request, num_tokens: int) -> None:
-    computed = request.num_computed_tokens
-    plan.request_ids.append(request.request_id)
-    plan.num_computed.append(computed)
-    plan.num_tokens.append(num_tokens)
-    plan.samples.append(computed + num_tokens == len(request.token_ids))
-
-
-def _append_single_rows(plan: StepPlan, requests: list[Request]) -> None:
-    """Append a row of one token, which samples, for each request: column by column, as most steps are only this."""
-    plan.request_ids += [request.request_id for request in requests]
-    plan.num_computed += [request.num_computed_tokens for request in requests]
-    plan.num_tokens += [1] * len(requests)
-    plan.samples += [True] * len(requests)
-
-
-def _remove_row(plan: StepPlan, request: Request) -> None:
-    """Take a request that was planned in this very step out of the plan again."""
-    plan.block_updates = [u for u in plan.block_updates if u.request_id != request.request_id]
-    if request.request_id in plan.request_ids:
-        row = plan.request_ids.index(request.request_id)
-        for column in (plan.request_ids, plan.num_computed, plan.num_tokens, plan.samples):
-            del column[row]
-
-
-def _request_start(request: Request) -> RequestStart:
-    return RequestStart(
-        request_id=request.request_id,
-        token_ids=request.token_ids.copy(),
-        num_prompt_tokens=request.num_prompt_tokens,
-        block_ids=tuple(blocks.copy() for blocks in request.block_ids),
-        sampling=request.sampling,
-        seed=request.seed,
-        stop_ids=request.stop_ids,
-        bad_words_ids=request.bad_words_ids,
-    )
-
-
-def _sample_source(request: Request) -> Request | None:
-    """Return a running sibling that has computed the whole prompt."""
-    return next((s for s in request.siblings if s.block_ids and s.num_computed_tokens >= s.num_prompt_tokens), None)
-
-
-def _awaits_sibling(request: Request) -> bool:
-    """Say whether a sibling is computing the prompt now."""
-    return any(s.status is RequestStatus.RUNNING for s in request.siblings)
-
-
-def _token_budget(config: EngineConfig, constraints: SchedulerConstraints) -> int:
-    if constraints.separate_prefill or constraints.token_alignment != 1:
-        raise ContractError(
-            "core's scheduler does not honour separate_prefill or token_alignment; "
-            "the platform must bring its own through the hook zif_scheduler"
-        )
-    return min(config.max_num_batched_tokens, max(constraints.token_buckets, default=config.max_num_batched_tokens))
+def _order(request: Request) -> tuple[float, ...]:
+    return request.order

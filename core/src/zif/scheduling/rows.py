@@ -1,0 +1,75 @@
+"""Building a step plan: rows are appended, extended and taken out again. No decisions are made here."""
+
+from dataclasses import dataclass, field
+
+from zif.contract import BlockUpdate, Request, RequestStart, StepPlan
+
+
+@dataclass(slots=True)
+class StepDraft:
+    """A plan in the making.
+
+    `max_chunk_tokens` is one prompt's share; `num_partial` of the planned `prompts` stay unfinished; `admits` says
+    whether waiting requests may still start.
+    """
+
+    plan: StepPlan
+    num_tokens_left: int
+    max_chunk_tokens: int
+    prompts: list[Request] = field(default_factory=list)
+    num_partial: int = 0
+    admits: bool = True
+
+
+def append_row(plan: StepPlan, request: Request, end: int) -> None:
+    """Plan a request's tokens up to `end`."""
+    computed = request.num_computed_tokens
+    plan.request_ids.append(request.request_id)
+    plan.num_computed.append(computed)
+    plan.num_tokens.append(end - computed)
+    plan.samples.append(end == len(request.token_ids))
+
+
+def append_single_rows(plan: StepPlan, requests: list[Request]) -> None:
+    """Append a row of one token, which samples, for each request: column by column, as most steps are only this."""
+    plan.request_ids += [request.request_id for request in requests]
+    plan.num_computed += [request.num_computed_tokens for request in requests]
+    plan.num_tokens += [1] * len(requests)
+    plan.samples += [True] * len(requests)
+
+
+def extend_row(plan: StepPlan, request: Request, end: int) -> None:
+    """Let a row that is planned go on up to `end`."""
+    row = plan.request_ids.index(request.request_id)
+    plan.num_tokens[row] = end - request.num_computed_tokens
+    plan.samples[row] = end == len(request.token_ids)
+
+
+def remove_row(plan: StepPlan, request: Request) -> None:
+    """Take a request that was planned in this very step out of the plan again."""
+    plan.block_updates = [u for u in plan.block_updates if u.request_id != request.request_id]
+    if request.request_id in plan.request_ids:
+        row = plan.request_ids.index(request.request_id)
+        for column in (plan.request_ids, plan.num_computed, plan.num_tokens, plan.samples):
+            del column[row]
+
+
+def append_block_updates(plan: StepPlan, request: Request, num_held: list[int]) -> None:
+    """Tell the runner of the blocks that a request got beyond the `num_held` that it had in each group."""
+    for group, (start, blocks) in enumerate(zip(num_held, request.block_ids, strict=True)):
+        if len(blocks) > start:
+            plan.block_updates.append(BlockUpdate(request.request_id, group, start, blocks[start:]))
+
+
+def request_start(request: Request) -> RequestStart:
+    """Return all that a runner needs to know of a request."""
+    return RequestStart(
+        request_id=request.request_id,
+        token_ids=request.token_ids.copy(),
+        num_prompt_tokens=request.num_prompt_tokens,
+        block_ids=tuple(blocks.copy() for blocks in request.block_ids),
+        sampling=request.sampling,
+        seed=request.seed,
+        stop_ids=request.stop_ids,
+        bad_words_ids=request.bad_words_ids,
+    )

@@ -1,0 +1,202 @@
+"""What must hold after every step, whatever the traffic and the faults. Each check is independent of what it checks.
+
+Texts come from an oracle without blocks; found prefixes are compared with what requests of the same cache key have
+computed; hands are counted from the requests' tables; which blocks are needed follows from the kinds' definitions.
+"""
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+
+from zif.contract import (
+    BlockManager,
+    CacheKey,
+    FullAttentionSpec,
+    Request,
+    RequestStatus,
+    StepPlan,
+)
+from zif.simulation.oracle import ExpectedText
+from zif.simulation.scenario import Scenario
+from zif.simulation.words import Words, first_visible
+
+_ROOT = 0
+_MAX_STATE_BLOCKS = 2
+_PATIENCE = 400
+"""Steps after which the first request in line must have been scheduled: more than any request of a scenario takes."""
+
+
+@dataclass(slots=True)
+class _Record:
+    """What the checks remember of one request. `chain[i]` names its first i tokens."""
+
+    text: ExpectedText
+    chain: list[int]
+
+
+class Invariants:
+    """Check one simulation; every method asserts, and mutates only what it remembers."""
+
+    def __init__(self, scenario: Scenario, words: Words) -> None:
+        self._specs = specs = scenario.specs
+        self._config = config = scenario.config
+        self._constraints = scenario.constraints
+        self._words = words
+        self._records: dict[int, _Record] = {}
+        self._computed: dict[CacheKey, set[int]] = {}
+        self._order = {"fcfs": _by_due_time, "priority": _by_priority}.get(config.scheduling_policy)
+        self._neglected = 0
+        self._roomy = config.enable_prefix_caching and all(isinstance(spec, FullAttentionSpec) for spec in specs)
+
+    def admit(self, request: Request) -> None:
+        """Begin to follow a request."""
+        text = ExpectedText(self._specs, self._words, request.token_ids)
+        self._records[request.request_id] = _Record(text, [_ROOT])
+
+    def forget(self, request: Request) -> None:
+        """Stop following a request that has ended."""
+        self._records.pop(request.request_id, None)
+
+    def forget_prefixes(self) -> None:
+        """Hear that the content of every block is lost."""
+        self._computed.clear()
+        self._roomy = False
+
+    def expect_evictions(self) -> None:
+        """Hear that prefixes may be forgotten although there is room: after a failed allocation."""
+        self._roomy = False
+
+    def check_plan(self, plan: StepPlan, live: dict[int, Request]) -> None:
+        """Check limits, rows, found prefixes, and that nobody writes where two have their hands."""
+        rows = len(plan.request_ids)
+        assert plan.total_tokens == sum(plan.num_tokens), "total_tokens is not the sum of the rows"
+        assert plan.total_tokens <= self._config.max_num_batched_tokens, "the plan exceeds the token budget"
+        assert rows <= self._config.max_num_seqs, "the plan holds too many requests"
+        assert len(set(plan.request_ids)) == rows, "a request is planned twice"
+        num_running = sum(request.status is RequestStatus.RUNNING for request in live.values())
+        assert num_running <= self._config.max_num_seqs, "too many requests run"
+        for start in plan.started:
+            self._check_found(live[start.request_id])
+        num_partial = num_chunks = 0
+        for row, request_id in enumerate(plan.request_ids):
+            request, computed, num_tokens = live[request_id], plan.num_computed[row], plan.num_tokens[row]
+            known = len(request.token_ids)
+            assert request.status is RequestStatus.RUNNING, "a request is planned that does not run"
+            assert computed == request.num_computed_tokens, "a row starts elsewhere than the request stands"
+            assert 0 < num_tokens <= known - computed, "a row computes tokens that nobody knows"
+            assert plan.samples[row] == (computed + num_tokens == known), "a row samples too early or not at all"
+            if not plan.samples[row]:
+                num_partial += 1
+                aligned = (computed + num_tokens) % self._constraints.token_alignment == 0
+                assert aligned, "a prompt is cut at no multiple of the alignment"
+            num_chunks += num_tokens > 1
+        assert num_partial <= self._config.max_partial_prefills, "too many prompts are computed in part"
+        if self._constraints.separate_prefill and num_chunks:
+            running = {start.request_id for start in plan.started}
+            singles = sum(
+                n == 1 and r not in running and s
+                for r, n, s in zip(plan.request_ids, plan.num_tokens, plan.samples, strict=True)
+            )
+            assert not singles, "prompts and single tokens share a step"
+
+    def check_writes(self, plan: StepPlan, live: dict[int, Request]) -> None:
+        """Check that every block that the step writes is in one hand."""
+        hands = [Counter[int]() for _ in self._specs]
+        for request in live.values():
+            for count, table in zip(hands, request.block_ids, strict=False):
+                count.update(table)
+        for row, request_id in enumerate(plan.request_ids):
+            start, end = plan.num_computed[row], plan.num_computed[row] + plan.num_tokens[row]
+            for count, spec, table in zip(hands, self._specs, live[request_id].block_ids, strict=True):
+                first = (end - 1 if spec.keeps_checkpoints else start) // spec.block_size
+                for block in table[first : (end - 1) // spec.block_size + 1]:
+                    assert block, "a step writes into the null block"
+                    assert count[block] == 1, "a step writes into a block that another request holds"
+
+    def check_progress(self, plan: StepPlan, live: dict[int, Request]) -> None:
+        """Check that the request that is first in line is served within bounded steps."""
+        if self._order is None:
+            return
+        first = min(live.values(), key=self._order, default=None)
+        self._neglected = 0 if first is None or first.request_id in plan.request_ids else self._neglected + 1
+        assert self._neglected < _PATIENCE, f"request {first and first.request_id} is first in line and never served"
+
+    def check_tokens(self, request: Request, num_new_tokens: int) -> None:
+        """Check the newest tokens of a request against the oracle."""
+        text, known = self._records[request.request_id].text, len(request.token_ids)
+        assert num_new_tokens <= known - request.num_prompt_tokens, "more tokens are new than generated"
+        for end in range(known - num_new_tokens, known):
+            expected, token = text.next_token(end), request.token_ids[end]
+            assert token == expected, f"request {request.request_id} said {token} at {end}, must say {expected}"
+            goes_on = end + 1 < known or not request.finished
+            assert not goes_on or token not in request.stop_ids, "a request goes on after a stop token"
+        assert known <= request.max_total_tokens, "a request says more than it was allowed"
+
+    def check_blocks(self, requests: list[Request]) -> None:
+        """Check, after a step, that running requests hold what they need and waste less than a block at either end."""
+        for request in requests:
+            if request.status is not RequestStatus.RUNNING:
+                continue
+            computed = request.num_computed_tokens
+            for spec, table in zip(self._specs, request.block_ids, strict=True):
+                size = spec.block_size
+                assert 0 <= len(table) * size - computed < size, "slots are allocated beyond the block in use"
+                if spec.keeps_checkpoints:
+                    assert len(table) - table.count(0) <= _MAX_STATE_BLOCKS, "more than two states are held"
+                    assert computed == 0 or table[(computed - 1) // size], "the state in use was given back"
+                    continue
+                first = first_visible(spec, computed)
+                assert first < size or not table[first // size - 1], "a block that nobody sees is held"
+                assert all(table[first // size :]), "a block that is still seen was given back"
+
+    def note_computed(self, request: Request) -> None:
+        """Remember every prefix that a request has computed, for later requests of the same key."""
+        chain = self._records[request.request_id].chain
+        known = self._computed.get(request.cache_key)
+        if known is None:
+            known = self._computed[request.cache_key] = set()
+        token_ids = request.token_ids
+        for position in range(len(chain) - 1, request.num_computed_tokens):
+            name = hash((chain[-1], token_ids[position]))
+            chain.append(name)
+            known.add(name)
+
+    def check_census(self, blocks: BlockManager, live: list[Request]) -> None:
+        """Check free + cached + owned = held, and hands against tables, rebuilt from scratch."""
+        blocks.check_integrity(live)
+        usage = blocks.usage()
+        self._roomy = self._roomy and all(group.num_lendable for group in usage)
+        for index, group in enumerate(usage):
+            owned = {b for request in live for table in request.block_ids[index : index + 1] for b in table if b}
+            assert group.num_owned == len(owned), f"group {index}: {group.num_owned} owned, {len(owned)} in tables"
+
+    def check_nothing_held(self, blocks: BlockManager) -> None:
+        """Check that without requests nothing is owned, and without prefixes nothing is held at all."""
+        assert not any(group.num_owned for group in blocks.usage()), "blocks are owned and no request is live"
+        blocks.reset_prefix_cache()
+        blocks.check_integrity([])
+        assert not any(group.num_free + group.num_cached for group in blocks.usage()), "a slab is held for nothing"
+
+    def _check_found(self, request: Request) -> None:
+        """Check that no more was found computed than requests of the same key have computed, and in a roomy run all."""
+        found, known = request.num_computed_tokens, self._computed.get(request.cache_key, set())
+        assert found < len(request.token_ids), "no token is left to compute"
+        name = self._records[request.request_id].chain[0]
+        longest = 0
+        for end, token_id in enumerate(request.token_ids[:-1], start=1):
+            name = hash((name, token_id))
+            if name not in known:
+                break
+            longest = end
+        assert found <= longest, f"request {request.request_id}: {found} tokens found, {longest} ever computed"
+        if self._roomy and request.sampling.prompt_logprobs is None:
+            size = math.lcm(*(spec.block_size for spec in self._specs))
+            assert found == longest // size * size, f"{found} tokens found of {longest} computed and never evicted"
+
+
+def _by_due_time(request: Request) -> tuple[float, ...]:
+    return (request.due_s, request.arrival)
+
+
+def _by_priority(request: Request) -> tuple[float, ...]:
+    return (request.priority, request.due_s, request.arrival)

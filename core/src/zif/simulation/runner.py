@@ -1,0 +1,238 @@
+"""A runner for simulations: stores and reads the words that the null platform would, at the cost of what changed.
+
+Every token's word goes into its slot in every layer group, and what a token sees is read back through the block
+tables. Reading everything at each step would cost the whole context; so a sum once read is kept, every slot counts the
+sums that include it (its stakes), and a write into a slot with a stake makes every sum be read again. A block lent
+twice, freed too early or missed therefore changes the text as it does on the null platform.
+
+State groups (`KVSpec.keeps_checkpoints`) keep one state per block: a step from c to d tokens reads the block of token
+c - 1 and writes the block of token d - 1.
+"""
+
+from zif.contract import (
+    BlockUpdate,
+    CompletedStep,
+    KVArena,
+    KVLayout,
+    KVSpec,
+    ModelDescription,
+    ModelRunner,
+    Progress,
+    RequestStart,
+    StepFuture,
+    StepPlan,
+    StepResult,
+)
+from zif.simulation.words import Words, first_visible, fold
+
+WORD_BYTES = 8
+_STATE_WORDS = 3
+
+
+def simulated_layout(spec: KVSpec) -> KVLayout:
+    """Keep one word per token, or a few for a state: group sizes that are no multiples of each other."""
+    words = _STATE_WORDS if spec.keeps_checkpoints else spec.block_size
+    return KVLayout(words * WORD_BYTES, ("word",), (words,), "uint64")
+
+
+class _Sequence:
+    """What the runner holds of one request. `ends[g]` is None while the sum of group g is not kept."""
+
+    __slots__ = ("ends", "epoch", "firsts", "sums", "tables", "token_ids")
+
+    def __init__(self, start: RequestStart) -> None:
+        self.token_ids = start.token_ids
+        self.tables = start.block_ids
+        self.sums = [0] * len(self.tables)
+        self.firsts = [0] * len(self.tables)
+        self.ends: list[int | None] = [None] * len(self.tables)
+        self.epoch = 0
+
+
+class _Group:
+    """One layer group: where its words lie. Subclasses say what a step writes and what a token sees."""
+
+    def __init__(self, index: int, spec: KVSpec, memory: "_Memory") -> None:
+        self.index = index
+        self.spec = spec
+        self.size = spec.block_size
+        self.memory = memory
+
+    def write(self, sequence: _Sequence, start: int, end: int) -> None:
+        raise NotImplementedError
+
+    def read(self, sequence: _Sequence, end: int) -> int:
+        raise NotImplementedError
+
+    def forget(self, sequence: _Sequence) -> None:
+        raise NotImplementedError
+
+
+class _Memory:
+    """The arena's words, their stakes, and the words of tokens."""
+
+    def __init__(self, num_words: int, words: Words) -> None:
+        self.cells = [0] * num_words
+        self.stakes = [0] * num_words
+        self.epoch = 0
+        self.words = words
+
+
+class _TokenGroup(_Group):
+    """One word per token; a token sees the sum of the visible words."""
+
+    def write(self, sequence: _Sequence, start: int, end: int) -> None:
+        memory, size, index = self.memory, self.size, self.index
+        cells, stakes, word_of = memory.cells, memory.stakes, memory.words.word
+        table, token_ids = sequence.tables[index], sequence.token_ids
+        kept = sequence.ends[index]
+        if kept is not None and (end - start != 1 or kept != start):
+            self.forget(sequence)
+            kept = None
+        for position in range(start, end):
+            slot = table[position // size] * size + position % size
+            if stakes[slot]:
+                memory.epoch += 1
+            cells[slot] = word = word_of(token_ids[position], position)
+            if kept is not None:
+                stakes[slot] += 1
+                sequence.sums[index] += word
+                sequence.ends[index] = end
+
+    def read(self, sequence: _Sequence, end: int) -> int:
+        index = self.index
+        first = first_visible(self.spec, end - 1)
+        if sequence.ends[index] is None:
+            self._keep(sequence, first, end)
+        elif sequence.epoch != self.memory.epoch:
+            sequence.sums[index] = sum(self.memory.cells[s] for s in self._slots(sequence, sequence.firsts[index], end))
+        if first > sequence.firsts[index]:
+            self._drop(sequence, first)
+        visible = sequence.sums[index]
+        # What the next token does not see may be given to others before that token is computed.
+        following = first_visible(self.spec, end)
+        if following > first:
+            self._drop(sequence, following)
+        return visible
+
+    def forget(self, sequence: _Sequence) -> None:
+        end = sequence.ends[self.index]
+        if end is not None:
+            self._drop(sequence, end)
+            sequence.ends[self.index] = None
+
+    def _keep(self, sequence: _Sequence, first: int, end: int) -> None:
+        cells, stakes = self.memory.cells, self.memory.stakes
+        slots = self._slots(sequence, first, end)
+        for slot in slots:
+            stakes[slot] += 1
+        sequence.sums[self.index] = sum([cells[slot] for slot in slots])
+        sequence.firsts[self.index], sequence.ends[self.index] = first, end
+
+    def _drop(self, sequence: _Sequence, first: int) -> None:
+        """Stop including what comes before `first`."""
+        cells, stakes = self.memory.cells, self.memory.stakes
+        for slot in self._slots(sequence, sequence.firsts[self.index], first):
+            stakes[slot] -= 1
+            sequence.sums[self.index] -= cells[slot]
+        sequence.firsts[self.index] = first
+
+    def _slots(self, sequence: _Sequence, first: int, end: int) -> list[int]:
+        table, size = sequence.tables[self.index], self.size
+        return [table[position // size] * size + position % size for position in range(first, end)]
+
+
+class _StateGroup(_Group):
+    """One state per block, folded over every token."""
+
+    def write(self, sequence: _Sequence, start: int, end: int) -> None:
+        memory = self.memory
+        state = self.read(sequence, start) if start else 0
+        for position in range(start, end):
+            state = fold(state, memory.words.word(sequence.token_ids[position], position))
+        slot = self._slot(sequence, end)
+        if any(memory.stakes[slot : slot + _STATE_WORDS]):
+            memory.epoch += 1
+        memory.cells[slot : slot + _STATE_WORDS] = [state] * _STATE_WORDS
+
+    def read(self, sequence: _Sequence, end: int) -> int:
+        slot = self._slot(sequence, end)
+        # The mean is the state only while nobody has written into any of its words.
+        return sum(self.memory.cells[slot : slot + _STATE_WORDS]) // _STATE_WORDS
+
+    def forget(self, sequence: _Sequence) -> None:
+        """Nothing is kept."""
+
+    def _slot(self, sequence: _Sequence, end: int) -> int:
+        return sequence.tables[self.index][(end - 1) // self.size] * _STATE_WORDS
+
+
+class SimulatedRunner(ModelRunner):
+    """Compute nothing, faithfully and fast. The arena's layouts must come from `simulated_layout`."""
+
+    def __init__(self, words: Words) -> None:
+        self._words = words
+        self._memory = _Memory(0, words)
+        self._groups: list[_Group] = []
+        self._sequences: dict[int, _Sequence] = {}
+
+    @property
+    def num_sequences(self) -> int:
+        """Count the requests that the runner holds."""
+        return len(self._sequences)
+
+    def load(self, model: ModelDescription, progress: Progress) -> None:
+        progress(1, 1)
+
+    def start(self, arena: KVArena) -> None:
+        self._memory = _Memory(arena.num_bytes // WORD_BYTES, self._words)
+        self._groups = []
+        for index, group in enumerate(arena.groups):
+            assert group.layout == simulated_layout(group.spec), f"group {index} is not laid out for simulation"
+            kind = _StateGroup if group.spec.keeps_checkpoints else _TokenGroup
+            self._groups.append(kind(index, group.spec, self._memory))
+
+    def submit(self, step: StepPlan) -> StepFuture:
+        for request_id in step.released:
+            self._forget(request_id)
+        for start in step.started:
+            assert start.request_id not in self._sequences, f"request {start.request_id} is started twice"
+            self._sequences[start.request_id] = _Sequence(start)
+        for update in step.block_updates:
+            self._extend(update)
+        return CompletedStep(StepResult(step.step, self._compute(step)))
+
+    def close(self) -> None:
+        self._sequences.clear()
+
+    def _compute(self, step: StepPlan) -> list[list[int]]:
+        groups, sequences, memory = self._groups, self._sequences, self._memory
+        rows = [sequences[request_id] for request_id in step.request_ids]
+        # All rows write before any reads, as a layer of a model does: a row that tramples on another shows at once.
+        for sequence, computed, num_tokens in zip(rows, step.num_computed, step.num_tokens, strict=True):
+            for group in groups:
+                group.write(sequence, computed, computed + num_tokens)
+        sampled: list[list[int]] = []
+        for sequence, computed, num_tokens, samples in zip(
+            rows, step.num_computed, step.num_tokens, step.samples, strict=True
+        ):
+            if not samples:
+                sampled.append([])
+                continue
+            end = computed + num_tokens
+            token = self._words.next_token(tuple([group.read(sequence, end) for group in groups]))
+            sequence.epoch = memory.epoch
+            sequence.token_ids.append(token)
+            sampled.append([token])
+        return sampled
+
+    def _extend(self, update: BlockUpdate) -> None:
+        table = self._sequences[update.request_id].tables[update.group]
+        assert len(table) == update.start, f"request {update.request_id}: blocks {update.start} do not follow"
+        table.extend(update.block_ids)
+
+    def _forget(self, request_id: int) -> None:
+        sequence = self._sequences.pop(request_id, None)
+        if sequence is not None:
+            for group in self._groups:
+                group.forget(sequence)

@@ -1,0 +1,297 @@
+"""One scenario, step by step: traffic through the real scheduler and block manager, faults injected, all checked.
+
+The steps are those of the engine's loop: schedule, submit, update. Between any two of them a request may be aborted.
+"""
+
+import random
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from zif.contract import FinishReason, ModelDescription, Request, RequestStatus, StepPlan, StepResult
+from zif.errors import EngineError, ZifError
+from zif.kv import PagedBlockManager
+from zif.scheduling import TokenBudgetScheduler
+from zif.simulation.clock import SimulatedClock
+from zif.simulation.faults import FaultInjector, FaultPoint, FaultSchedule
+from zif.simulation.invariants import Invariants
+from zif.simulation.runner import SimulatedRunner
+from zif.simulation.scenario import VOCAB_SIZE, Scenario
+from zif.simulation.traffic import TrafficGenerator
+from zif.simulation.words import Words
+
+_STEP_S = 0.01
+_JUMP_S = 86_400.0
+_FATAL_ALLOCATIONS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class CheckIntervals:
+    """How often, in steps, the checks run that look at everything: hands, census, and each request's blocks."""
+
+    everything: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """What one simulation met, to show that it met anything. `strikes` counts injected faults by point."""
+
+    num_steps: int = 0
+    num_requests: int = 0
+    num_tokens: int = 0
+    num_cached_tokens: int = 0
+    num_preemptions: int = 0
+    finished: Counter[str] = field(default_factory=Counter)
+    strikes: Counter[str] = field(default_factory=Counter)
+
+    def __add__(self, other: "Totals") -> "Totals":
+        return Totals(
+            self.num_steps + other.num_steps,
+            self.num_requests + other.num_requests,
+            self.num_tokens + other.num_tokens,
+            self.num_cached_tokens + other.num_cached_tokens,
+            self.num_preemptions + other.num_preemptions,
+            self.finished + other.finished,
+            self.strikes + other.strikes,
+        )
+
+
+class _FaultyBlocks(PagedBlockManager):
+    """The real block manager, whose reservations fail when a fault strikes."""
+
+    faults: FaultInjector
+
+    def reserve(self, request: Request, num_tokens: int) -> bool:
+        return not self.faults.strikes(FaultPoint.ALLOCATION) and super().reserve(request, num_tokens)
+
+
+class _CrashError(EngineError):
+    """The injected failure of a whole step."""
+
+
+class Simulation:
+    """Run one scenario. Any broken promise raises `AssertionError`, or whatever the broken part raises."""
+
+    def __init__(
+        self,
+        scenario: Scenario,
+        faults: FaultSchedule = FaultSchedule(),  # noqa: B008 - frozen value
+        words: Words | None = None,
+        intervals: CheckIntervals = CheckIntervals(),
+    ) -> None:
+        self.scenario = scenario
+        self.faults = FaultInjector(faults, scenario.seed)
+        self.clock = SimulatedClock()
+        self.num_steps = 0
+        config = scenario.config
+        self._words = words or Words(VOCAB_SIZE)
+        self._intervals = intervals
+        self._random = random.Random(f"simulation:{scenario.seed}")
+        self._traffic = TrafficGenerator(scenario)
+        self._blocks = _FaultyBlocks(
+            scenario.arena,
+            enable_prefix_caching=config.enable_prefix_caching,
+            max_step_tokens=config.max_num_batched_tokens,
+        )
+        self._blocks.faults = self.faults
+        self._scheduler = TokenBudgetScheduler(config, self._blocks, scenario.constraints, self.clock.now)
+        self._invariants = Invariants(scenario, self._words)
+        self._live: dict[int, Request] = {}
+        self._ended: list[Request] = []
+        self._doomed: dict[int, FinishReason] = {}
+        self._last: tuple[StepPlan, StepResult] | None = None
+        self._totals: Counter[str] = Counter()
+        self._runner = self._start_runner()
+
+    def run(self, max_steps: int | None = None) -> Totals:
+        """Play the scenario to its end, or `max_steps` steps of it, and return what it met."""
+        while not self.done and (max_steps is None or self.num_steps < max_steps):
+            self.step()
+        if self.done:
+            self._check_end()
+        return self.totals()
+
+    @property
+    def done(self) -> bool:
+        """Say whether nothing will arrive and nothing is left to do."""
+        return self._traffic.exhausted and not self._live and not self._scheduler.has_requests()
+
+    def step(self) -> None:
+        """Let requests arrive, and compute one step."""
+        self.num_steps += 1
+        self.clock.advance(_JUMP_S if self.faults.strikes(FaultPoint.CLOCK) else _STEP_S)
+        for request in self._traffic.arrivals(self.clock.now()):
+            self._live[request.request_id] = request
+            self._invariants.admit(request)
+            self._scheduler.add(request)
+        self._maybe_abort()
+        plan = self._scheduler.schedule()
+        if plan is None:
+            self._check_idle()
+            return
+        if self.faults.num_strikes(FaultPoint.ALLOCATION):
+            self._invariants.expect_evictions()
+        self._invariants.check_plan(plan, self._live)
+        self._check_deadlines()
+        thorough = self.num_steps % self._intervals.everything == 0
+        if thorough:
+            self._invariants.check_writes(plan, self._live)
+        self._invariants.check_progress(plan, self._live)
+        self._maybe_abort()
+        try:
+            result = self._compute(plan)
+        except _CrashError:
+            self._restart()
+            return
+        self._maybe_abort()
+        self._apply(plan, result)
+        if thorough:
+            self._invariants.check_blocks(list(self._live.values()))
+            self._invariants.check_census(self._blocks, list(self._live.values()))
+
+    @property
+    def requests(self) -> list[Request]:
+        """Every request that has arrived: first those that have ended, in that order."""
+        return [*self._ended, *self._live.values()]
+
+    def totals(self) -> Totals:
+        """Return what was met so far."""
+        requests = self.requests
+        return Totals(
+            num_steps=self.num_steps,
+            num_requests=len(requests),
+            num_tokens=sum(request.num_output_tokens for request in requests),
+            num_cached_tokens=sum(request.num_cached_tokens for request in requests),
+            num_preemptions=sum(request.num_preemptions for request in requests),
+            finished=Counter(request.finish_reason.value for request in self._ended if request.finish_reason),
+            strikes=Counter({point.value: n for point in FaultPoint if (n := self.faults.num_strikes(point))}),
+        )
+
+    def _start_runner(self) -> SimulatedRunner:
+        runner = SimulatedRunner(self._words)
+        runner.load(_no_model(self.scenario), lambda done, total: None)
+        runner.start(self.scenario.arena)
+        return runner
+
+    def _compute(self, plan: StepPlan) -> StepResult:
+        if self.faults.strikes(FaultPoint.CRASH):
+            raise _CrashError("injected: the step failed")
+        num_running = sum(request.status is RequestStatus.RUNNING for request in self._live.values())
+        result = self._runner.submit(plan).result()
+        assert self._runner.num_sequences >= num_running, "the runner was not told of a running request"
+        assert self._runner.num_sequences <= self.scenario.config.max_num_seqs, "the runner still holds ended requests"
+        if plan.request_ids and self.faults.strikes(FaultPoint.STEP):
+            struck = self._random.choice(plan.request_ids)
+            result.faults[struck] = "injected: this request failed"
+            if struck in self._live:
+                self._doomed[struck] = FinishReason.ERROR
+        return result
+
+    def _apply(self, plan: StepPlan, result: StepResult) -> None:
+        if self._last is not None and self.faults.strikes(FaultPoint.STALE):
+            self._apply_wrongly(plan, self._last[1])
+        updates = self._scheduler.update(plan, result)
+        for request_id in plan.request_ids:
+            if request_id in self._live and request_id not in result.faults:
+                self._invariants.note_computed(self._live[request_id])
+        for update in updates:
+            request = update.request
+            if update.new_token_ids:
+                self._invariants.check_tokens(request, len(update.new_token_ids))
+            if request.status is RequestStatus.FINISHED and request.request_id in self._live:
+                self._end(request)
+        if self.faults.strikes(FaultPoint.DUPLICATE):
+            self._apply_wrongly(plan, result)
+        self._last = (plan, result)
+
+    def _apply_wrongly(self, plan: StepPlan, result: StepResult) -> None:
+        """Hand the scheduler a result that is not due: it must refuse or ignore it, and change nothing."""
+        before = self._known()
+        try:
+            updates = self._scheduler.update(plan, result)
+        except ZifError:
+            updates = []
+        assert not updates, "a result that was not due gave tokens"
+        assert self._known() == before, "a result that was not due was applied"
+
+    def _known(self) -> list[tuple[int, int, RequestStatus]]:
+        return [(r.num_tokens, r.num_computed_tokens, r.status) for r in self._live.values()]
+
+    def _maybe_abort(self) -> None:
+        if not self.faults.strikes(FaultPoint.ABORT):
+            return
+        never_known, over = -1, self._ended[-1].request_id if self._ended else -1
+        for request_id in (never_known, over):
+            assert self._scheduler.finish(request_id, FinishReason.ABORT) is None, "a request ended that was over"
+        if not self._live:
+            return
+        request = self._random.choice(list(self._live.values()))
+        if request.finished:
+            # Over since `schedule`, to be reported by `update`.
+            assert self._scheduler.finish(request.request_id, FinishReason.ABORT) is None, "a request ended twice"
+            return
+        for expected in (request, None):
+            ended = self._scheduler.finish(request.request_id, FinishReason.ABORT)
+            assert ended is expected, f"abort of {request.request_id} returned {ended}"
+        self._doomed[request.request_id] = FinishReason.ABORT
+        self._end(request)
+
+    def _restart(self) -> None:
+        """Do what the engine does after a failed step: give up every request. Then begin again with a new runner."""
+        for request in list(self._live.values()):
+            over = request.status is RequestStatus.FINISHED
+            if not over:
+                self._doomed[request.request_id] = FinishReason.ERROR
+            ended = self._scheduler.finish(request.request_id, FinishReason.ERROR)
+            assert ended is (None if over else request), "a live request is unknown"
+            self._end(request)
+        self._invariants.check_nothing_held(self._blocks)
+        self._invariants.forget_prefixes()
+        self._last = None
+        self._runner = self._start_runner()
+
+    def _end(self, request: Request) -> None:
+        del self._live[request.request_id]
+        assert request.status is RequestStatus.FINISHED, "an ended request has not ended"
+        assert not request.block_ids, f"request {request.request_id} has ended and holds blocks"
+        self._check_reason(request)
+        self._invariants.forget(request)
+        self._ended.append(request)
+        self._traffic.heed(request)
+
+    def _check_reason(self, request: Request) -> None:
+        """Check that a request ended as it must: at its length, at a stop token, or by what was done to it."""
+        reason, doom = request.finish_reason, self._doomed.get(request.request_id)
+        if doom is not None:
+            assert reason is doom, f"request {request.request_id} ended by {reason}, must end by {doom}"
+        elif reason is FinishReason.ABORT:
+            assert request.deadline_s is not None, f"request {request.request_id} was aborted by nobody"
+            assert request.deadline_s <= self.clock.now(), "a request ended before its deadline"
+        elif reason is FinishReason.ERROR:
+            # One failed allocation makes a request run alone, a second one then ends it.
+            num_failed = self.faults.num_strikes(FaultPoint.ALLOCATION)
+            assert num_failed >= _FATAL_ALLOCATIONS, f"request {request.request_id} failed: {request.error}"
+        elif reason is FinishReason.STOP:
+            assert request.token_ids[-1] in request.stop_ids, "a request stopped at a token that does not stop it"
+        else:
+            assert reason is FinishReason.LENGTH, f"request {request.request_id} ended by {reason} without a cause"
+            assert request.num_tokens == request.max_total_tokens, "a request ended before its length"
+
+    def _check_deadlines(self) -> None:
+        for request in self._live.values():
+            overdue = request.deadline_s is not None and request.deadline_s <= self.clock.now()
+            assert request.finished or not overdue, f"request {request.request_id} outlives its deadline"
+
+    def _check_idle(self) -> None:
+        """Check that nothing to do means that there is nothing."""
+        assert not self._scheduler.has_requests(), "requests wait, and nothing is scheduled"
+        assert not self._live, "requests are live, and the scheduler knows none"
+
+    def _check_end(self) -> None:
+        assert len(self._ended) >= self.scenario.traffic.num_arrivals, "a request was lost"
+        self._invariants.check_nothing_held(self._blocks)
+
+
+def _no_model(scenario: Scenario) -> ModelDescription:
+    longest, specs = scenario.config.max_model_len, scenario.specs
+    return ModelDescription(Path(), "none", "none", {}, "float32", VOCAB_SIZE, longest, specs, frozenset(), 0, 0, 0)

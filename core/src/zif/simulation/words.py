@@ -1,0 +1,74 @@
+"""The arithmetic of the null platform in plain integers: what a token's word is, and which token follows.
+
+It gives the same tokens as `zif.null.runner` (a test compares them), without arrays and with what was computed
+remembered: most steps of a simulation compute one token for each of a few requests, where arrays cost more than they
+save. Runner and oracle share these pure functions and nothing else.
+"""
+
+from zif.contract import ChunkedLocalSpec, KVSpec, SlidingWindowSpec
+
+_MASK = (1 << 64) - 1
+_GOLDEN = 0x9E3779B97F4A7C15
+_MIX_1 = 0xBF58476D1CE4E5B9
+_MIX_2 = 0x94D049BB133111EB
+_MAX_REMEMBERED = 1 << 17
+
+Sums = tuple[int, ...]
+"""Per layer group, the sum of the visible words, or the state."""
+
+
+def mix(word: int) -> int:
+    """Scramble a 64-bit word (the finalizer of SplitMix64; Steele, Lea and Flood, 2014)."""
+    word = (word ^ (word >> 30)) * _MIX_1 & _MASK
+    word = (word ^ (word >> 27)) * _MIX_2 & _MASK
+    return word ^ (word >> 31)
+
+
+def fold(state: int, word: int) -> int:
+    """Return the recurrent state after one more token."""
+    return mix((state + _GOLDEN & _MASK) ^ word)
+
+
+def first_visible(spec: KVSpec, position: int) -> int:
+    """Return the first position that the token at `position` sees.
+
+    Written apart from the retention rules of the block manager for the kinds known here, so that an error in one of
+    those shows; a kind from elsewhere is taken at its word.
+    """
+    if isinstance(spec, SlidingWindowSpec):
+        return max(0, position - spec.window + 1)
+    if isinstance(spec, ChunkedLocalSpec):
+        return position - position % spec.chunk
+    return spec.first_needed_token(position)
+
+
+class Words:
+    """Words of tokens and the tokens that follow, each computed once. Share one over many simulations."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+        self._words: dict[int, int] = {}
+        self._tokens: dict[Sums, int] = {}
+
+    def word(self, token_id: int, position: int) -> int:
+        """Return the word of a token at its position."""
+        key = position * self.vocab_size + token_id
+        word = self._words.get(key)
+        if word is None:
+            word = mix(token_id + mix(position * _GOLDEN + _GOLDEN & _MASK) & _MASK)
+            if len(self._words) < _MAX_REMEMBERED:
+                self._words[key] = word
+        return word
+
+    def next_token(self, sums: Sums) -> int:
+        """Return the token that follows what the layer groups see."""
+        token = self._tokens.get(sums)
+        if token is None:
+            digest = 0
+            for visible in sums:
+                digest = mix((digest ^ (visible & _MASK)) + _GOLDEN & _MASK)
+            token = digest % self.vocab_size
+            if len(self._tokens) >= _MAX_REMEMBERED:
+                self._tokens.clear()
+            self._tokens[sums] = token
+        return token

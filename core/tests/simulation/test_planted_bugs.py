@@ -1,0 +1,380 @@
+"""Bugs planted on purpose: the simulation must notice each of them within 200,000 steps.
+
+Each is a mistake that somebody could make, as one patch of a method. A bug that no check sees would pass for working
+code, so this is the test of the checks.
+"""
+
+from dataclasses import replace
+
+import pytest
+
+from zif.contract import (
+    ChunkedLocalSpec,
+    FullAttentionSpec,
+    KVSpec,
+    PrefixMiss,
+    PrefixReport,
+    RecurrentStateSpec,
+    RequestStatus,
+    SlidingWindowSpec,
+)
+from zif.kv import hashing, manager
+from zif.kv.manager import PagedBlockManager
+from zif.kv.pool import BlockPool
+from zif.kv.prefix import PrefixFinder
+from zif.scheduling import scheduler
+from zif.scheduling.deadlines import Deadlines
+from zif.scheduling.scheduler import TokenBudgetScheduler
+from zif.simulation import Campaign, SimulatedRunner, SimulationFailure, run_scenarios
+
+MAX_STEPS = 200_000
+
+
+def window_off_by_one(monkeypatch):
+    original = SlidingWindowSpec.first_needed_token
+    monkeypatch.setattr(SlidingWindowSpec, "first_needed_token", lambda self, n: original(self, n + 1))
+
+
+def window_never_released(monkeypatch):
+    monkeypatch.setattr(SlidingWindowSpec, "first_needed_token", lambda self, n: 0)
+
+
+def chunk_ends_one_token_early(monkeypatch):
+    original = ChunkedLocalSpec.first_needed_token
+    monkeypatch.setattr(ChunkedLocalSpec, "first_needed_token", lambda self, n: original(self, n + 1))
+
+
+def state_given_back_before_it_is_read(monkeypatch):
+    monkeypatch.setattr(RecurrentStateSpec, "first_needed_token", lambda self, n: n)
+
+
+def state_indexed_in_the_middle_of_a_block(monkeypatch):
+    monkeypatch.setattr(RecurrentStateSpec, "reusable_blocks", KVSpec.reusable_blocks)
+
+
+def last_block_of_a_request_is_not_reserved(monkeypatch):
+    monkeypatch.setattr(FullAttentionSpec, "num_blocks", lambda self, n: n // self.block_size)
+
+
+def preemption_leaks_blocks(monkeypatch):
+    original = PagedBlockManager.release
+
+    def release(self, request):
+        if request.status is RequestStatus.PREEMPTED or request.num_preemptions:
+            request.block_ids, request.capacity = (), 0
+        else:
+            original(self, request)
+
+    monkeypatch.setattr(PagedBlockManager, "release", release)
+
+
+def abort_of_a_preempted_request_leaks_its_place(monkeypatch):
+    original = TokenBudgetScheduler.finish
+
+    def finish(self, request_id, reason):
+        request = self._requests.get(request_id)
+        preempted = request is not None and request.status is RequestStatus.PREEMPTED
+        ended = original(self, request_id, reason)
+        if preempted:
+            self._waiting.put_back(request)
+        return ended
+
+    monkeypatch.setattr(TokenBudgetScheduler, "finish", finish)
+
+
+def abort_of_a_running_request_leaves_it_running(monkeypatch):
+    original = TokenBudgetScheduler.finish
+
+    def finish(self, request_id, reason):
+        running = list(self._running)
+        ended = original(self, request_id, reason)
+        self._running = running
+        return ended
+
+    monkeypatch.setattr(TokenBudgetScheduler, "finish", finish)
+
+
+def hit_across_salts(monkeypatch):
+    original = hashing.root_content
+    monkeypatch.setattr(hashing, "root_content", lambda key, size: original(replace(key, salt=""), size))
+
+
+def blocks_named_by_their_own_tokens_only(monkeypatch):
+    def content(self, block):
+        return hashing.canonical_tokens(self._token_ids[block * self._block_size : (block + 1) * self._block_size])
+
+    monkeypatch.setattr(hashing.PrefixChain, "content", content)
+
+
+def last_block_released_twice(monkeypatch):
+    original = PagedBlockManager.release
+
+    def release(self, request):
+        held = [blocks[-1:] for blocks in request.block_ids]
+        original(self, request)
+        for pool, blocks in zip(self._pools, held, strict=False):
+            manager._release_all(pool, blocks)
+
+    monkeypatch.setattr(PagedBlockManager, "release", release)
+
+
+def released_window_block_stays_in_the_table(monkeypatch):
+    original = PagedBlockManager.commit
+
+    def commit(self, request):
+        before = [blocks.copy() for blocks in request.block_ids]
+        original(self, request)
+        for blocks, old in zip(request.block_ids, before, strict=True):
+            blocks[: len(old)] = old
+
+    monkeypatch.setattr(PagedBlockManager, "commit", commit)
+
+
+def one_null_entry_too_many(monkeypatch):
+    original = PrefixFinder.find
+
+    def find(self, request, max_tokens):
+        prefix = original(self, request, max_tokens)
+        for blocks in prefix.block_ids:
+            visible = [index for index, block in enumerate(blocks) if block]
+            if visible:
+                blocks[visible[0]] = 0
+        return prefix
+
+    monkeypatch.setattr(PrefixFinder, "find", find)
+
+
+def prefixes_are_never_found(monkeypatch):
+    report = PrefixReport(0, 0, PrefixMiss.NOT_SEEN)
+    monkeypatch.setattr(PrefixFinder, "find", lambda self, request, max_tokens: self.nothing(report))
+
+
+def a_prefix_is_cut_by_a_block(monkeypatch):
+    original = PrefixFinder.find
+    monkeypatch.setattr(
+        PrefixFinder,
+        "find",
+        lambda self, request, max_tokens: original(self, request, max(0, max_tokens - self._alignment)),
+    )
+
+
+def sibling_shares_the_block_that_is_half_full(monkeypatch):
+    original = PrefixFinder.of_source
+
+    def of_source(self, source, max_tokens):
+        prefix = original(self, source, max_tokens)
+        for blocks, held in zip(prefix.block_ids, source.block_ids, strict=True):
+            blocks += [block for block in held[len(blocks) : len(blocks) + 1] if block and blocks]
+        return prefix
+
+    monkeypatch.setattr(PrefixFinder, "of_source", of_source)
+
+
+def blocks_indexed_before_they_are_computed(monkeypatch):
+    original = PagedBlockManager.reserve
+
+    def reserve(self, request, num_tokens):
+        done = original(self, request, num_tokens)
+        computed = request.num_computed_tokens
+        request.num_computed_tokens = min(request.num_tokens, request.capacity)
+        for group, spec in enumerate(self._specs):
+            if self._caching and done and not spec.keeps_checkpoints:
+                self._index_new_blocks(request, group)
+        request.num_computed_tokens = computed
+        return done
+
+    monkeypatch.setattr(PagedBlockManager, "reserve", reserve)
+
+
+def sharing_does_not_count(monkeypatch):
+    original = BlockPool.share
+    monkeypatch.setattr(
+        BlockPool, "share", lambda self, block: None if self._references[block] else original(self, block)
+    )
+
+
+def evicted_blocks_stay_findable(monkeypatch):
+    def evict(self, block, **_):
+        del self._cached[block]
+        self._put_free(block)
+
+    monkeypatch.setattr(BlockPool, "_evict", evict)
+
+
+def slabs_with_owned_blocks_are_taken(monkeypatch):
+    def surrender_slab(self, *, evict):
+        slab = next(iter(self._slabs), None) if evict else None
+        if slab is not None:
+            self._slabs.pop(slab)
+        return slab
+
+    monkeypatch.setattr(BlockPool, "surrender_slab", surrender_slab)
+
+
+def failed_allocation_keeps_a_block(monkeypatch):
+    original = BlockPool.allocate
+
+    def allocate(self, num_blocks):
+        blocks = original(self, num_blocks)
+        if blocks is None:
+            original(self, 1)
+        return blocks
+
+    monkeypatch.setattr(BlockPool, "allocate", allocate)
+
+
+def the_last_token_is_found_too(monkeypatch):
+    original = PagedBlockManager._longest_prefix
+
+    def longest_prefix(self, request, source):
+        request.token_ids.append(0)
+        try:
+            return original(self, request, source)
+        finally:
+            request.token_ids.pop()
+
+    monkeypatch.setattr(PagedBlockManager, "_longest_prefix", longest_prefix)
+
+
+def the_runner_is_not_told_of_released_requests(monkeypatch):
+    original = SimulatedRunner.submit
+    monkeypatch.setattr(SimulatedRunner, "submit", lambda self, step: original(self, replace(step, released=[])))
+
+
+def the_runner_is_not_told_of_new_blocks(monkeypatch):
+    monkeypatch.setattr(scheduler, "append_block_updates", lambda plan, request, held: None)
+
+
+def chunks_sample_before_the_prompt_ends(monkeypatch):
+    original = scheduler.append_row
+
+    def append_row(plan, request, end):
+        original(plan, request, end)
+        plan.samples[-1] = True
+
+    monkeypatch.setattr(scheduler, "append_row", append_row)
+
+
+def _with_limits(monkeypatch, **changes):
+    original = scheduler.step_limits
+
+    def step_limits(config, constraints):
+        limits = original(config, constraints)
+        return replace(limits, **{name: change(getattr(limits, name)) for name, change in changes.items()})
+
+    monkeypatch.setattr(scheduler, "step_limits", step_limits)
+
+
+def the_token_budget_is_exceeded(monkeypatch):
+    _with_limits(monkeypatch, max_tokens=lambda n: n + 3)
+
+
+def one_request_too_many_runs(monkeypatch):
+    _with_limits(monkeypatch, max_requests=lambda n: n + 1)
+
+
+def alignment_is_ignored(monkeypatch):
+    _with_limits(monkeypatch, token_alignment=lambda n: 1)
+
+
+def prompts_are_not_separated(monkeypatch):
+    _with_limits(monkeypatch, separate_prefill=lambda wanted: False)
+
+
+def any_number_of_prompts_is_computed_in_part(monkeypatch):
+    _with_limits(monkeypatch, max_partial_prefills=lambda n: 99)
+
+
+def deadlines_are_not_watched(monkeypatch):
+    monkeypatch.setattr(Deadlines, "pop_passed", lambda self, now_s: [])
+
+
+def requests_end_before_their_deadline(monkeypatch):
+    original = Deadlines.pop_passed
+    monkeypatch.setattr(Deadlines, "pop_passed", lambda self, now_s: original(self, now_s + 0.1))
+
+
+def stale_result_applied(monkeypatch):
+    original = TokenBudgetScheduler.update
+    monkeypatch.setattr(
+        TokenBudgetScheduler,
+        "update",
+        lambda self, plan, result: original(self, plan, replace(result, step=plan.step)),
+    )
+
+
+def result_applied_twice(monkeypatch):
+    original = TokenBudgetScheduler.update
+
+    def update(self, plan, result):
+        if result.step == plan.step:
+            self._in_flight.add(plan.step)
+        return original(self, plan, result)
+
+    monkeypatch.setattr(TokenBudgetScheduler, "update", update)
+
+
+def what_a_faulty_step_computed_is_found(monkeypatch):
+    original = TokenBudgetScheduler.update
+
+    def update(self, plan, result):
+        for request_id, num_tokens in zip(plan.request_ids, plan.num_tokens, strict=True):
+            request = self._requests.get(request_id)
+            if request_id in result.faults and request and request.block_ids:
+                request.num_computed_tokens += num_tokens
+                self._blocks.commit(request)
+        return original(self, plan, result)
+
+    monkeypatch.setattr(TokenBudgetScheduler, "update", update)
+
+
+def a_fault_of_one_request_ends_all(monkeypatch):
+    original = TokenBudgetScheduler.update
+
+    def update(self, plan, result):
+        if result.faults:
+            result.faults.update(dict.fromkeys(plan.request_ids, "another one failed"))
+        return original(self, plan, result)
+
+    monkeypatch.setattr(TokenBudgetScheduler, "update", update)
+
+
+def _with_request(monkeypatch, name, change):
+    original = TokenBudgetScheduler._append_tokens
+
+    def append_tokens(self, request, sampled):
+        value = getattr(request, name)
+        setattr(request, name, change(value))
+        try:
+            return original(self, request, sampled)
+        finally:
+            setattr(request, name, value)
+
+    monkeypatch.setattr(TokenBudgetScheduler, "_append_tokens", append_tokens)
+
+
+def stop_tokens_are_ignored(monkeypatch):
+    _with_request(monkeypatch, "stop_ids", lambda ids: frozenset())
+
+
+def one_token_too_many_is_generated(monkeypatch):
+    _with_request(monkeypatch, "max_total_tokens", lambda n: n + 1)
+
+
+BUGS = [
+    value
+    for name, value in list(globals().items())
+    if callable(value) and getattr(value, "__module__", "") == __name__ and not name.startswith("_")
+]
+
+
+def test_there_are_enough_bugs():
+    assert len(BUGS) >= 25
+
+
+@pytest.mark.parametrize("plant", BUGS, ids=lambda plant: plant.__name__)
+def test_a_planted_bug_is_noticed(monkeypatch, plant):
+    plant(monkeypatch)
+    with pytest.raises(SimulationFailure, match="zif simulate --seed") as caught:
+        run_scenarios(Campaign(seed=0, num_steps=MAX_STEPS))
+    assert not isinstance(caught.value.__cause__, TypeError | AttributeError | NameError), "the patch itself is broken"
