@@ -57,18 +57,23 @@ class TestAlignment:
         assert stack.planned(request)[:4] == [12, 12, 16, 1], "the end needs no alignment"
 
     def test_small_requests_cannot_keep_a_prompt_from_its_next_cut(self):
-        """Decodes leave 3 tokens of 16, less than the alignment: nobody new may start until the prompt goes on."""
-        stack = engine(SchedulerConstraints(token_alignment=8), budget=16, max_num_seqs=14)
-        stack.add(*(new_request(i, [i], max_total_tokens=8) for i in range(13)))
-        stack.step()
-        long = of_length(100, 40)
+        """A prefix hit ends between two cuts, so the first chunk is short and 12 requests start beside it.
+
+        Their decodes leave 4 of 16 tokens, less than the alignment: nobody new may start until the prompt goes on.
+        """
+        stack = engine(SchedulerConstraints(token_alignment=8), budget=16, max_num_seqs=16)
+        prompt = [(7 * i) % 97 for i in range(40)]
+        stack.add(new_request(0, prompt[:5], max_total_tokens=6))
+        stack.run()
+        long = new_request(1, prompt)
         stack.add(long)
-        number = 200
+        number = 2
         while not long.num_output_tokens:
-            stack.add(new_request(number, [1], max_total_tokens=8))
-            number += 1
+            stack.add(*(new_request(number + i, [1], max_total_tokens=6 + (number + i) % 5) for i in range(12)))
+            number += 12
             stack.step()
-            assert len(stack.plans) < 60
+            assert len(stack.plans) < 40
+        assert long.num_cached_tokens == 4
 
     @settings(max_examples=30, deadline=None)
     @given(st.integers(0, 2**32), st.integers(1, 9), st.booleans())
@@ -94,8 +99,9 @@ class TestSeparatePrefill:
         sorts = []
         for plan in stack.plans:
             started = {start.request_id for start in plan.started}
-            rows = zip(plan.request_ids, plan.num_tokens, strict=True)
-            sorts.append("".join(sorted({"p" if i in started or n > 1 else "d" for i, n in rows})))
+            rows = zip(plan.request_ids, plan.num_tokens, plan.samples, strict=True)
+            # A row of one token that does not sample is a short chunk of a prompt.
+            sorts.append("".join(sorted({"p" if i in started or n > 1 or not s else "d" for i, n, s in rows})))
         return sorts
 
     def test_steps_take_turns(self):

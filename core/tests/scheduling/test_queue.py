@@ -67,6 +67,29 @@ def test_any_order_of_calls_behaves_like_a_sorted_list(calls):
         assert queue.peek() is min(model, key=queue.order_of, default=None)
 
 
+@given(st.lists(st.tuples(st.sampled_from(["push", "admit", "end", "discard"]), st.integers(0, 9)), max_size=80))
+def test_lines_of_tenants_stand_by_their_tags_as_these_rise_and_fall(calls):
+    shares = policy("fair")
+    queue, model, running = RequestQueue(shares), [], []
+    for index, (call, number) in enumerate(calls):
+        if call == "push":
+            model.append(new_request(index, [1], tenant="abc"[number % 3], priority=number // 3))
+            queue.push(model[-1])
+        elif call == "admit" and model:
+            first = queue.pop()
+            first.order = shares.tag(first.tenant), *shares.urgency(first)
+            model.remove(first)
+            shares.admit(first, 10 * number)
+            running.append(first)
+        elif call == "end" and running:
+            ended = running.pop(number % len(running))
+            shares.end(ended)
+            queue.reconsider(ended.tenant)
+        elif call == "discard" and model:
+            queue.discard(model.pop(number % len(model)))
+        assert queue.peek() is min(model, key=queue.order_of, default=None)
+
+
 def test_a_request_that_waits_again_keeps_its_place():
     queue = RequestQueue(policy("fcfs"))
     first, second = new_request(0, [1]), new_request(1, [1])

@@ -119,7 +119,7 @@ def test_weights_of_tenants_are_read_and_need_fair_shares():
         ("b", 1),
     )
     assert parse_tenant_weights(None) == ()
-    with pytest.raises(ConfigError, match="tenant_weights='a=3' have no meaning .*'fcfs'"):
+    with pytest.raises(ConfigError, match=r"tenant_weights='a=3' have no meaning .*'fcfs'"):
         _settings(tenant_weights="a=3")
 
 

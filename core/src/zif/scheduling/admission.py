@@ -15,6 +15,7 @@ helps out; a request that would run alone is never held back, so nothing deadloc
 """
 
 import bisect
+import itertools
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -22,7 +23,7 @@ from zif.contract import BlockManager, EngineConfig, FinishReason, Request, Requ
 
 HORIZON_TOKENS: Final = 1024
 """Growth further ahead than this is not reserved: an allowance of a whole context must not empty the batch."""
-MAX_SCANNED: Final = 64
+MAX_SCANNED: Final = 16
 """Waiting requests that one step looks at and does not start."""
 
 _END_RATE = 1 / 16
@@ -52,6 +53,7 @@ class Admission:
         self._share = config.expected_output_percent / 100
         self._futures: list[tuple[int, int]] | None = None
         self._held = 0
+        self._total = 0
         self._refused: set[int] = set()
         self._settled = False
 
@@ -61,7 +63,7 @@ class Admission:
         return self._settled
 
     def end_look(self, look: Look) -> None:
-        """Note that a look reached the last waiting request."""
+        """Note that a look went as far as any may: to the last request, or to one that may not be passed."""
         self._settled = not look.unready and all(map(self.is_refused, look.passed))
 
     def unsettle(self) -> None:
@@ -81,15 +83,22 @@ class Admission:
         if self._futures is None:
             self._futures = sorted(map(self._future, running))
             self._held = sum(r.capacity for r in running)
+            self._total = sum(known - minus_expected for minus_expected, known in self._futures)
+        future = self._future(request)
+        if self._blocks.can_hold(request, max(self._total - future[0] + future[1] - self._held, request.num_tokens)):
+            # Even if all were largest at once: no need to look at each moment.
+            return True
         with_it = self._futures.copy()
-        bisect.insort(with_it, self._future(request))
+        bisect.insort(with_it, future)
         return self._blocks.can_hold(request, max(_peak_tokens(with_it) - self._held, request.num_tokens))
 
     def start(self, request: Request) -> None:
         """Add a request that now runs to what is expected."""
         if self._futures is not None:
-            bisect.insort(self._futures, self._future(request))
+            future = self._future(request)
+            bisect.insort(self._futures, future)
             self._held += request.capacity
+            self._total += future[1] - future[0]
 
     def _future(self, request: Request) -> tuple[int, int]:
         return (-self.num_expected(request), len(request.token_ids))
@@ -128,11 +137,10 @@ class Admission:
 
 def _peak_tokens(futures: list[tuple[int, int]]) -> int:
     """Return the most tokens held at once; `futures` are (-tokens to come, known tokens), the longest first."""
-    peak = num_known = 0
-    for count, (minus_expected, known) in enumerate(futures, start=1):
-        num_known += known
-        peak = max(peak, num_known - count * minus_expected)
-    return peak
+    num_known = itertools.accumulate(known for _, known in futures)
+    return max(
+        known - count * future[0] for count, (known, future) in enumerate(zip(num_known, futures, strict=True), start=1)
+    )
 
 
 def sample_source(request: Request) -> Request | None:

@@ -35,6 +35,7 @@ class RequestQueue:
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
         self._lines: dict[str, _Line] = {}
+        self._heads: list[tuple[Order, int, str]] = []
         self._resumed = _Line()
         self._num_waiting = 0
 
@@ -55,6 +56,8 @@ class RequestQueue:
         else:
             line = self._lines.setdefault(self._policy.line(request), _Line())
             line.push(self._policy.urgency(request), request)
+            if line.heap[0][2] is request:
+                self.reconsider(self._policy.line(request))
 
     def peek(self) -> Request | None:
         """Return the first request without taking it."""
@@ -83,9 +86,37 @@ class RequestQueue:
         if not line.live and line is not self._resumed:
             del self._lines[name]
 
+    def reconsider(self, name: str) -> None:
+        """Hear that the tag of a line may have fallen; that it has risen is noticed without."""
+        line = self._lines.get(name)
+        if line is None:
+            return
+        heapq.heappush(self._heads, self._head(name, line))
+        if len(self._heads) > 2 * len(self._lines) + _MIN_DEAD_ENTRIES:
+            self._heads = [self._head(*entry) for entry in self._lines.items()]
+            heapq.heapify(self._heads)
+
+    def _head(self, name: str, line: _Line) -> tuple[Order, int, str]:
+        first = line.heap[0][2]
+        return (self.order_of(first), first.request_id, name)
+
     def _first_line(self) -> _Line | None:
-        candidates = [self._resumed] if self._resumed.live else []
-        candidates += self._lines.values()
-        if len(candidates) < 2:
-            return candidates[0] if candidates else None
-        return min(candidates, key=lambda line: self.order_of(line.heap[0][2]))
+        line = self._first_new_line()
+        if not self._resumed.live:
+            return line
+        is_first = line is None or self._resumed.heap[0][0] < self.order_of(line.heap[0][2])
+        return self._resumed if is_first else line
+
+    def _first_new_line(self) -> _Line | None:
+        """Return the line with the smallest order. Entries of `_heads` may lag behind, never be ahead."""
+        while self._heads:
+            name = self._heads[0][2]
+            line = self._lines.get(name)
+            if line is None:
+                heapq.heappop(self._heads)
+                continue
+            head = self._head(name, line)
+            if head == self._heads[0]:
+                return line
+            heapq.heapreplace(self._heads, head)
+        return None

@@ -296,11 +296,10 @@ class TokenBudgetScheduler(Scheduler):
     def _admit_next(self, draft: StepDraft, look: Look, before: Request | None) -> bool:
         """Start or pass the first waiting request. False when none after it may start."""
         request = self._waiting.peek()
-        if request is None:
+        if request is None or (look.passed and not self._admission.may_look_on(look, self._clock())):
             self._admission.end_look(look)
             return False
-        is_behind = before is not None and self._waiting.order_of(request) > before.order
-        if is_behind or (look.passed and not self._admission.may_look_on(look, self._clock())):
+        if before is not None and self._waiting.order_of(request) > before.order:
             return False
         source = sample_source(request)
         if source is None and awaits_sibling(request):
@@ -394,6 +393,7 @@ class TokenBudgetScheduler(Scheduler):
         self._deadlines.remove(request)
         self._admission.end(request)
         self._policy.end(request)
+        self._waiting.reconsider(self._policy.line(request))
 
 
 def _order(request: Request) -> tuple[float, ...]:

@@ -97,7 +97,7 @@ class TraceReplay:
             enable_prefix_caching=config.enable_prefix_caching,
             max_step_tokens=config.max_num_batched_tokens,
         )
-        self._scheduler = TokenBudgetScheduler(config, self._blocks)
+        self._scheduler = TokenBudgetScheduler(config, self._blocks, clock=self._clock.now)
         self._prefixes: dict[str, tuple[random.Random, list[int]]] = {}
         self._entries: list[_Entry] = []
         self._live: dict[int, _Entry] = {}
