@@ -3,6 +3,7 @@
 #   make run     build the environment, then generate from the model in examples/
 #   make test    all tests
 #   make check   format, lint, types, import contracts, house rules and fast tests: under a minute
+#   make simulate  two million steps of the control plane under random traffic and faults: some minutes
 #   make bench   throughput and latency on the model in examples/
 #   make lock    regenerate the lock file of the contract's public surface
 #   make clean   remove the environment and what tools left behind
@@ -13,6 +14,7 @@ CONSTRAINTS ?= constraints/cpu.txt
 MODEL ?= examples/embedded_model/checkpoint
 PROMPT ?= Return a list of
 WORKERS ?= 2
+SEED ?= 1
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -21,9 +23,9 @@ PROJECTS := core plugins/cpu
 SOURCES := core plugins examples
 TYPED := core/src plugins/cpu/src
 TESTS := core/tests $(wildcard plugins/cpu/tests) $(wildcard conformance/tests)
-FAST := $(addprefix core/tests/,contract house settings scheduling kv null text cli)
+FAST := $(addprefix core/tests/,contract house settings scheduling kv null simulation text cli)
 
-.PHONY: run test check bench lock clean environment
+.PHONY: run test check simulate bench lock clean environment
 
 run: $(INSTALLED)
 	$(BIN)/zif generate $(MODEL) --prompt "$(PROMPT)" --max-tokens 128 --temperature 0.6 --top-p 0.9 --request-seed 1
@@ -37,6 +39,9 @@ check: $(INSTALLED_DEV)
 	$(BIN)/mypy $(TYPED)
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest -q -n $(WORKERS) -m "not slow" $(wildcard $(FAST))
+
+simulate: $(INSTALLED)
+	$(BIN)/zif simulate --seed $(SEED) --steps 2000000 --workers $(WORKERS)
 
 bench: $(INSTALLED)
 	$(BIN)/zif bench throughput $(MODEL) --num-prompts 64 --input-len 128 --output-len 128

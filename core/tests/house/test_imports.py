@@ -16,6 +16,7 @@ _LIGHT = [
     "zif.plugins",
     "zif.scheduling",
     "zif.settings",
+    "zif.simulation",
     "zif.text",
 ]
 _HEAVY = ("torch", "transformers")

@@ -24,6 +24,7 @@ from zif.kv.pool import BlockPool
 from zif.kv.prefix import PrefixFinder
 from zif.scheduling import scheduler
 from zif.scheduling.deadlines import Deadlines
+from zif.scheduling.queue import RequestQueue
 from zif.scheduling.scheduler import TokenBudgetScheduler
 from zif.simulation import Campaign, SimulatedRunner, SimulationFailure, run_scenarios
 
@@ -253,6 +254,20 @@ def chunks_sample_before_the_prompt_ends(monkeypatch):
         plan.samples[-1] = True
 
     monkeypatch.setattr(scheduler, "append_row", append_row)
+
+
+def the_first_request_is_preempted_instead_of_the_last(monkeypatch):
+    monkeypatch.setattr(scheduler, "_order", lambda request: tuple(-key for key in request.order))
+
+
+def a_request_that_was_passed_is_forgotten(monkeypatch):
+    original = RequestQueue.put_back
+
+    def put_back(self, request):
+        if not request.num_bypasses:
+            original(self, request)
+
+    monkeypatch.setattr(RequestQueue, "put_back", put_back)
 
 
 def _with_limits(monkeypatch, **changes):

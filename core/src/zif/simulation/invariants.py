@@ -18,7 +18,7 @@ from zif.contract import (
 )
 from zif.simulation.oracle import ExpectedText
 from zif.simulation.scenario import Scenario
-from zif.simulation.words import Words, first_visible
+from zif.simulation.words import Words, visibility
 
 _ROOT = 0
 _MAX_STATE_BLOCKS = 2
@@ -41,6 +41,7 @@ class Invariants:
         self._specs = specs = scenario.specs
         self._config = config = scenario.config
         self._constraints = scenario.constraints
+        self._visibility = [visibility(spec) for spec in specs]
         self._words = words
         self._records: dict[int, _Record] = {}
         self._computed: dict[CacheKey, set[int]] = {}
@@ -99,6 +100,13 @@ class Invariants:
             )
             assert not singles, "prompts and single tokens share a step"
 
+    def check_victims(self, ran: list[Request]) -> None:
+        """Check that of the requests that ran before a plan was made, those preempted for it are the last in order."""
+        kept = max((request.order for request in ran if request.status is RequestStatus.RUNNING), default=())
+        for request in ran:
+            preempted = request.status is RequestStatus.PREEMPTED
+            assert not preempted or request.order > kept, "a request was preempted that is not the last in order"
+
     def check_writes(self, plan: StepPlan, live: dict[int, Request]) -> None:
         """Check that every block that the step writes is in one hand."""
         hands = [Counter[int]() for _ in self._specs]
@@ -138,14 +146,14 @@ class Invariants:
             if request.status is not RequestStatus.RUNNING:
                 continue
             computed = request.num_computed_tokens
-            for spec, table in zip(self._specs, request.block_ids, strict=True):
+            for spec, visible_from, table in zip(self._specs, self._visibility, request.block_ids, strict=True):
                 size = spec.block_size
                 assert 0 <= len(table) * size - computed < size, "slots are allocated beyond the block in use"
                 if spec.keeps_checkpoints:
                     assert len(table) - table.count(0) <= _MAX_STATE_BLOCKS, "more than two states are held"
                     assert computed == 0 or table[(computed - 1) // size], "the state in use was given back"
                     continue
-                first = first_visible(spec, computed)
+                first = visible_from(computed) if visible_from else 0
                 assert first < size or not table[first // size - 1], "a block that nobody sees is held"
                 assert all(table[first // size :]), "a block that is still seen was given back"
 

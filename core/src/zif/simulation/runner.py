@@ -23,7 +23,7 @@ from zif.contract import (
     StepPlan,
     StepResult,
 )
-from zif.simulation.words import Words, first_visible, fold
+from zif.simulation.words import Words, fold, visibility
 
 WORD_BYTES = 8
 _STATE_WORDS = 3
@@ -54,7 +54,7 @@ class _Group:
 
     def __init__(self, index: int, spec: KVSpec, memory: "_Memory") -> None:
         self.index = index
-        self.spec = spec
+        self.visibility = visibility(spec)
         self.size = spec.block_size
         self.memory = memory
 
@@ -100,17 +100,19 @@ class _TokenGroup(_Group):
                 sequence.ends[index] = end
 
     def read(self, sequence: _Sequence, end: int) -> int:
-        index = self.index
-        first = first_visible(self.spec, end - 1)
+        index, visible_from = self.index, self.visibility
+        first = visible_from(end - 1) if visible_from else 0
         if sequence.ends[index] is None:
             self._keep(sequence, first, end)
         elif sequence.epoch != self.memory.epoch:
             sequence.sums[index] = sum(self.memory.cells[s] for s in self._slots(sequence, sequence.firsts[index], end))
+        if visible_from is None:
+            return sequence.sums[index]
         if first > sequence.firsts[index]:
             self._drop(sequence, first)
         visible = sequence.sums[index]
         # What the next token does not see may be given to others before that token is computed.
-        following = first_visible(self.spec, end)
+        following = visible_from(end)
         if following > first:
             self._drop(sequence, following)
         return visible

@@ -125,6 +125,7 @@ class Simulation:
             self._invariants.admit(request)
             self._scheduler.add(request)
         self._maybe_abort()
+        running = [request for request in self._live.values() if request.status is RequestStatus.RUNNING]
         plan = self._scheduler.schedule()
         if plan is None:
             self._check_idle()
@@ -132,6 +133,7 @@ class Simulation:
         if self.faults.num_strikes(FaultPoint.ALLOCATION):
             self._invariants.expect_evictions()
         self._invariants.check_plan(plan, self._live)
+        self._invariants.check_victims(running)
         self._check_deadlines()
         thorough = self.num_steps % self._intervals.everything == 0
         if thorough:
@@ -280,7 +282,7 @@ class Simulation:
     def _check_deadlines(self) -> None:
         for request in self._live.values():
             overdue = request.deadline_s is not None and request.deadline_s <= self.clock.now()
-            assert request.finished or not overdue, f"request {request.request_id} outlives its deadline"
+            assert not overdue or request.finished, f"request {request.request_id} outlives its deadline"
 
     def _check_idle(self) -> None:
         """Check that nothing to do means that there is nothing."""

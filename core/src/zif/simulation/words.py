@@ -5,13 +5,18 @@ remembered: most steps of a simulation compute one token for each of a few reque
 save. Runner and oracle share these pure functions and nothing else.
 """
 
-from zif.contract import ChunkedLocalSpec, KVSpec, SlidingWindowSpec
+from collections.abc import Callable
+
+from zif.contract import ChunkedLocalSpec, FullAttentionSpec, KVSpec, LatentAttentionSpec, SlidingWindowSpec
 
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 _MIX_1 = 0xBF58476D1CE4E5B9
 _MIX_2 = 0x94D049BB133111EB
 _MAX_REMEMBERED = 1 << 17
+
+Visibility = Callable[[int], int] | None
+"""The first position that the token at a position sees; None where that is always the first."""
 
 Sums = tuple[int, ...]
 """Per layer group, the sum of the visible words, or the state."""
@@ -29,17 +34,21 @@ def fold(state: int, word: int) -> int:
     return mix((state + _GOLDEN & _MASK) ^ word)
 
 
-def first_visible(spec: KVSpec, position: int) -> int:
-    """Return the first position that the token at `position` sees.
+def visibility(spec: KVSpec) -> Visibility:
+    """Return the first position that the token at a position sees, as a function; None where every token sees all.
 
     Written apart from the retention rules of the block manager for the kinds known here, so that an error in one of
     those shows; a kind from elsewhere is taken at its word.
     """
+    if isinstance(spec, FullAttentionSpec | LatentAttentionSpec):
+        return None
     if isinstance(spec, SlidingWindowSpec):
-        return max(0, position - spec.window + 1)
+        behind = spec.window - 1
+        return lambda position: max(0, position - behind)
     if isinstance(spec, ChunkedLocalSpec):
-        return position - position % spec.chunk
-    return spec.first_needed_token(position)
+        chunk = spec.chunk
+        return lambda position: position - position % chunk
+    return spec.first_needed_token
 
 
 class Words:
