@@ -20,6 +20,7 @@ from zif.contract.kinds import (
     RecurrentStateSpec,
     SlidingWindowSpec,
     StateTensor,
+    WholeHistorySpec,
 )
 from zif.contract.kv import NEVER, BlockTest, KVArena, KVGroup, KVLayout, KVSpec
 from zif.contract.memory import Allocator, Buffer, MemoryStats
@@ -113,6 +114,7 @@ __all__ = [
     "StepResult",
     "TokenLogprobs",
     "TokenUpdate",
+    "WholeHistorySpec",
     "Workload",
     "format_bytes",
     "hookimpl",

@@ -6,6 +6,7 @@ from zif.contract.kinds.full import FullAttentionSpec
 from zif.contract.kinds.latent import LatentAttentionSpec
 from zif.contract.kinds.recurrent import RecurrentStateSpec, StateTensor
 from zif.contract.kinds.sliding_window import SlidingWindowSpec
+from zif.contract.kinds.whole_history import WholeHistorySpec
 
 __all__ = [
     "AttentionSpec",
@@ -15,4 +16,5 @@ __all__ = [
     "RecurrentStateSpec",
     "SlidingWindowSpec",
     "StateTensor",
+    "WholeHistorySpec",
 ]
