@@ -1,4 +1,4 @@
-"""Tiny random checkpoints of every family that the native decoder serves, written by transformers itself.
+"""Tiny random checkpoints of every family that zif serves, written by transformers itself.
 
 Not fixtures: plain functions that any test calls. A checkpoint is built once per process and copied from then on, so a
 test may damage its copy.
@@ -147,6 +147,111 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+_MAMBA2: dict[str, Any] = {
+    "mamba_n_heads": 4,
+    "mamba_d_head": 24,
+    "mamba_d_state": 16,
+    "mamba_d_conv": 4,
+    "mamba_n_groups": 2,
+    "mamba_chunk_size": 8,
+}
+_DELTA: dict[str, Any] = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 12,
+    "linear_conv_kernel_dim": 4,
+}
+_EXPERTS: dict[str, Any] = {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
+
+HYBRIDS: dict[str, Family] = {
+    "qwen3_next": _family(
+        "Qwen3Next",
+        **_DELTA,
+        **_EXPERTS,
+        head_dim=16,
+        num_hidden_layers=4,
+        num_experts=4,
+        shared_expert_intermediate_size=24,
+        layer_types=["linear_attention", "full_attention"] * 2,
+    ),
+    "granite_hybrid": _family(
+        "GraniteMoeHybrid",
+        **_MAMBA2,
+        num_hidden_layers=4,
+        shared_intermediate_size=64,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        layer_types=["mamba", "attention"] * 2,
+        embedding_multiplier=6.0,
+        logits_scaling=2.0,
+        residual_multiplier=0.4,
+        attention_multiplier=0.2,
+    ),
+    "falcon_h1": _family("FalconH1", **_MAMBA2, mamba_d_ssm=96, lm_head_multiplier=0.5),
+    "lfm2": _family(
+        "Lfm2",
+        num_hidden_layers=4,
+        block_auto_adjust_ff_dim=False,
+        conv_L_cache=3,
+        layer_types=["conv", "full_attention"] * 2,
+    ),
+    "bamba": _family("Bamba", **_MAMBA2, attn_layer_indices=[1]),
+    "nemotron_h": _family(
+        "NemotronH",
+        num_hidden_layers=4,
+        layers_block_type=["mamba", "moe", "attention", "mlp"],
+        mamba_num_heads=4,
+        mamba_head_dim=24,
+        ssm_state_size=16,
+        n_groups=2,
+        conv_kernel=4,
+        chunk_size=8,
+        head_dim=16,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=24,
+        moe_shared_expert_intermediate_size=24,
+    ),
+    "jamba": _family(
+        "Jamba", num_experts=2, mamba_d_state=16, mamba_d_conv=4, attn_layer_period=2, attn_layer_offset=1
+    ),
+    "kimi_linear": _family(
+        "KimiLinear",
+        **_EXPERTS,
+        num_hidden_layers=2,
+        num_key_value_heads=4,
+        q_lora_rank=None,
+        kv_lora_rank=16,
+        qk_nope_head_dim=12,
+        qk_rope_head_dim=4,
+        v_head_dim=8,
+        num_experts=4,
+        layer_types=["linear_attention", "full_attention"],
+        linear_attn_config={"head_dim": 8, "num_heads": 4, "short_conv_kernel_size": 4},
+    ),
+    "mamba2": Family(
+        "Mamba2ForCausalLM",
+        "Mamba2Config",
+        {
+            "vocab_size": VOCAB_SIZE,
+            "hidden_size": 48,
+            "num_hidden_layers": 3,
+            "num_heads": 4,
+            "head_dim": 24,
+            "state_size": 16,
+            "n_groups": 2,
+            "conv_kernel": 4,
+            "chunk_size": 8,
+            "bos_token_id": BOS_ID,
+            "eos_token_id": EOS_ID,
+            "pad_token_id": PAD_ID,
+        },
+    ),
+}
+"""Families with recurrent layers, which the native decoder does not serve."""
+
+
 def build_checkpoint(
     family: str,
     folder: Path,
@@ -194,7 +299,7 @@ def _cached_checkpoint(options: str) -> Path:
     import transformers
 
     name, dtype, seed, max_shard_size, overrides = json.loads(options)
-    family = FAMILIES[name]
+    family = (FAMILIES | HYBRIDS)[name]
     config = getattr(transformers, family.config_class)(**{**family.config, **overrides})
     model = getattr(transformers, family.model_class)(config)
     _randomize(model, seed)

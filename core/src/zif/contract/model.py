@@ -15,7 +15,7 @@ class ModelDescription:
     `implementation` is "native" or "transformers". `config` is the checkpoint's `config.json`, read only.
     `weight_bytes` counts the weights as held in `dtype`.
     `token_activation_bytes` estimates the peak working memory per token of a step, `sample_activation_bytes` the
-    working memory per sampled row (logits).
+    working memory per sampled row (logits; states in transit, where layers keep them).
     """
 
     path: Path

@@ -1,26 +1,35 @@
 """Models of the transformers package, served over zif's paged attention.
 
-Any architecture of `AutoModelForCausalLM` that asks transformers' attention registry in every layer can be served;
-what stands in the way is found when planning and refused by name. Not the fast path: each layer runs as transformers
-wrote it. `describe` is called when planning, `load_transformers_model` by the torch runner. transformers is imported
-on first use only.
+Any architecture of `AutoModelForCausalLM` can be served whose layers ask transformers' attention registry, or keep
+recurrent state in transformers' cache; what stands in the way is found when planning and refused by name. Not the fast
+path: each layer runs as transformers wrote it. `describe` is called when planning, `load_transformers_model` by the
+torch runner. transformers is imported on first use only.
 """
 
 import copy
+import math
 import re
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-from zif.contract import Feature, FullAttentionSpec, KVSpec, ModelDescription, SlidingWindowSpec
+from zif.contract import (
+    Feature,
+    FullAttentionSpec,
+    KVSpec,
+    ModelDescription,
+    RecurrentStateSpec,
+    SlidingWindowSpec,
+    StateTensor,
+)
 from zif.errors import ConfigError, UnknownArchitectureError
 from zif.models.checkpoint import open_checkpoint
 from zif.models.description import ModelSource, resolve_dtype, resolve_max_model_len
 from zif.models.transformers_attention import TRACED_ATTENTION, TRACED_EXPERTS, register
 from zif.models.transformers_model import load_transformers_model
 from zif.models.transformers_parts import SplitModel, find_decoder_path
-from zif.models.transformers_trace import Trace, TracedConfig, TracedLayer, trace
+from zif.models.transformers_trace import Trace, TracedConfig, TracedLayer, TracedState, trace
 
 __all__ = ["describe", "load_transformers_model"]
 
@@ -57,11 +66,15 @@ def describe(source: ModelSource, config: dict[str, Any]) -> ModelDescription:
         dtype=dtype_name,
         vocab_size=traced.num_logits,
         max_model_len=_max_model_len(source, text_config, max_position),
-        kv_specs=_kv_specs(traced.layers, source.block_size, dtype_name),
+        kv_specs=(
+            *_kv_specs(traced.layers, source.block_size, dtype_name),
+            *_state_specs(traced.states, source.block_size, dtype_name),
+        ),
         features=_features(traced),
         weight_bytes=_weight_bytes(model, dtype),
         token_activation_bytes=traced.token_activation_bytes,
-        sample_activation_bytes=traced.sample_activation_bytes,
+        # A request has one row of logits, so what its states take while a layer runs is counted with it.
+        sample_activation_bytes=traced.sample_activation_bytes + 2 * max(map(_state_bytes, traced.states), default=0),
         trust_remote_code=source.trust_remote_code,
     )
 
@@ -224,6 +237,18 @@ def _kv_specs(layers: tuple[TracedLayer, ...], block_size: int, dtype: str) -> t
     return tuple(specs)
 
 
+def _state_specs(layers: tuple[TracedState, ...], block_size: int, dtype: str) -> tuple[KVSpec, ...]:
+    """Group layers that carry the same tensors."""
+    groups: dict[tuple[StateTensor, ...], list[int]] = {}
+    for layer in layers:
+        groups.setdefault(layer.tensors, []).append(layer.layer)
+    return tuple(RecurrentStateSpec(tuple(group), tensors, block_size, dtype) for tensors, group in groups.items())
+
+
+def _state_bytes(layer: TracedState) -> int:
+    return sum(math.prod(tensor.shape) * getattr(torch, tensor.dtype).itemsize for tensor in layer.tensors)
+
+
 def _features(traced: Trace) -> frozenset[Feature]:
     """Name what the platform must offer. Experts are absent: transformers computes them itself."""
     asked = {
@@ -231,6 +256,7 @@ def _features(traced: Trace) -> frozenset[Feature]:
         Feature.ATTENTION_SLIDING_WINDOW: any(layer.window is not None for layer in traced.layers),
         Feature.ATTENTION_SOFTCAP: any(layer.has_softcap for layer in traced.layers),
         Feature.ATTENTION_SINKS: any(layer.has_sinks for layer in traced.layers),
+        Feature.STATE_RECURRENT: bool(traced.states),
         Feature.TRANSFORMERS_BACKEND: True,
     }
     return frozenset(feature for feature, needed in asked.items() if needed)

@@ -5,17 +5,28 @@ the device's allocator, so the device never holds more than the ledger says. Use
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 
-from zif.contract import Allocator, AttentionParams, ModelDescription, Progress, SlidingWindowSpec
+from zif.contract import (
+    Allocator,
+    AttentionParams,
+    ModelDescription,
+    Progress,
+    RecurrentStateSpec,
+    SlidingWindowSpec,
+    StateTensor,
+)
 from zif.errors import CheckpointError, UnknownArchitectureError
-from zif.models.model import LayerAttention, Model
+from zif.models.checkpoint import open_checkpoint
+from zif.models.checksums import verify_files
+from zif.models.model import LayerAttention, LayerStates, Model, RecurrentModel
 from zif.models.transformers_attention import ATTENTION, AttentionCall, attach_handler, register
 from zif.models.transformers_parts import SplitModel, find_decoder_path
+from zif.models.transformers_states import RequestPerToken, ResumeProbe, StepMixers, attach_mixer_handler
 
 WEIGHTS_TAG = "weights"
 _PROBED_TOKENS = 5
@@ -23,17 +34,25 @@ _POISONED_TOKEN = 2
 _MAX_NAMED_TENSORS = 8
 
 
-class TransformersModel(Model):
+class TransformersModel(RecurrentModel):
     """A causal language model of transformers whose two halves the runner calls one after the other."""
 
     def __init__(self, parts: SplitModel, description: ModelDescription) -> None:
         self._parts = parts
         self._attention = _StepAttention(description)
+        self._mixers = StepMixers()
         attach_handler(parts.decoder, self._attention)
+        attach_mixer_handler(parts.decoder, self._mixers)
 
     @torch.no_grad()
-    def forward(self, token_ids: torch.Tensor, positions: torch.Tensor, attend: LayerAttention) -> torch.Tensor:
-        with self._attention.bound_to(attend):
+    def forward(
+        self,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        attend: LayerAttention,
+        states: LayerStates | None = None,
+    ) -> torch.Tensor:
+        with self._attention.bound_to(attend), self._mixers.bound_to(states):
             return self._parts.hidden(token_ids[None], positions[None])[0]
 
     @torch.no_grad()
@@ -41,19 +60,30 @@ class TransformersModel(Model):
         return self._parts.logits(hidden[None])[0]
 
     def mixes_tokens(self, array_device: str) -> bool:
-        """Say whether tokens meet outside attention (by convolution, token shift, shared statistics).
+        """Say whether tokens meet outside attention and state (by token shift, shared statistics).
 
-        One token's embedding becomes NaN, and attention gives zeros: a NaN in another token's row came some other way.
+        One token's embedding becomes NaN, attention gives zeros, and for recurrent layers each token is a request of
+        its own: a NaN in another token's row came some other way, or passed from one request to another.
         """
         embedding: torch.nn.Module = self._parts.decoder.get_input_embeddings()  # type: ignore[operator]
         hook = embedding.register_forward_hook(_poison)
         try:
             ids = torch.zeros(_PROBED_TOKENS, dtype=torch.int64, device=array_device)
-            hidden = self.forward(ids, torch.arange(_PROBED_TOKENS, device=array_device), _attend_to_nothing)
+            positions = torch.arange(_PROBED_TOKENS, device=array_device)
+            hidden = self.forward(ids, positions, _attend_to_nothing, RequestPerToken(positions))
         finally:
             hook.remove()
         reached: list[int] = hidden.isnan().any(dim=-1).nonzero().flatten().tolist()
         return reached != [_POISONED_TOKEN]
+
+    def learn_mixers(self, states: Mapping[int, Sequence[StateTensor]], array_device: str) -> None:
+        """Find out which recurrent layers, with `states` as tensors, must go on from a state token by token."""
+        probe = ResumeProbe(states)
+        ids = torch.zeros(_PROBED_TOKENS, dtype=torch.int64, device=array_device)
+        attach_mixer_handler(self._parts.decoder, probe)
+        self.forward(ids, torch.arange(_PROBED_TOKENS, device=array_device), _attend_to_nothing)
+        attach_mixer_handler(self._parts.decoder, self._mixers)
+        self._mixers.token_by_token = frozenset(probe.forgetful)
 
 
 def _poison(_module: torch.nn.Module, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
@@ -118,6 +148,7 @@ def load_transformers_model(
     `OutOfMemoryError` at the allocator's limit, and `UnknownArchitectureError` when the model turns out to mix tokens
     outside attention.
     """
+    verify_files({tensor.file for tensor in open_checkpoint(model.path).tensors.values()})
     module = _read_checkpoint(model)
     path = find_decoder_path(module)
     assert path is not None, "describe() refuses models whose decoder cannot be told from the head"
@@ -129,7 +160,13 @@ def load_transformers_model(
             f"architecture {model.architecture!r} cannot be served through the transformers backend: its tokens affect "
             "each other outside attention, so requests in one step would too; it needs a native decoder"
         )
+    loaded.learn_mixers(_state_tensors(model), array_device)
     return loaded
+
+
+def _state_tensors(model: ModelDescription) -> dict[int, tuple[StateTensor, ...]]:
+    specs = [spec for spec in model.kv_specs if isinstance(spec, RecurrentStateSpec)]
+    return {layer: spec.tensors for spec in specs for layer in spec.layers}
 
 
 def _read_checkpoint(model: ModelDescription) -> torch.nn.Module:

@@ -26,7 +26,12 @@ class _DecoderResult:
 
 
 class _DecoderStandIn(torch.nn.Module):
-    """Takes the decoder's place and returns the embeddings it gets."""
+    """Takes the place of `module` and returns the embeddings it gets. Keeps its numbers: some heads scale by them."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        super().__init__()
+        numbers = {name: value for name, value in vars(module).items() if type(value) in (int, float)}
+        self.__dict__.update(numbers)
 
     def forward(self, *_inputs: Any, inputs_embeds: torch.Tensor, **_options: Any) -> _DecoderResult:
         return _DecoderResult(inputs_embeds)
@@ -41,9 +46,10 @@ class SplitModel(torch.nn.Module):
     def __init__(self, model: torch.nn.Module, path: str) -> None:
         super().__init__()
         self.decoder = model.get_submodule(path)
-        parent = model
+        parent = original = model
         for name in path.split("."):  # one at each level: some heads call `self.model`, some `self.model.decoder`
-            stand_in = _DecoderStandIn()
+            original = original.get_submodule(name)
+            stand_in = _DecoderStandIn(original)
             setattr(parent, name, stand_in)
             parent = stand_in
         self.head = model

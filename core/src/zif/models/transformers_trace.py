@@ -1,7 +1,7 @@
-"""What a transformers model asks of attention, learnt by running it once on tensors without data.
+"""What a transformers model asks of attention and state, learnt by running it once on tensors without data.
 
 Not a list of architectures: the model stands on torch's meta device, and its own forward pass says which layers
-attend, with which heads, scale and window. What zif cannot do is refused here. Called by
+attend, with which heads, scale and window, and which carry which state. What zif cannot do is refused here. Called by
 `transformers_backend.describe`; no weight is read.
 """
 
@@ -14,9 +14,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from zif.contract import StateTensor
 from zif.errors import UnknownArchitectureError
 from zif.models.transformers_attention import AttentionCall, MaskFunction, attach_handler, mask_function_of
 from zif.models.transformers_parts import SplitModel
+from zif.models.transformers_states import (
+    MixerCall,
+    RecurrentCache,
+    attach_mixer_handler,
+    stateful_modules,
+    takes_cache,
+)
 
 TRACED_TOKENS = 8
 MAX_HORIZON = 1 << 20  # masks are looked at over this many positions at most: a few MiB of booleans
@@ -38,6 +46,8 @@ _NEUTRAL_OPTIONS = frozenset(
     }
 )
 _KNOWN_OPTIONS = _NEUTRAL_OPTIONS | {"is_causal", "s_aux", "scaling", "sliding_window", "softcap"}
+_NEUTRAL_MIXER_OPTIONS = _NEUTRAL_OPTIONS | {"attention_mask"}  # of padding, and a step has none
+_FEED_FORWARD_TYPES = frozenset({"mlp", "moe"})  # configured types of layers in which no tokens meet
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,10 +63,22 @@ class TracedLayer:
 
 
 @dataclass(frozen=True, slots=True)
+class TracedState:
+    """The state that one layer carries from token to token, per request."""
+
+    layer: int
+    tensors: tuple[StateTensor, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Trace:
-    """What one run showed. Activation bytes are the most that lived at once, per token and per row of logits."""
+    """What one run showed. Activation bytes are the most that lived at once, per token and per row of logits.
+
+    A layer may both attend and carry a state.
+    """
 
     layers: tuple[TracedLayer, ...]
+    states: tuple[TracedState, ...]
     num_logits: int
     token_activation_bytes: int
     sample_activation_bytes: int
@@ -89,13 +111,17 @@ def trace(model: SplitModel, config: TracedConfig) -> Trace:
     _refuse_other_state(model.decoder, config)
     recorder = _AttentionRecorder(config)
     attach_handler(model.decoder, recorder)
+    state_recorder = _StateRecorder(config)
+    attach_mixer_handler(model.decoder, state_recorder)
     with _PeakBytes(model) as activations:
         hidden = _run_decoder(model, config)
-    _refuse_missing_layers(recorder.layers, config)
+    seen = {attending.layer for attending in recorder.layers} | {carrying.layer for carrying in state_recorder.layers}
+    _refuse_missing_layers(seen, config)
     with _PeakBytes(model) as head_activations:
         logits = model.logits(hidden)
     return Trace(
         layers=tuple(recorder.layers),
+        states=tuple(state_recorder.layers),
         num_logits=logits.shape[-1],
         token_activation_bytes=-(-activations.peak_bytes // TRACED_TOKENS),
         sample_activation_bytes=-(-head_activations.peak_bytes // TRACED_TOKENS),
@@ -105,8 +131,9 @@ def trace(model: SplitModel, config: TracedConfig) -> Trace:
 def _run_decoder(model: SplitModel, config: TracedConfig) -> torch.Tensor:
     ids = torch.zeros((1, TRACED_TOKENS), dtype=torch.int64, device="meta")
     try:
-        # The mask of ones keeps transformers from looking for packed sequences in positions that have no data.
-        return model.hidden(ids, ids, attention_mask=torch.ones_like(ids))
+        # The mask of ones keeps transformers from looking for packed sequences in positions that have no data. It has
+        # data itself: recurrent layers look whether it says anything.
+        return model.hidden(ids, ids, attention_mask=torch.ones(ids.shape, dtype=torch.int64))
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         types = sorted(set(config.layer_types))
         raise config.refuse(
@@ -116,13 +143,8 @@ def _run_decoder(model: SplitModel, config: TracedConfig) -> torch.Tensor:
 
 
 def _refuse_other_state(decoder: torch.nn.Module, config: TracedConfig) -> None:
-    """Refuse layers that carry convolution or recurrent state from token to token."""
-    names = {
-        type(module).__name__
-        for module in decoder.modules()
-        if any(isinstance(child, torch.nn.Conv1d) for child in module.children())
-        or "A_log" in dict(module.named_parameters(recurse=False))
-    }
+    """Refuse layers whose state from token to token is not kept in a cache that they are handed."""
+    names = {type(module).__name__ for module in stateful_modules(decoder) if not takes_cache(module)}
     if names:
         types = sorted(set(config.layer_types) - {"full_attention", "sliding_attention"})
         detail = f" (layer types {types})" if types else ""
@@ -131,9 +153,9 @@ def _refuse_other_state(decoder: torch.nn.Module, config: TracedConfig) -> None:
         )
 
 
-def _refuse_missing_layers(layers: list[TracedLayer], config: TracedConfig) -> None:
-    seen = {layer.layer for layer in layers}
-    missing = [layer for layer in range(config.num_layers) if layer not in seen]
+def _refuse_missing_layers(seen: set[int], config: TracedConfig) -> None:
+    feed_forward = {i for i, name in enumerate(config.layer_types) if name in _FEED_FORWARD_TYPES}
+    missing = [layer for layer in range(config.num_layers) if layer not in seen | feed_forward]
     if missing:
         raise config.refuse(
             f"{len(missing)} of {config.num_layers} layers do not go through transformers' attention interface, "
@@ -141,6 +163,35 @@ def _refuse_missing_layers(layers: list[TracedLayer], config: TracedConfig) -> N
         )
     if len(seen) > config.num_layers:
         raise config.refuse(f"{len(seen)} layers attend where the configuration has {config.num_layers}")
+
+
+class _StateRecorder:
+    """Notes which state each recurrent mixer leaves in its cache."""
+
+    def __init__(self, config: TracedConfig) -> None:
+        self.layers: list[TracedState] = []
+        self._config = config
+
+    def __call__(self, call: MixerCall) -> torch.Tensor:
+        layer, name = call.layer, type(call.module).__name__
+        unknown = sorted(k for k, v in call.options.items() if v is not None and k not in _NEUTRAL_MIXER_OPTIONS)
+        if unknown:
+            raise self._config.refuse(f"layer {layer} passes {', '.join(unknown)} to {name}, unknown to zif")
+        if any(layer == traced.layer for traced in self.layers):
+            raise self._config.refuse(f"{name} runs more than once as layer {layer}")
+        cache = RecurrentCache(None)
+        output = call.run(call.hidden, cache)
+        if not cache.tensors or not isinstance(output, torch.Tensor) or output.shape != call.hidden.shape:
+            raise self._config.refuse(f"{name} of layer {layer} does not keep its state in the cache it is handed")
+        self.layers.append(TracedState(layer, _state_tensors(cache)))
+        return output
+
+
+def _state_tensors(cache: RecurrentCache) -> tuple[StateTensor, ...]:
+    return tuple(
+        StateTensor(name, tuple(tensor.shape[1:]), str(tensor.dtype).removeprefix("torch."))
+        for name, tensor in sorted(cache.tensors.items())
+    )
 
 
 class _AttentionRecorder:

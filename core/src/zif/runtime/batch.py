@@ -9,11 +9,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from zif.contract import AttentionBatch, KVGroup, RequestStart, SlidingWindowSpec, StepPlan
+from zif.contract import AttentionBatch, KVGroup, RecurrentStateSpec, RequestStart, SlidingWindowSpec, StepPlan
 from zif.runtime.tokens import TokenTable
 
 Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
+Bool = NDArray[np.bool_]
 
 
 class BlockTable:
@@ -34,11 +35,26 @@ class BlockTable:
 
 
 @dataclass(frozen=True, slots=True)
+class StateBatch:
+    """One step's batch as one group of recurrent layers sees it.
+
+    read_blocks, write_blocks: [R], block ids of the states before and after the step. starts_fresh: [R], where there is
+    no state before, and the read block is undefined. query_start: [R + 1].
+    """
+
+    read_blocks: Int64
+    write_blocks: Int64
+    starts_fresh: Bool
+    query_start: Int32
+
+
+@dataclass(frozen=True, slots=True)
 class StepBatch:
     """The arrays of one step: R requests, T tokens, S of the requests sample.
 
     rows: [R]. token_ids, positions: [T], int64. sample_requests: [S], indices of requests in the plan. sample_tokens:
-    [S], indices of their last tokens. groups: one attention batch per layer group.
+    [S], indices of their last tokens. attention, states: a batch for each layer group that attends or carries a state,
+    by the group's index.
     """
 
     rows: Int64
@@ -47,7 +63,8 @@ class StepBatch:
     query_start: Int32
     sample_requests: Int64
     sample_tokens: Int64
-    groups: tuple[AttentionBatch, ...]
+    attention: dict[int, AttentionBatch]
+    states: dict[int, StateBatch]
 
 
 class BatchState:
@@ -100,10 +117,16 @@ class BatchState:
             query_start=starts,
             sample_requests=sample_requests,
             sample_tokens=query_start[1:][sample_requests] - 1,
-            groups=tuple(
-                self._attention_batch(group, rows, token_rows, positions, starts, seq_lens)
-                for group in range(len(self._specs))
-            ),
+            attention={
+                group: self._attention_batch(group, rows, token_rows, positions, starts, seq_lens)
+                for group, spec in enumerate(self._specs)
+                if not isinstance(spec, RecurrentStateSpec)
+            },
+            states={
+                group: self._state_batch(group, rows, num_computed, starts, seq_lens)
+                for group, spec in enumerate(self._specs)
+                if isinstance(spec, RecurrentStateSpec)
+            },
         )
 
     def _attention_batch(
@@ -119,4 +142,13 @@ class BatchState:
             slots=slots,
             block_size=size,
             window=spec.window if isinstance(spec, SlidingWindowSpec) else None,
+        )
+
+    def _state_batch(self, group: int, rows: Int64, num_computed: Int64, starts: Int32, seq_lens: Int32) -> StateBatch:
+        size, table = self._specs[group].block_size, self._tables[group].table
+        return StateBatch(
+            read_blocks=table[rows, np.maximum(num_computed - 1, 0) // size].astype(np.int64),
+            write_blocks=table[rows, (seq_lens - 1) // size].astype(np.int64),
+            starts_fresh=num_computed == 0,
+            query_start=starts,
         )

@@ -4,7 +4,7 @@ It uses a device only through the contract: allocator, attention, ops and graphs
 tensors brings its own runner through the hook `zif_model_runner`.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,16 +21,18 @@ from zif.contract import (
     ModelDescription,
     ModelRunner,
     Progress,
+    RecurrentStateSpec,
     RequestStart,
     StepFuture,
     StepPlan,
     StepResult,
     TokenLogprobs,
 )
-from zif.models.model import LayerAttention, Model
+from zif.models.model import Model
 from zif.runtime.batch import BatchState, StepBatch
 from zif.runtime.logprobs import prompt_logprobs
 from zif.runtime.sampler import SampledTokens, Sampler
+from zif.runtime.states import StateMemory
 
 MAX_LOGIT_ELEMENTS = 1 << 24
 """Prompt log-probabilities are computed in pieces of at most this many logits, to bound memory."""
@@ -48,7 +50,7 @@ class StepAttention:
     """Attention of every layer, bound to one step."""
 
     def __init__(
-        self, backend: AttentionBackend[Any, Any], layers: dict[int, _LayerCache], prepared: Sequence[Any]
+        self, backend: AttentionBackend[Any, Any], layers: dict[int, _LayerCache], prepared: Mapping[int, Any]
     ) -> None:
         self._backend = backend
         self._layers = layers
@@ -73,7 +75,8 @@ class TorchRunner(ModelRunner):
         self._prompt_logprobs: dict[int, int] = {}
         self._vocab_size = 0
         self._model: Model
-        self._run_layers: Callable[[torch.Tensor, torch.Tensor, LayerAttention], torch.Tensor]
+        self._run_layers: Callable[..., torch.Tensor]
+        self._states = StateMemory()
         self._state: BatchState
         self._sampler: Sampler
 
@@ -89,6 +92,9 @@ class TorchRunner(ModelRunner):
             return
         buffer = self._device.allocator.allocate(arena.num_bytes, "kv", alignment=4096)
         for index, group in enumerate(arena.groups):
+            if isinstance(group.spec, RecurrentStateSpec):
+                self._states.bind(arena, index, buffer.array)
+                continue
             caches = self._device.attention.bind(arena, index, buffer.array)
             for layer, cache in zip(group.spec.layers, caches, strict=True):
                 self._layers[layer] = _LayerCache(index, cache)
@@ -108,7 +114,7 @@ class TorchRunner(ModelRunner):
 
     def close(self) -> None:
         self._layers.clear()
-        for name in ("_model", "_run_layers", "_state", "_sampler"):
+        for name in ("_model", "_run_layers", "_state", "_states", "_sampler"):
             self.__dict__.pop(name, None)
         self._device.allocator.free_tag("kv")
         self._device.allocator.free_tag("weights")
@@ -132,9 +138,13 @@ class TorchRunner(ModelRunner):
 
     def _forward(self, batch: StepBatch) -> torch.Tensor:
         """Return the hidden states of the step's tokens, [T, C]."""
-        prepared = [self._device.attention.prepare(group) for group in batch.groups]
+        prepared = {index: self._device.attention.prepare(group) for index, group in batch.attention.items()}
         attend = StepAttention(self._device.attention, self._layers, prepared)
-        return self._run_layers(self._to_device(batch.token_ids), self._to_device(batch.positions), attend)
+        token_ids, positions = self._to_device(batch.token_ids), self._to_device(batch.positions)
+        if not batch.states:
+            return self._run_layers(token_ids, positions, attend)
+        states = self._states.step(batch.states, self._device.array_device)
+        return self._run_layers(token_ids, positions, attend, states)
 
     def _sample(self, step: StepPlan, batch: StepBatch, hidden: torch.Tensor, result: StepResult) -> None:
         """Choose the next token of each request that caught up with its known tokens."""

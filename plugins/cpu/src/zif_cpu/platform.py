@@ -40,6 +40,7 @@ _CAPABILITIES = Capabilities(
             Feature.ATTENTION_SLIDING_WINDOW,
             Feature.ATTENTION_SOFTCAP,
             Feature.ATTENTION_SINKS,
+            Feature.STATE_RECURRENT,
             Feature.MIXTURE_OF_EXPERTS,
             Feature.QUANTIZATION_MXFP4_DEQUANTIZED,
             Feature.TRANSFORMERS_BACKEND,
@@ -61,6 +62,7 @@ _IMPLEMENTATIONS = (
     ("graphs", "zif.contract.EagerGraphs"),
     ("ops", "zif.reference.ops.ReferenceOps"),
     ("runner", "core"),
+    ("state", "zif.reference.state"),
 )
 
 _EMULATED = (
