@@ -175,7 +175,11 @@ def _join(group: CommunicatorGroup) -> _Gloo:
         options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         options._timeout = deadline
         options._devices = [_network_device(place)]
-        return cast(_Gloo, ProcessGroupGloo(store, group.rank, group.world_size, options))
+        joined = cast(_Gloo, ProcessGroupGloo(store, group.rank, group.world_size, options))
+        # One rank may be connected before another is; if it left now, the other could not finish joining.
+        store.set(f"joined/{group.rank}", "yes")
+        store.wait([f"joined/{rank}" for rank in range(group.world_size)], deadline)
+        return joined
     except RuntimeError as error:  # torch's store and network errors are all of this kind
         raise CommunicatorError(
             f"rank {group.rank} of {group.world_size} could not join group {group.name!r} at {group.rendezvous!r} "
