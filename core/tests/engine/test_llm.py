@@ -1,7 +1,6 @@
 """The offline interface over the null platform: every token is known in advance, so every answer can be checked."""
 
 import itertools
-import json
 import signal
 import subprocess
 import sys
@@ -13,7 +12,7 @@ import pytest
 from support.checkpoints import build_checkpoint
 from zif import LLM, SamplingParams
 from zif.contract import StepFuture, StepPlan
-from zif.errors import CheckpointError, ConfigError, EngineError, RequestError
+from zif.errors import CheckpointError, EngineError, RequestError
 from zif.null.platform import NullDevice
 from zif.null.runner import NullRunner, expected_token
 from zif.text.tokenizer import load_tokenizer
@@ -340,32 +339,6 @@ def test_closed_engine_says_so(model: Path) -> None:
     llm.close()
     with pytest.raises(EngineError, match="closed"):
         llm.generate(tokens(), sampling(), use_tqdm=False)
-
-
-def test_chat_renders_the_template_without_doubled_special_tokens(model: Path) -> None:
-    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
-    conversation = [{"role": "user", "content": "hello"}]
-    with LLM(model, platform="null", max_model_len=64, chat_template=template) as llm:
-        output = llm.chat(conversation, sampling(), use_tqdm=False)[0]
-        both = llm.chat([conversation, conversation], sampling(), use_tqdm=False)
-        assert output.prompt == "<user>hello"
-        assert output.prompt_token_ids == load_tokenizer(model).encode("<user>hello", add_special_tokens=False)
-        assert [o.prompt for o in both] == ["<user>hello"] * 2
-
-
-def test_chat_without_template_is_refused(tmp_path: Path) -> None:
-    folder = build_checkpoint("llama3", tmp_path)
-    (folder / "chat_template.jinja").unlink(missing_ok=True)
-    config = json.loads((folder / "tokenizer_config.json").read_text())
-    config.pop("chat_template", None)
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    with LLM(folder, platform="null", max_model_len=64) as llm, pytest.raises(RequestError, match="chat template"):
-        llm.chat([{"role": "user", "content": "x"}], sampling(), use_tqdm=False)
-
-
-def test_missing_chat_template_file_is_a_config_error(model: Path) -> None:
-    with pytest.raises(ConfigError, match=r"no-such-file\.jinja"):
-        LLM(model, platform="null", max_model_len=64, chat_template="no-such-file.jinja")
 
 
 def test_model_without_tokenizer_serves_tokens_only(tmp_path: Path) -> None:
