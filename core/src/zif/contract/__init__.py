@@ -29,14 +29,34 @@ from zif.contract.negotiation import KVSizing, Offer, format_bytes, negotiate, s
 from zif.contract.ops import Activation, ExpertWeights, NormOutput, OpTable, RotatedHeads, RouterOutput, Routing
 from zif.contract.plan import Decision, MemoryPlan, Outcome, Plan, Refusal, SchedulerConstraints, Workload
 from zif.contract.platform import DeviceInfo, Platform, Probe
-from zif.contract.request import CacheKey, FinishReason, PrefixMiss, PrefixReport, Request, RequestStatus
+from zif.contract.request import (
+    DEFAULT_RETENTION_PRIORITY,
+    CacheKey,
+    FinishReason,
+    PrefixMiss,
+    PrefixReport,
+    Request,
+    RequestStatus,
+    Retention,
+)
 from zif.contract.runner import ModelRunner, Progress
 from zif.contract.sampling import GREEDY_TEMPERATURE, MAX_LOGPROBS, MAX_SAMPLES, SamplingParams
 from zif.contract.scheduling import BlockManager, KVUsage, Scheduler, TokenUpdate
-from zif.contract.step import BlockUpdate, CompletedStep, RequestStart, StepFuture, StepPlan, StepResult, TokenLogprobs
+from zif.contract.step import (
+    BlockUpdate,
+    CompletedStep,
+    Draft,
+    RequestStart,
+    StepFuture,
+    StepPlan,
+    StepResult,
+    TokenLogprobs,
+)
+from zif.contract.transfers import BlockBytes, BlockLoad, BlockSave, KVStore, Transfers
 
 __all__ = [
     "CONTRACT_VERSION",
+    "DEFAULT_RETENTION_PRIORITY",
     "ENTRY_POINT_GROUP",
     "GREEDY_TEMPERATURE",
     "MAX_LOGPROBS",
@@ -50,7 +70,10 @@ __all__ = [
     "AttentionBatch",
     "AttentionParams",
     "AttentionSpec",
+    "BlockBytes",
+    "BlockLoad",
     "BlockManager",
+    "BlockSave",
     "BlockTest",
     "BlockUpdate",
     "Buffer",
@@ -65,6 +88,7 @@ __all__ = [
     "Decision",
     "Device",
     "DeviceInfo",
+    "Draft",
     "EagerGraphs",
     "EngineConfig",
     "ExpertWeights",
@@ -79,6 +103,7 @@ __all__ = [
     "KVLayout",
     "KVSizing",
     "KVSpec",
+    "KVStore",
     "KVUsage",
     "LatentAttentionSpec",
     "MemoryPlan",
@@ -101,6 +126,7 @@ __all__ = [
     "Request",
     "RequestStart",
     "RequestStatus",
+    "Retention",
     "RotatedHeads",
     "RouterOutput",
     "Routing",
@@ -114,6 +140,7 @@ __all__ = [
     "StepResult",
     "TokenLogprobs",
     "TokenUpdate",
+    "Transfers",
     "WholeHistorySpec",
     "Workload",
     "format_bytes",

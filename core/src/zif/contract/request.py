@@ -10,6 +10,7 @@ KV in blocks; scheduling lets the second number catch up with the first:
 import math
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum
+from typing import Final
 
 from zif.contract.sampling import SamplingParams
 
@@ -68,13 +69,33 @@ class PrefixReport:
     """What was found of a request's prefix at admission.
 
     `num_tokens` of at most `max_tokens` were found; `miss` says why no more, None when all were; `kind` names the layer
-    group that ended the prefix.
+    group that ended the prefix. `by_tier` says how many of the found tokens came from which tier, "device" first.
     """
 
     num_tokens: int
     max_tokens: int
     miss: PrefixMiss | None = None
     kind: str = ""
+    by_tier: tuple[tuple[str, int], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Retention:
+    """How long the blocks of some tokens should be kept for reuse, once their request has ended.
+
+    It covers the tokens from `start` to `end` (None: to the last). Of unowned blocks, those of the lowest `priority` are
+    reused first (0 to 100), among equals the least recently used. After `duration_s` since the request came the default
+    applies again (None: never). A block that two ranges touch has the higher priority.
+    """
+
+    priority: int
+    start: int = 0
+    end: int | None = None
+    duration_s: float | None = None
+
+
+DEFAULT_RETENTION_PRIORITY: Final = 50
+"""The priority of blocks that no `Retention` names."""
 
 
 @dataclass(slots=True, eq=False)
@@ -86,8 +107,15 @@ class Request:
     `max_total_tokens` is prompt plus output at most. `siblings` are the parallel samples of one prompt, this one
     included; they share the prompt's blocks. `num_cached_tokens` is what was found computed at first admission.
 
-    `tenant` is who the tokens are charged to under fair shares. Past `deadline_s`, on the scheduler's clock, the
-    request ends with reason ABORT and says so in `error`. The scheduler sets `due_s`, after which no later request may
+    `num_planned_tokens` are the computed tokens and those that steps under way compute; `num_pending_tokens` tokens will
+    be known when those steps end. `draft_token_ids` are guesses of the next tokens, made after the last step.
+    `num_encoder_tokens` is the length of the input that cross-attention layers see. `retention` says which blocks to
+    keep for longer or less long than others.
+
+    `tenant` is who the tokens are charged to under fair shares and whose quota cached blocks count against. Past
+    `deadline_s`, on the scheduler's clock, the
+    request ends with reason ABORT and says so in `error`. The scheduler sets `first_step`, the step that last
+    started the request, `due_s`, after which no later request may
     pass this one, `order`, the place among running requests (smaller first), and `num_bypasses`, how many have passed.
 
     `block_ids` maps, per layer group, logical block to block id, 0 where a block was returned. `capacity` counts the
@@ -110,11 +138,17 @@ class Request:
     siblings: "tuple[Request, ...]" = ()
     tenant: str = ""
     deadline_s: float | None = None
+    retention: tuple[Retention, ...] = ()
+    num_encoder_tokens: int = 0
+    draft_token_ids: list[int] = field(default_factory=list)
     due_s: float = math.inf
     order: tuple[float, ...] = ()
     num_bypasses: int = 0
     status: RequestStatus = RequestStatus.WAITING
     num_computed_tokens: int = 0
+    num_planned_tokens: int = 0
+    num_pending_tokens: int = 0
+    first_step: int = 0
     num_cached_tokens: int = 0
     num_preemptions: int = 0
     finish_reason: FinishReason | None = None

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from zif.contract.kv import KVArena
 from zif.contract.model import ModelDescription
 from zif.contract.step import StepFuture, StepPlan
+from zif.contract.transfers import KVStore
 
 Progress = Callable[[int, int], None]
 """Called with (bytes or units done, total) while something long runs."""
@@ -24,6 +25,20 @@ class ModelRunner(ABC):
     @abstractmethod
     def start(self, arena: KVArena) -> None:
         """Allocate the KV arena and make ready for steps."""
+
+    @property
+    def max_steps_in_flight(self) -> int:
+        """Say how many steps may be submitted before the first of them is waited for; at least 1."""
+        return 1
+
+    @property
+    def verifies_drafts(self) -> bool:
+        """Say whether `StepPlan.drafts` is served."""
+        return False
+
+    def attach_store(self, store: KVStore) -> bool:
+        """Take the store that `StepPlan.transfers` refers to; called after `start`. False when no copies are served."""
+        return False
 
     @abstractmethod
     def submit(self, step: StepPlan) -> StepFuture:

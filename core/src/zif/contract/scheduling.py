@@ -5,10 +5,12 @@ Both deal in integers and never import an array library. Core ships one of each;
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from zif.contract.request import FinishReason, Request
 from zif.contract.step import StepPlan, StepResult
+from zif.contract.transfers import Transfers
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +52,33 @@ class BlockManager(ABC):
         Kinds of state that can be resumed only where a step ended get their checkpoints this way.
         """
         return num_tokens
+
+    def reserve_draft(self, request: Request, num_tokens: int) -> tuple[int, ...] | None:
+        """Make slots for the first `num_tokens` tokens, of which those beyond the known ones are guesses.
+
+        Returns `Draft.state_blocks`: a block for each group whose state a refused guess would spoil, 0 for the others.
+        None, and the request unchanged, when there are not enough blocks or drafts are not served at all, the default.
+        A request has one draft at most; `settle_draft` or `release` ends it.
+        """
+        return None
+
+    def settle_draft(self, request: Request, *, all_accepted: bool) -> None:  # noqa: B027 - nothing without drafts
+        """Keep what the accepted tokens of the draft take, given `num_computed_tokens`, and return the other blocks."""
+
+    def suspend(self, request: Request) -> None:
+        """Take every block from a request that will go on later; what it computed may be kept in a lower tier.
+
+        `begin` then finds it there. Whether keeping is cheaper than computing again is the manager's judgement.
+        """
+        self.release(request)
+
+    def take_transfers(self) -> Transfers | None:
+        """Return the copies that must precede the next step, and forget them; None when there are none."""
+        return None
+
+    def forget_lost(self, handles: Sequence[int]) -> list[Request]:
+        """Hear that a store has lost copies; return the requests that hold blocks filled from them."""
+        return []
 
     @abstractmethod
     def commit(self, request: Request) -> None:
@@ -101,17 +130,23 @@ class Scheduler(ABC):
 
     @abstractmethod
     def schedule(self) -> StepPlan | None:
-        """Plan the next step; None when there is nothing to compute or to release.
+        """Plan the next step; None when there is nothing to compute or to release until a step under way is applied.
 
-        A plan may hold no requests but only tell the runner which ones to forget.
+        Steps may be planned ahead, while earlier ones are under way. A plan may hold no requests but only tell the
+        runner which ones to forget.
         """
 
     @abstractmethod
     def update(self, plan: StepPlan, result: StepResult) -> list[TokenUpdate]:
         """Apply the result of `plan`: append tokens, end requests, return blocks.
 
-        A plan is applied once; again, it changes nothing. Raises `ContractError` on the result of another step.
+        Plans are applied in order, each once; again, it changes nothing. Raises `ContractError`, and nothing is changed,
+        on the result of another step or of one that is not the oldest under way.
         """
+
+    def holders(self) -> list[Request]:
+        """Return the ended requests whose blocks are not returned yet, because steps under way may write to them."""
+        return []
 
     @abstractmethod
     def has_requests(self) -> bool:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from zif.contract.sampling import SamplingParams
+from zif.contract.transfers import Transfers
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,12 +32,27 @@ class RequestStart:
 
 @dataclass(frozen=True, slots=True)
 class BlockUpdate:
-    """Blocks added to a request that the runner holds: `block_ids` go to logical blocks `start`, `start + 1`, ..."""
+    """Blocks of a request that the runner holds: `block_ids` go to logical blocks `start`, `start + 1`, ...
+
+    Whatever the runner knew of blocks from `start` on is void: refused drafts have given theirs back.
+    """
 
     request_id: int
     group: int
     start: int
     block_ids: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """Guessed tokens that a row computes after its known ones, to be accepted or refused by the same step.
+
+    `state_blocks` has an entry per layer group. Groups that keep a state per request write the state after the row
+    into their entry instead of the row's block table; other groups have 0 there and write to the block table.
+    """
+
+    token_ids: list[int]
+    state_blocks: tuple[int, ...]
 
 
 @dataclass(slots=True)
@@ -45,7 +61,16 @@ class StepPlan:
 
     Request i computes its tokens `num_computed[i]` to `num_computed[i] + num_tokens[i] - 1`; when `samples[i]`, the
     logits of its last token choose the next one. The runner applies `released`, then `started`, then `block_updates`,
-    then computes. A released request id never comes back unless it is started again.
+    then `transfers`, then computes. A released request id never comes back unless it is started again.
+
+    A plan may be made while earlier steps are under way: a row may then begin with a token that an earlier step will
+    only have sampled when this one is computed. Runners keep the tokens that they sample.
+
+    A row of a request in `drafts` computes its known tokens, then the draft: `num_tokens[i]` counts both. The runner
+    samples at the last known token and at each draft token, and accepts draft token j while it equals the token
+    sampled before it. `sampled` has the accepted ones and the token after them. If all were accepted, a state group's
+    `Draft.state_blocks` entry becomes the block of the row's last token; if not, the state from before the row stays
+    and the next row begins again at `num_computed[i]`.
     """
 
     step: int
@@ -57,6 +82,8 @@ class StepPlan:
     block_updates: list[BlockUpdate] = field(default_factory=list)
     released: list[int] = field(default_factory=list)
     total_tokens: int = 0
+    drafts: dict[int, Draft] = field(default_factory=dict)
+    transfers: Transfers | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,10 +103,12 @@ class TokenLogprobs:
 class StepResult:
     """What one step gave.
 
-    `sampled[i]` holds the new tokens of the i-th request of the plan: at least one if it samples, else none. The
+    `sampled[i]` holds the new tokens of the i-th request of the plan: one if it samples, up to one more than its draft
+    has if it has one, else none. The
     dictionaries are keyed by request id and hold only requests that asked. `prompt_logprobs` covers the prompt tokens
     after the first that this step computed the predecessors of, in order. `faults` says why one request failed; the
-    others are unaffected and a faulty request's `sampled` entry is ignored.
+    others are unaffected and a faulty request's `sampled` entry is ignored. `lost` are the handles of `BlockLoad`s whose
+    content was gone: what the requests that asked for them computed in this step is void.
     """
 
     step: int
@@ -87,6 +116,7 @@ class StepResult:
     logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
     prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
     faults: dict[int, str] = field(default_factory=dict)
+    lost: list[int] = field(default_factory=list)
 
 
 class StepFuture(Protocol):
