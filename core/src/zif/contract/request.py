@@ -83,9 +83,9 @@ class PrefixReport:
 class Retention:
     """How long the blocks of some tokens should be kept for reuse, once their request has ended.
 
-    It covers the tokens from `start` to `end` (None: to the last). Of unowned blocks, those of the lowest `priority` are
-    reused first (0 to 100), among equals the least recently used. After `duration_s` since the request came the default
-    applies again (None: never). A block that two ranges touch has the higher priority.
+    It covers the tokens from `start` to `end` (None: to the last). Of unowned blocks, those of the lowest `priority`
+    (0 to 100) are reused first, among equals the least recently used. After `duration_s` since the request came the
+    default applies again (None: never). A block that two ranges touch has the higher priority.
     """
 
     priority: int
@@ -107,8 +107,8 @@ class Request:
     `max_total_tokens` is prompt plus output at most. `siblings` are the parallel samples of one prompt, this one
     included; they share the prompt's blocks. `num_cached_tokens` is what was found computed at first admission.
 
-    `num_planned_tokens` are the computed tokens and those that steps under way compute; `num_pending_tokens` tokens will
-    be known when those steps end. `draft_token_ids` are guesses of the next tokens, made after the last step.
+    `num_planned_tokens` are the computed tokens and those that steps under way compute; `num_pending_tokens` tokens
+    will be known when those steps end. `draft_token_ids` are guesses of the next tokens, made after the last step.
     `num_encoder_tokens` is the length of the input that cross-attention layers see. `retention` says which blocks to
     keep for longer or less long than others.
 

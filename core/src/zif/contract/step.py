@@ -107,8 +107,8 @@ class StepResult:
     has if it has one, else none. The
     dictionaries are keyed by request id and hold only requests that asked. `prompt_logprobs` covers the prompt tokens
     after the first that this step computed the predecessors of, in order. `faults` says why one request failed; the
-    others are unaffected and a faulty request's `sampled` entry is ignored. `lost` are the handles of `BlockLoad`s whose
-    content was gone: what the requests that asked for them computed in this step is void.
+    others are unaffected and a faulty request's `sampled` entry is ignored. `lost` are the handles of `BlockLoad`s
+    whose content was gone: what the requests that asked for them computed in this step is void.
     """
 
     step: int
