@@ -140,8 +140,8 @@ class Scheduler(ABC):
     def update(self, plan: StepPlan, result: StepResult) -> list[TokenUpdate]:
         """Apply the result of `plan`: append tokens, end requests, return blocks.
 
-        Plans are applied in order, each once; again, it changes nothing. Raises `ContractError`, nothing changed, on the
-        result of another step or of one that is not the oldest under way.
+        Plans are applied in order, each once; again, it changes nothing. Raises `ContractError`, nothing changed, on
+        the result of another step or of one that is not the oldest under way.
         """
 
     def holders(self) -> list[Request]:
