@@ -165,4 +165,4 @@ class TestDeadlines:
         for request_id in range(300):
             stack.add(new_request(request_id, [1], max_total_tokens=2, deadline_s=1e9))
             stack.step()
-        assert len(stack.scheduler._deadlines._heap) < 100
+        assert len(stack.scheduler._requests._deadlines._heap) < 100

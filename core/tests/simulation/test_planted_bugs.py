@@ -22,8 +22,9 @@ from zif.kv import hashing, manager
 from zif.kv.manager import PagedBlockManager
 from zif.kv.pool import BlockPool
 from zif.kv.prefix import PrefixFinder
-from zif.scheduling import scheduler
+from zif.scheduling import lifecycle, planner, scheduler
 from zif.scheduling.deadlines import Deadlines
+from zif.scheduling.lifecycle import Lifecycle
 from zif.scheduling.queue import RequestQueue
 from zif.scheduling.scheduler import TokenBudgetScheduler
 from zif.simulation import Campaign, SimulatedRunner, SimulationFailure, run_scenarios
@@ -73,11 +74,11 @@ def abort_of_a_preempted_request_leaks_its_place(monkeypatch):
     original = TokenBudgetScheduler.finish
 
     def finish(self, request_id, reason):
-        request = self._requests.get(request_id)
+        request = self._requests.requests.get(request_id)
         preempted = request is not None and request.status is RequestStatus.PREEMPTED
         ended = original(self, request_id, reason)
         if preempted:
-            self._waiting.put_back(request)
+            self._requests.waiting.put_back(request)
         return ended
 
     monkeypatch.setattr(TokenBudgetScheduler, "finish", finish)
@@ -87,9 +88,9 @@ def abort_of_a_running_request_leaves_it_running(monkeypatch):
     original = TokenBudgetScheduler.finish
 
     def finish(self, request_id, reason):
-        running = list(self._running)
+        running = list(self._requests.running)
         ended = original(self, request_id, reason)
-        self._running = running
+        self._requests.running = running
         return ended
 
     monkeypatch.setattr(TokenBudgetScheduler, "finish", finish)
@@ -243,21 +244,21 @@ def the_runner_is_not_told_of_released_requests(monkeypatch):
 
 
 def the_runner_is_not_told_of_new_blocks(monkeypatch):
-    monkeypatch.setattr(scheduler, "append_block_updates", lambda plan, request, held: None)
+    monkeypatch.setattr(planner, "append_block_updates", lambda plan, request, held: None)
 
 
 def chunks_sample_before_the_prompt_ends(monkeypatch):
-    original = scheduler.append_row
+    original = planner.append_row
 
     def append_row(plan, request, end):
         original(plan, request, end)
         plan.samples[-1] = True
 
-    monkeypatch.setattr(scheduler, "append_row", append_row)
+    monkeypatch.setattr(planner, "append_row", append_row)
 
 
 def the_first_request_is_preempted_instead_of_the_last(monkeypatch):
-    monkeypatch.setattr(scheduler, "_order", lambda request: tuple(-key for key in request.order))
+    monkeypatch.setattr(lifecycle, "_order", lambda request: tuple(-key for key in request.order))
 
 
 def a_request_that_was_passed_is_forgotten(monkeypatch):
@@ -322,8 +323,9 @@ def result_applied_twice(monkeypatch):
     original = TokenBudgetScheduler.update
 
     def update(self, plan, result):
-        if result.step == plan.step:
-            self._in_flight.add(plan.step)
+        in_flight = self._requests.in_flight
+        if result.step == plan.step and plan.step not in in_flight:
+            in_flight.appendleft(plan.step)
         return original(self, plan, result)
 
     monkeypatch.setattr(TokenBudgetScheduler, "update", update)
@@ -334,7 +336,7 @@ def what_a_faulty_step_computed_is_found(monkeypatch):
 
     def update(self, plan, result):
         for request_id, num_tokens in zip(plan.request_ids, plan.num_tokens, strict=True):
-            request = self._requests.get(request_id)
+            request = self._requests.requests.get(request_id)
             if request_id in result.faults and request and request.block_ids:
                 request.num_computed_tokens += num_tokens
                 self._blocks.commit(request)
@@ -374,6 +376,56 @@ def stop_tokens_are_ignored(monkeypatch):
 
 def one_token_too_many_is_generated(monkeypatch):
     _with_request(monkeypatch, "max_total_tokens", lambda n: n + 1)
+
+
+def results_are_applied_in_any_order(monkeypatch):
+    original = TokenBudgetScheduler._is_due
+
+    def is_due(self, plan, result):
+        self._requests.in_flight = type(self._requests.in_flight)(
+            sorted(self._requests.in_flight, key=lambda step: step != plan.step)
+        )
+        return original(self, plan, result)
+
+    monkeypatch.setattr(TokenBudgetScheduler, "_is_due", is_due)
+
+
+def blocks_are_returned_while_a_step_writes_to_them(monkeypatch):
+    original = Lifecycle.end
+
+    def end(self, request, reason):
+        request.num_planned_tokens = request.num_computed_tokens
+        original(self, request, reason)
+
+    monkeypatch.setattr(Lifecycle, "end", end)
+
+
+def blocks_held_for_a_step_are_never_returned(monkeypatch):
+    monkeypatch.setattr(Lifecycle, "step_applied", lambda self, step: None)
+
+
+def steps_under_way_are_forgotten_when_a_request_is_preempted(monkeypatch):
+    original = planner.StepPlanner._make_room
+
+    def make_room(self, draft, request, num_tokens):
+        in_flight, self._requests.in_flight = self._requests.in_flight, ()
+        try:
+            return original(self, draft, request, num_tokens)
+        finally:
+            self._requests.in_flight = in_flight
+
+    monkeypatch.setattr(planner.StepPlanner, "_make_room", make_room)
+
+
+def tokens_that_steps_under_way_sample_are_not_counted(monkeypatch):
+    original = planner.count_planned
+
+    def count_planned(plan, requests):
+        original(plan, requests)
+        for request_id in plan.request_ids:
+            requests[request_id].num_pending_tokens = 0
+
+    monkeypatch.setattr(planner, "count_planned", count_planned)
 
 
 BUGS = [

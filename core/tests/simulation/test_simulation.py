@@ -2,6 +2,7 @@
 
 import random
 from copy import deepcopy
+from dataclasses import replace
 
 import pytest
 
@@ -124,7 +125,7 @@ def test_a_fault_at_any_call_fails_its_request_at_most_and_leaks_nothing(point):
 def _long_scenario():
     """Return a scenario with a tight arena in which every point is reached more than 200 times."""
     shape = TrafficShape(num_arrivals=40, arrival_rate=0.15, continued_share=0.0, deadlines_s=(None,))
-    return draw_scenario(52, shape)
+    return replace(draw_scenario(52, shape), max_steps_in_flight=2)
 
 
 def _ends(scenario, faults, words):

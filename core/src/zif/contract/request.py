@@ -105,7 +105,8 @@ class Request:
     `request_id` is the engine's own number, never taken from a caller. `seed` is resolved: the caller's, or one that
     the engine drew. `stop_ids` end the request when sampled (end of sequence, unless ignored, and the stop token ids).
     `max_total_tokens` is prompt plus output at most. `siblings` are the parallel samples of one prompt, this one
-    included; they share the prompt's blocks. `num_cached_tokens` is what was found computed at first admission.
+    included; they share the prompt's blocks. `num_cached_tokens` is what was found computed at first admission. Of
+    `num_drafted_tokens` guesses that were computed `num_accepted_tokens` were right.
 
     `num_planned_tokens` are the computed tokens and those that steps under way compute; `num_pending_tokens` tokens
     will be known when those steps end. `draft_token_ids` are guesses of the next tokens, made after the last step.
@@ -151,6 +152,8 @@ class Request:
     first_step: int = 0
     num_cached_tokens: int = 0
     num_preemptions: int = 0
+    num_drafted_tokens: int = 0
+    num_accepted_tokens: int = 0
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
     error: str | None = None

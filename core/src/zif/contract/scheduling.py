@@ -53,6 +53,11 @@ class BlockManager(ABC):
         """
         return num_tokens
 
+    @property
+    def drafts_are_atomic(self) -> bool:
+        """Say whether a row with a refused guess has computed nothing, because a group's state would be spoiled."""
+        return False
+
     def reserve_draft(self, request: Request, num_tokens: int) -> tuple[int, ...] | None:
         """Make slots for the first `num_tokens` tokens, of which those beyond the known ones are guesses.
 

@@ -33,7 +33,8 @@ class CheckpointKeeper:
     def step_end(self, request: Request, num_tokens: int) -> int:
         """Return the next target before `num_tokens`, or `num_tokens`."""
         plan = self._plans.get(request.request_id)
-        ahead = [t for t in plan.targets if request.num_computed_tokens < t < num_tokens] if plan else []
+        start = max(request.num_computed_tokens, request.num_planned_tokens)
+        ahead = [t for t in plan.targets if start < t < num_tokens] if plan else []
         return ahead[0] if ahead else num_tokens
 
     def wants(self, request: Request) -> bool:

@@ -122,14 +122,15 @@ class Admission:
         allowed = request.max_total_tokens - request.num_prompt_tokens
         if request.finish_reason in (FinishReason.STOP, FinishReason.LENGTH) and allowed > 0:
             self._share += (request.num_output_tokens / allowed - self._share) * _END_RATE
-        self._give_back()
+        self.give_back()
 
     def preempt(self) -> None:
         """Learn that too many were admitted."""
         self._share += (1 - self._share) * _PREEMPTION_RATE
-        self._give_back()
+        self.give_back()
 
-    def _give_back(self) -> None:
+    def give_back(self) -> None:
+        """Note that blocks were returned."""
         self._futures = None
         self._refused.clear()
         self._settled = False

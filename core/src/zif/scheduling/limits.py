@@ -11,7 +11,7 @@ class StepLimits:
     """Tokens and requests of a step, and how prompts are cut.
 
     `max_chunk_tokens` is what one prompt gets while others want tokens, `max_partial_prefills` how many prompts one
-    step computes in part. Chunks end at multiples of `token_alignment`.
+    step computes in part. Chunks end at multiples of `token_alignment`. A row holds up to `max_draft_tokens` guesses.
     """
 
     max_tokens: int
@@ -20,16 +20,17 @@ class StepLimits:
     max_chunk_tokens: int
     token_alignment: int
     separate_prefill: bool
+    max_draft_tokens: int
 
     def cut(self, request: Request, num_tokens: int) -> int:
         """Return where a chunk of at most `num_tokens` tokens ends: at the last known token, or aligned.
 
-        That is no further than the computed tokens when `num_tokens` do not reach the next place to cut.
+        That is no further than the planned tokens when `num_tokens` do not reach the next place to cut.
         """
-        end = request.num_computed_tokens + num_tokens
+        end = request.num_planned_tokens + num_tokens
         if end >= request.num_tokens:
             return request.num_tokens
-        return max(end - end % self.token_alignment, request.num_computed_tokens)
+        return max(end - end % self.token_alignment, request.num_planned_tokens)
 
 
 def step_limits(config: EngineConfig, constraints: SchedulerConstraints) -> StepLimits:
@@ -53,4 +54,5 @@ def step_limits(config: EngineConfig, constraints: SchedulerConstraints) -> Step
         max_chunk_tokens=max(min(share, max_tokens), constraints.token_alignment),
         token_alignment=constraints.token_alignment,
         separate_prefill=constraints.separate_prefill,
+        max_draft_tokens=config.max_draft_tokens,
     )

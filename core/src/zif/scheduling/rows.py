@@ -1,5 +1,6 @@
 """Building a step plan: rows are appended, extended and taken out again. No decisions are made here."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from zif.contract import BlockUpdate, Request, RequestStart, StepPlan
@@ -22,18 +23,18 @@ class StepDraft:
 
 
 def append_row(plan: StepPlan, request: Request, end: int) -> None:
-    """Plan a request's tokens up to `end`."""
-    computed = request.num_computed_tokens
+    """Plan a request's tokens up to `end`; guesses lie beyond the known ones."""
+    start = request.num_planned_tokens
     plan.request_ids.append(request.request_id)
-    plan.num_computed.append(computed)
-    plan.num_tokens.append(end - computed)
-    plan.samples.append(end == len(request.token_ids))
+    plan.num_computed.append(start)
+    plan.num_tokens.append(end - start)
+    plan.samples.append(end >= len(request.token_ids))
 
 
 def append_single_rows(plan: StepPlan, requests: list[Request]) -> None:
     """Append a row of one token, which samples, for each request: column by column, as most steps are only this."""
     plan.request_ids += [request.request_id for request in requests]
-    plan.num_computed += [request.num_computed_tokens for request in requests]
+    plan.num_computed += [request.num_planned_tokens for request in requests]
     plan.num_tokens += [1] * len(requests)
     plan.samples += [True] * len(requests)
 
@@ -41,8 +42,18 @@ def append_single_rows(plan: StepPlan, requests: list[Request]) -> None:
 def extend_row(plan: StepPlan, request: Request, end: int) -> None:
     """Let a row that is planned go on up to `end`."""
     row = plan.request_ids.index(request.request_id)
-    plan.num_tokens[row] = end - request.num_computed_tokens
+    plan.num_tokens[row] = end - plan.num_computed[row]
     plan.samples[row] = end == len(request.token_ids)
+
+
+def count_planned(plan: StepPlan, requests: Mapping[int, Request]) -> None:
+    """Count a finished plan's tokens as planned, and those that it will sample as pending."""
+    drafts = plan.drafts
+    for request_id, num_tokens, samples in zip(plan.request_ids, plan.num_tokens, plan.samples, strict=True):
+        request = requests[request_id]
+        request.num_planned_tokens += num_tokens
+        if samples and request_id not in drafts:
+            request.num_pending_tokens += 1
 
 
 def remove_row(plan: StepPlan, request: Request) -> None:
@@ -52,6 +63,7 @@ def remove_row(plan: StepPlan, request: Request) -> None:
         row = plan.request_ids.index(request.request_id)
         for column in (plan.request_ids, plan.num_computed, plan.num_tokens, plan.samples):
             del column[row]
+        plan.drafts.pop(request.request_id, None)
 
 
 def append_block_updates(plan: StepPlan, request: Request, num_held: list[int]) -> None:

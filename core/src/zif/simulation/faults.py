@@ -23,8 +23,10 @@ class FaultPoint(StrEnum):
     ALLOCATION: a reservation of blocks fails; requests are preempted or wait, all get their text. STEP: the runner
     reports a fault of one request; it ends with an error, the others go on. CRASH: the runner raises; every live
     request ends with an error and nothing leaks. DUPLICATE: a result is applied once more; nothing changes. STALE: the
-    result of an earlier step arrives first; it is refused or ignored. ABORT: a request is aborted, between any two
-    calls; so are one that is over and one that never was. CLOCK: the clock jumps ahead by a day.
+    result of an earlier step arrives first; it is refused or ignored. LATE: the result comes after one more step was
+    planned than should be under way. REORDERED: that of a later step arrives first; it is refused. ABORT: a request is
+    aborted, between any two calls; so are one that is over and one that never was. CLOCK: the clock jumps ahead by a
+    day.
     """
 
     ALLOCATION = "allocation"
@@ -32,6 +34,8 @@ class FaultPoint(StrEnum):
     CRASH = "crash"
     DUPLICATE = "duplicate"
     STALE = "stale"
+    LATE = "late"
+    REORDERED = "reordered"
     ABORT = "abort"
     CLOCK = "clock"
 

@@ -15,6 +15,7 @@ from zif.contract import (
     Request,
     RequestStatus,
     StepPlan,
+    StepResult,
 )
 from zif.simulation.oracle import ExpectedText
 from zif.simulation.scenario import Scenario
@@ -28,10 +29,15 @@ _PATIENCE = 400
 
 @dataclass(slots=True)
 class _Record:
-    """What the checks remember of one request. `chain[i]` names its first i tokens."""
+    """What the checks remember of one request. `chain[i]` names its first i tokens.
+
+    The next row must begin at `end`; the runner knows `num_known` tokens, some of which no result has brought yet.
+    """
 
     text: ExpectedText
     chain: list[int]
+    end: int = 0
+    num_known: int = 0
 
 
 class Invariants:
@@ -42,6 +48,7 @@ class Invariants:
         self._config = config = scenario.config
         self._constraints = scenario.constraints
         self._visibility = [visibility(spec) for spec in specs]
+        self._has_states = any(spec.keeps_checkpoints for spec in specs)
         self._words = words
         self._records: dict[int, _Record] = {}
         self._computed: dict[CacheKey, set[int]] = {}
@@ -77,20 +84,29 @@ class Invariants:
         num_running = sum(request.status is RequestStatus.RUNNING for request in live.values())
         assert num_running <= self._config.max_num_seqs, "too many requests run"
         for start in plan.started:
-            self._check_found(live[start.request_id])
+            request = live[start.request_id]
+            self._check_found(request)
+            record = self._records[start.request_id]
+            record.end, record.num_known = request.num_computed_tokens, len(start.token_ids)
         num_partial = num_chunks = 0
         for row, request_id in enumerate(plan.request_ids):
             request, computed, num_tokens = live[request_id], plan.num_computed[row], plan.num_tokens[row]
-            known = len(request.token_ids)
+            record, draft = self._records[request_id], plan.drafts.get(request_id)
+            known = record.num_known + (len(draft.token_ids) if draft else 0)
             assert request.status is RequestStatus.RUNNING, "a request is planned that does not run"
-            assert computed == request.num_computed_tokens, "a row starts elsewhere than the request stands"
+            assert computed == record.end, "a row starts elsewhere than the request stands"
             assert 0 < num_tokens <= known - computed, "a row computes tokens that nobody knows"
+            assert known < request.max_total_tokens, "a row computes tokens that the request will not have"
             assert plan.samples[row] == (computed + num_tokens == known), "a row samples too early or not at all"
+            if draft:
+                assert 0 < len(draft.token_ids) <= self._config.max_draft_tokens, "a row holds too many guesses"
+                assert plan.samples[row], "guesses follow tokens that are not computed"
             if not plan.samples[row]:
                 num_partial += 1
                 aligned = (computed + num_tokens) % self._constraints.token_alignment == 0
                 assert aligned, "a prompt is cut at no multiple of the alignment"
-            num_chunks += num_tokens > 1
+            is_decode = computed >= request.num_prompt_tokens and num_tokens <= self._config.max_draft_tokens + 1
+            num_chunks += num_tokens > 1 and not is_decode
         assert num_partial <= self._config.max_partial_prefills, "too many prompts are computed in part"
         if self._constraints.separate_prefill and num_chunks:
             running = {start.request_id for start in plan.started}
@@ -100,6 +116,19 @@ class Invariants:
             )
             assert not singles, "prompts and single tokens share a step"
 
+    def note_submitted(self, plan: StepPlan, result: StepResult) -> None:
+        """Follow where the runner stands after a step, whose result the scheduler does not have yet."""
+        for row, request_id in enumerate(plan.request_ids):
+            record = self._records.get(request_id)
+            if record is None:
+                continue
+            num_tokens, num_sampled = plan.num_tokens[row], len(result.sampled[row])
+            if request_id not in plan.drafts:
+                record.end += num_tokens
+            elif num_sampled == num_tokens or not self._has_states:
+                record.end += num_sampled
+            record.num_known += num_sampled
+
     def check_victims(self, ran: list[Request]) -> None:
         """Check that of the requests that ran before a plan was made, those preempted for it are the last in order."""
         kept = max((request.order for request in ran if request.status is RequestStatus.RUNNING), default=())
@@ -107,10 +136,10 @@ class Invariants:
             preempted = request.status is RequestStatus.PREEMPTED
             assert not preempted or request.order > kept, "a request was preempted that is not the last in order"
 
-    def check_writes(self, plan: StepPlan, live: dict[int, Request]) -> None:
-        """Check that every block that the step writes is in one hand."""
+    def check_writes(self, plan: StepPlan, live: dict[int, Request], held: list[Request]) -> None:
+        """Check that every block that the step writes is in one hand; those in `held` have ended, not their steps."""
         hands = [Counter[int]() for _ in self._specs]
-        for request in live.values():
+        for request in [*live.values(), *held]:
             for count, table in zip(hands, request.block_ids, strict=False):
                 count.update(table)
         for row, request_id in enumerate(plan.request_ids):
@@ -140,17 +169,20 @@ class Invariants:
             assert not goes_on or token not in request.stop_ids, "a request goes on after a stop token"
         assert known <= request.max_total_tokens, "a request says more than it was allowed"
 
-    def check_blocks(self, requests: list[Request]) -> None:
+    def check_blocks(self, requests: list[Request], num_in_flight: int) -> None:
         """Check, after a step, that running requests hold what they need and waste less than a block at either end."""
         for request in requests:
             if request.status is not RequestStatus.RUNNING:
                 continue
-            computed = request.num_computed_tokens
+            computed, planned = request.num_computed_tokens, request.num_planned_tokens
             for spec, visible_from, table in zip(self._specs, self._visibility, request.block_ids, strict=True):
                 size = spec.block_size
-                assert 0 <= len(table) * size - computed < size, "slots are allocated beyond the block in use"
+                assert len(table) * size - planned < size, "slots are allocated beyond the block in use"
+                # A state is written for guesses too, but outside of the table until they are accepted.
+                assert len(table) * size >= (computed if spec.keeps_checkpoints else planned), "a token has no slot"
                 if spec.keeps_checkpoints:
-                    assert len(table) - table.count(0) <= _MAX_STATE_BLOCKS, "more than two states are held"
+                    num_states = len(table) - table.count(0)
+                    assert num_states <= _MAX_STATE_BLOCKS + num_in_flight, "more than two states are held"
                     assert computed == 0 or table[(computed - 1) // size], "the state in use was given back"
                     continue
                 first = visible_from(computed) if visible_from else 0
@@ -170,7 +202,7 @@ class Invariants:
             known.add(name)
 
     def check_census(self, blocks: BlockManager, live: list[Request]) -> None:
-        """Check free + cached + owned = held, and hands against tables, rebuilt from scratch."""
+        """Check free + cached + owned = held, and hands against the tables of all requests that may hold blocks."""
         blocks.check_integrity(live)
         usage = blocks.usage()
         self._roomy = self._roomy and all(group.num_lendable for group in usage)

@@ -61,6 +61,7 @@ class Scenario:
     config: EngineConfig
     traffic: TrafficShape
     constraints: SchedulerConstraints = field(default_factory=SchedulerConstraints)
+    max_steps_in_flight: int = 1
 
     @property
     def specs(self) -> tuple[KVSpec, ...]:
@@ -92,7 +93,8 @@ def draw_scenario(seed: int, traffic: TrafficShape | None = None) -> Scenario:
         token_alignment=min(chance.choice((1, 1, 1, 4)), config.max_num_batched_tokens),
         separate_prefill=chance.randrange(6) == 0,
     )
-    return Scenario(seed, _draw_arena(chance, specs, config), config, traffic, constraints)
+    arena = _draw_arena(chance, specs, config)
+    return Scenario(seed, arena, config, traffic, constraints, max_steps_in_flight=chance.choice((1, 1, 2, 3)))
 
 
 def simulated_arena(specs: tuple[KVSpec, ...], num_slabs: int, slab_words: int) -> KVArena:

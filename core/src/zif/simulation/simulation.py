@@ -1,10 +1,11 @@
 """One scenario, step by step: traffic through the real scheduler and block manager, faults injected, all checked.
 
-The steps are those of the engine's loop: schedule, submit, update. Between any two of them a request may be aborted.
+The steps are those of the engine's loop: schedule, submit, update, with up to `Scenario.max_steps_in_flight` steps
+submitted before the first of them is applied. Between any two of them a request may be aborted.
 """
 
 import random
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -100,6 +101,7 @@ class Simulation:
         self._ended: list[Request] = []
         self._doomed: dict[int, FinishReason] = {}
         self._last: tuple[StepPlan, StepResult] | None = None
+        self._in_flight: deque[tuple[StepPlan, StepResult]] = deque()
         self._totals: Counter[str] = Counter()
         self._runner = self._start_runner()
 
@@ -125,31 +127,58 @@ class Simulation:
             self._invariants.admit(request)
             self._scheduler.add(request)
         self._maybe_abort()
+        plan = self._plan()
+        if plan is not None and not self._submit(plan):
+            return
+        if plan is None and not self._in_flight:
+            self._check_idle()
+            return
+        late = plan is not None and self.faults.strikes(FaultPoint.LATE)
+        if plan is None or (len(self._in_flight) >= self.scenario.max_steps_in_flight and not late):
+            self._apply_oldest()
+
+    def _plan(self) -> StepPlan | None:
+        """Plan a step and check the plan."""
         running = [request for request in self._live.values() if request.status is RequestStatus.RUNNING]
         plan = self._scheduler.schedule()
         if plan is None:
-            self._check_idle()
-            return
+            return None
         if self.faults.num_strikes(FaultPoint.ALLOCATION):
             self._invariants.expect_evictions()
         self._invariants.check_plan(plan, self._live)
         self._invariants.check_victims(running)
         self._check_deadlines()
-        thorough = self.num_steps % self._intervals.everything == 0
-        if thorough:
-            self._invariants.check_writes(plan, self._live)
+        if self._is_thorough:
+            self._invariants.check_writes(plan, self._live, self._scheduler.holders())
         self._invariants.check_progress(plan, self._live)
+        return plan
+
+    def _submit(self, plan: StepPlan) -> bool:
+        """Compute a step, whose result is yet to come. False when it crashed."""
         self._maybe_abort()
         try:
             result = self._compute(plan)
         except _CrashError:
             self._restart()
-            return
+            return False
+        self._invariants.note_submitted(plan, result)
+        self._in_flight.append((plan, result))
+        return True
+
+    def _apply_oldest(self) -> None:
+        """Hand the scheduler the oldest result, perhaps after a later one, and check what comes of it."""
         self._maybe_abort()
-        self._apply(plan, result)
-        if thorough:
-            self._invariants.check_blocks(list(self._live.values()))
-            self._invariants.check_census(self._blocks, list(self._live.values()))
+        if len(self._in_flight) > 1 and self.faults.strikes(FaultPoint.REORDERED):
+            self._apply_wrongly(*self._in_flight[1])
+        self._apply(*self._in_flight.popleft())
+        if self._is_thorough:
+            live = list(self._live.values())
+            self._invariants.check_blocks(live, len(self._in_flight))
+            self._invariants.check_census(self._blocks, live + self._scheduler.holders())
+
+    @property
+    def _is_thorough(self) -> bool:
+        return self.num_steps % self._intervals.everything == 0
 
     @property
     def requests(self) -> list[Request]:
@@ -185,13 +214,14 @@ class Simulation:
         if plan.request_ids and self.faults.strikes(FaultPoint.STEP):
             struck = self._random.choice(plan.request_ids)
             result.faults[struck] = "injected: this request failed"
-            if struck in self._live:
-                self._doomed[struck] = FinishReason.ERROR
         return result
 
     def _apply(self, plan: StepPlan, result: StepResult) -> None:
         if self._last is not None and self.faults.strikes(FaultPoint.STALE):
             self._apply_wrongly(plan, self._last[1])
+        for struck in result.faults:
+            if struck in self._live and self._live[struck].status is RequestStatus.RUNNING:
+                self._doomed[struck] = FinishReason.ERROR
         updates = self._scheduler.update(plan, result)
         for request_id in plan.request_ids:
             if request_id in self._live and request_id not in result.faults:
@@ -216,8 +246,11 @@ class Simulation:
         assert not updates, "a result that was not due gave tokens"
         assert self._known() == before, "a result that was not due was applied"
 
-    def _known(self) -> list[tuple[int, int, RequestStatus]]:
-        return [(r.num_tokens, r.num_computed_tokens, r.status) for r in self._live.values()]
+    def _known(self) -> list[tuple[object, ...]]:
+        return [
+            (r.num_tokens, r.num_computed_tokens, r.num_planned_tokens, r.num_pending_tokens, r.status)
+            for r in self._live.values()
+        ]
 
     def _maybe_abort(self) -> None:
         if not self.faults.strikes(FaultPoint.ABORT):
@@ -247,6 +280,8 @@ class Simulation:
             ended = self._scheduler.finish(request.request_id, FinishReason.ERROR)
             assert ended is (None if over else request), "a live request is unknown"
             self._end(request)
+        self._in_flight.clear()
+        self._scheduler.forget_steps()
         self._invariants.check_nothing_held(self._blocks)
         self._invariants.forget_prefixes()
         self._last = None
@@ -255,7 +290,8 @@ class Simulation:
     def _end(self, request: Request) -> None:
         del self._live[request.request_id]
         assert request.status is RequestStatus.FINISHED, "an ended request has not ended"
-        assert not request.block_ids, f"request {request.request_id} has ended and holds blocks"
+        held = request.block_ids and not any(holder is request for holder in self._scheduler.holders())
+        assert not held, f"request {request.request_id} has ended and holds blocks"
         self._check_reason(request)
         self._invariants.forget(request)
         self._ended.append(request)
