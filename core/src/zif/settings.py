@@ -22,6 +22,7 @@ from typing import Any, cast
 
 from zif.contract import ENTRY_POINT_GROUP
 from zif.errors import ConfigError
+from zif.foreign_settings import FOREIGN_NAMES
 
 ENVIRONMENT_PREFIX = "ZIF_"
 AUTO = "auto"
@@ -106,6 +107,9 @@ class EngineSettings:
         choices=("fcfs", "priority", "fair"),
     )  # fmt: skip
     tenant_weights: str | None = _text("shares under 'fair', as in 'alice=3,bob=1'; auto: all tenants equal", None)
+    tenant_cache_percent: str | None = _text(
+        "most of the KV memory that cached prompts of a tenant may take, as in 'alice=50,bob=20'; auto: no limits", None
+    )
     max_partial_prefills: int = _integer(
         "most prompts that one step computes in part", 4, minimum=1, maximum=2**16
     )  # fmt: skip
@@ -119,6 +123,13 @@ class EngineSettings:
     expected_output_percent: int = _integer(
         "how much of max_tokens answers are expected to use until zif has seen some; 0 admits most, 100 preempts least",
         50, maximum=100,
+    )  # fmt: skip
+    speculation: str = _text(
+        "guess tokens ahead and check several in one step: where the text repeats itself (ngram), or never", "off",
+        choices=("off", "ngram"),
+    )  # fmt: skip
+    max_draft_tokens: int | None = _integer(
+        "most tokens guessed ahead of a request under speculation; auto: 4", None, minimum=1, maximum=64
     )  # fmt: skip
     seed: int = _integer("seed of requests that bring none", 0, minimum=0)
     trust_remote_code: bool = _switch("run Python code that comes with the model", False)
@@ -140,10 +151,16 @@ class EngineSettings:
                 f"kv_bytes={self.kv_bytes!r} leaves nothing of memory_limit={self.memory_limit!r} to the weights; "
                 "lower kv_bytes or raise memory_limit"
             )
+        parse_tenant_percent(self.tenant_cache_percent)
         if parse_tenant_weights(self.tenant_weights) and self.scheduling_policy != "fair":
             raise ConfigError(
                 f"tenant_weights={self.tenant_weights!r} have no meaning under scheduling_policy="
                 f"{self.scheduling_policy!r}; choose scheduling_policy='fair' or leave them out"
+            )
+        if self.max_draft_tokens is not None and self.speculation == "off":
+            raise ConfigError(
+                f"max_draft_tokens={self.max_draft_tokens!r} has no meaning under speculation='off'; "
+                "choose speculation='ngram' or leave it out"
             )
 
     @classmethod
@@ -187,16 +204,12 @@ def parse_bytes(text: str) -> int:
 
 def parse_tenant_weights(text: str | None) -> tuple[tuple[str, int], ...]:
     """Read "alice=3,bob=1"; nothing when None. Raises `ConfigError` on anything else."""
-    if text is None:
-        return ()
-    entries = [entry.rpartition("=") for entry in text.split(",")]
-    weights = {tenant.strip(): weight.strip() for tenant, _, weight in entries}
-    is_number = all(re.fullmatch(r"[1-9][0-9]{0,5}", weight) for weight in weights.values())
-    if not is_number or "" in weights or len(weights) < len(entries):
-        raise ConfigError(
-            f"tenant_weights={text!r} must name each tenant once with a weight of 1 to 999999, as in 'alice=3,bob=1'"
-        )
-    return tuple((tenant, int(weight)) for tenant, weight in weights.items())
+    return _parse_tenants("tenant_weights", text, range(1, 10**6), "a weight of 1 to 999999, as in 'alice=3,bob=1'")
+
+
+def parse_tenant_percent(text: str | None) -> tuple[tuple[str, int], ...]:
+    """Read "alice=50,bob=20"; nothing when None. Raises `ConfigError` on anything else."""
+    return _parse_tenants("tenant_cache_percent", text, range(101), "a percentage of 0 to 100, as in 'alice=50,bob=20'")
 
 
 def require_known(name: str) -> None:
@@ -211,7 +224,7 @@ def require_known(name: str) -> None:
 
 def foreign_name_advice(name: str) -> str | None:
     """Return what to use instead of another engine's option, or None when `name` is not one that zif knows of."""
-    return _FOREIGN_NAMES.get(name)
+    return FOREIGN_NAMES.get(name)
 
 
 def resolve_settings(
@@ -259,13 +272,13 @@ def _read_toml(path: Path | None) -> list[tuple[str, object, str]]:
 
 
 def _read_environment(variables: Mapping[str, str]) -> list[tuple[str, object, str]]:
-    known = {ENVIRONMENT_PREFIX + name.upper(): name for name in [d.name for d in setting_fields()] + [*_FOREIGN_NAMES]}
+    known = {ENVIRONMENT_PREFIX + name.upper(): name for name in [d.name for d in setting_fields()] + [*FOREIGN_NAMES]}
     return [(known[v], text, f"environment {v}") for v, text in variables.items() if v in known]
 
 
 def _unknown_variables(variables: Mapping[str, str]) -> tuple[str, ...]:
     known = [ENVIRONMENT_PREFIX + d.name.upper() for d in setting_fields()]
-    foreign = [ENVIRONMENT_PREFIX + name.upper() for name in _FOREIGN_NAMES]
+    foreign = [ENVIRONMENT_PREFIX + name.upper() for name in FOREIGN_NAMES]
     unknown = [v for v in variables if v.startswith(ENVIRONMENT_PREFIX) and v not in known and v not in foreign]
     if unknown:
         plugins = importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)
@@ -313,6 +326,17 @@ def _checked(name: str, option: Option, value: object, default: object) -> objec
     return value
 
 
+def _parse_tenants(name: str, text: str | None, legal: range, expected: str) -> tuple[tuple[str, int], ...]:
+    if text is None:
+        return ()
+    entries = [entry.rpartition("=") for entry in text.split(",")]
+    numbers = {tenant.strip(): number.strip() for tenant, _, number in entries}
+    is_legal = all(re.fullmatch(r"[0-9]{1,6}", number) and int(number) in legal for number in numbers.values())
+    if not is_legal or "" in numbers or len(numbers) < len(entries):
+        raise ConfigError(f"{name}={text!r} must name each tenant once with {expected}")
+    return tuple((tenant, int(number)) for tenant, number in numbers.items())
+
+
 def _bytes_of(name: str, text: str) -> int:
     try:
         return parse_bytes(text)
@@ -337,41 +361,3 @@ def _nearest(name: str, known: list[str]) -> str:
 
 def _one_line(text: str) -> str:
     return text if text.isprintable() else repr(text)
-
-
-_FOREIGN_NAMES = {
-    "gpu_memory_utilization": "zif sizes memory in bytes: use kv_bytes (KV only) or memory_limit (everything)",
-    "kv_cache_memory_bytes": "zif's name is kv_bytes",
-    "kv_cache_dtype": "KV is kept in the model's dtype; another type is not supported yet",
-    "num_gpu_blocks_override": "zif sizes KV in bytes: use kv_bytes",
-    "max_seq_len": "zif's name is max_model_len",
-    "max_num_tokens": "zif's name is max_num_batched_tokens",
-    "max_batch_size": "zif's name is max_num_seqs",
-    "device": "zif's name is platform; `zif platforms` lists what is installed",
-    "max_num_partial_prefills": "zif's name is max_partial_prefills",
-    "long_prefill_token_threshold": "zif's name is max_prefill_chunk",
-    "enable_chunked_prefill": "prompts are always computed in chunks; max_num_batched_tokens bounds a chunk",
-    "disable_log_stats": "zif logs no statistics; every result carries its metrics",
-    "enforce_eager": "zif captures no graphs in this version, so there is nothing to switch off",
-    "load_format": "only safetensors checkpoints are read; convert others first",
-    "revision": "models are local folders; fetch the revision you want and name its folder",
-    "download_dir": "models are local folders; zif downloads nothing",
-    "hf_overrides": "not supported yet; edit the config.json of the model folder",
-    "tokenizer_mode": "zif uses the checkpoint's tokenizer.json only; name another folder with tokenizer",
-    "skip_tokenizer_init": "not supported yet; prompts may still be token ids",
-    "pipeline_parallel_size": "pipeline parallelism is not supported yet",
-    "data_parallel_size": "data parallelism is not supported yet; start one engine per device",
-    "enable_expert_parallel": "expert parallelism is not supported yet",
-    "distributed_executor_backend": "one process per engine for now; leave it out",
-    "swap_space": "not supported yet: preempted requests are computed again instead of swapped",
-    "cpu_offload_gb": "keeping weights in another memory is not supported yet",
-    "speculative_config": "speculative decoding is not supported yet",
-    "speculative_model": "speculative decoding is not supported yet",
-    "num_speculative_tokens": "speculative decoding is not supported yet",
-    "enable_lora": "LoRA adapters are not supported yet",
-    "max_loras": "LoRA adapters are not supported yet",
-    "compilation_config": "compilation has no options yet",
-    "guided_decoding_backend": "structured output is not supported yet",
-    "limit_mm_per_prompt": "only text input is supported yet",
-    "rope_scaling": "zif reads it from the model's config.json; edit it there",
-}

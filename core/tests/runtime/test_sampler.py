@@ -156,7 +156,7 @@ class TestPenalties:
         logits = random_logits(2, seed=8) / 3
         for token in steps:
             batch.sample(logits)
-            batch.tokens.append(batch.rows, [token, token])
+            batch.append([token, token])
         generated = output + steps
         expected = logits.tolist()
         for row, prompt in zip(expected, prompts, strict=True):

@@ -128,6 +128,17 @@ def test_missing_model_is_refused():
         resolve_settings({}, {})
 
 
+def test_guesses_are_counted_only_where_there_are_any():
+    assert _settings(speculation="ngram", max_draft_tokens=8).max_draft_tokens == 8
+    assert _settings(speculation="ngram").max_draft_tokens is None
+    with pytest.raises(ConfigError, match=r"max_draft_tokens=8 has no meaning under speculation='off'"):
+        _settings(max_draft_tokens=8)
+    with pytest.raises(ConfigError, match=r"out of range: give 1 to 64"):
+        _settings(speculation="ngram", max_draft_tokens=0)
+    with pytest.raises(ConfigError, match=r"none of off, ngram"):
+        _settings(speculation="eagle")
+
+
 def test_an_unknown_name_is_refused_with_the_nearest():
     with pytest.raises(ConfigError, match=r"max_num_seq .*did you mean max_num_seqs\?"):
         _settings(max_num_seq=4)
@@ -139,7 +150,8 @@ def test_an_unknown_name_is_refused_with_the_nearest():
         ("gpu_memory_utilization", "kv_bytes"),
         ("enforce_eager", "captures no graphs"),
         ("swap_space", "not supported yet"),
-        ("speculative_config", "not supported yet"),
+        ("speculative_config", "speculation and max_draft_tokens"),
+        ("num_speculative_tokens", "max_draft_tokens"),
         ("max_seq_len", "max_model_len"),
     ],
 )

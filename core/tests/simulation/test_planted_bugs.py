@@ -19,6 +19,7 @@ from zif.contract import (
     SlidingWindowSpec,
 )
 from zif.kv import hashing, manager
+from zif.kv.drafts import DraftSlots
 from zif.kv.manager import PagedBlockManager
 from zif.kv.pool import BlockPool
 from zif.kv.prefix import PrefixFinder
@@ -426,6 +427,48 @@ def tokens_that_steps_under_way_sample_are_not_counted(monkeypatch):
             requests[request_id].num_pending_tokens = 0
 
     monkeypatch.setattr(planner, "count_planned", count_planned)
+
+
+def refused_guesses_count_as_computed(monkeypatch):
+    original = TokenBudgetScheduler._accept
+
+    def accept(self, request, num_tokens, sampled):
+        refused = num_tokens - len(sampled)
+        new = original(self, request, num_tokens, sampled)
+        if refused and not request.finished:
+            request.num_computed_tokens = request.num_planned_tokens = len(request.token_ids)
+        return new
+
+    monkeypatch.setattr(TokenBudgetScheduler, "_accept", accept)
+
+
+def a_state_after_refused_guesses_is_taken(monkeypatch):
+    monkeypatch.setattr(PagedBlockManager, "drafts_are_atomic", property(lambda self: False))
+
+
+def spare_states_are_never_returned(monkeypatch):
+    monkeypatch.setattr(DraftSlots, "drop", lambda self, request: None)
+
+
+def blocks_of_refused_guesses_are_kept(monkeypatch):
+    monkeypatch.setattr(DraftSlots, "trim", lambda self, request: None)
+
+
+def guesses_follow_an_unknown_token(monkeypatch):
+    original = planner.StepPlanner._guess
+
+    def guess(self, draft, request, max_tokens):
+        pending, request.num_pending_tokens = request.num_pending_tokens, 0
+        try:
+            return original(self, draft, request, max_tokens)
+        finally:
+            request.num_pending_tokens = pending
+
+    monkeypatch.setattr(planner.StepPlanner, "_guess", guess)
+
+
+def too_many_guesses_are_planned(monkeypatch):
+    _with_limits(monkeypatch, max_draft_tokens=lambda n: n + 1 if n else n)
 
 
 BUGS = [

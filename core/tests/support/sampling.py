@@ -8,7 +8,7 @@ import torch
 from zif.contract.sampling import SamplingParams
 from zif.contract.step import RequestStart
 from zif.runtime.sampler import SampledTokens, Sampler
-from zif.runtime.tokens import TokenTable
+from zif.runtime.tokens import SamplePositions, TokenTable
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,18 @@ class SampledBatch:
 
     def sample(self, logits: torch.Tensor) -> SampledTokens:
         """Sample each request once. logits: [number of requests, V]; left as they are."""
-        return self.sampler.sample(logits.clone(), self.rows, self.tokens)
+        return self.sampler.sample(
+            logits.clone(), SamplePositions(self.tokens, self.rows, self.tokens.num_tokens[self.rows])
+        )
+
+    def append(self, token_ids: list[int]) -> None:
+        """Make one more token of each request known."""
+        self.tokens.put(self.rows, self.tokens.num_tokens[self.rows], token_ids)
 
     def step(self, logits: torch.Tensor) -> list[int]:
         """Sample each request once and append the tokens."""
         token_ids = self.sample(logits).token_ids
-        self.tokens.append(self.rows, token_ids)
+        self.append(token_ids)
         return token_ids
 
 

@@ -52,7 +52,17 @@ from zif.contract.step import (
     StepResult,
     TokenLogprobs,
 )
-from zif.contract.transfers import BlockBytes, BlockLoad, BlockSave, KVStore, Transfers
+from zif.contract.transfers import (
+    BlockBytes,
+    BlockLoad,
+    BlockMemory,
+    BlockSave,
+    KeptBlock,
+    KVStore,
+    RemoteTier,
+    Transfers,
+    carry_out,
+)
 
 __all__ = [
     "CONTRACT_VERSION",

@@ -14,6 +14,8 @@ class EngineConfig:
     prompt gets `max_prefill_chunk` of them (None: an equal share). A waiting request is passed by at most
     `max_bypasses` later ones. `expected_output_percent` is how much of its allowed output a request is first expected
     to use. `tenant_weights` are (tenant, weight) pairs under "fair"; a tenant that is not named has weight 1.
+    `tenant_cache_percent` are (tenant, percent) pairs: the share of each layer group's memory that blocks of finished
+    requests of this tenant may take; a tenant that is not named has no limit.
 
     `speculation` is "off" or "ngram"; a row holds at most `max_draft_tokens` guessed tokens.
     """
@@ -29,5 +31,6 @@ class EngineConfig:
     max_bypasses: int = 16
     expected_output_percent: int = 50
     tenant_weights: tuple[tuple[str, int], ...] = ()
+    tenant_cache_percent: tuple[tuple[str, int], ...] = ()
     speculation: str = "off"
     max_draft_tokens: int = 0

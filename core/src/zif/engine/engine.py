@@ -1,12 +1,14 @@
 """The step loop: scheduler, block manager and runner of one model, and the prompts being answered.
 
-Synchronous and single-threaded: `LLM` and other front ends call `submit` and `step`. A fault of one request ends that
-request; an exception out of a step ends the engine, because its state is then unknown.
+Single-threaded: `LLM` and other front ends call `submit` and `step`. While the device computes a step the next one is
+planned and submitted, as far ahead as the runner takes them; results are applied in order. A fault of one request ends
+that request; an exception out of a step ends the engine, because its state is then unknown.
 """
 
 import hashlib
 import logging
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +21,7 @@ from zif.contract import (
     Request,
     SamplingParams,
     Scheduler,
+    StepFuture,
     StepPlan,
     StepResult,
 )
@@ -26,6 +29,7 @@ from zif.engine.generation import Generation, OutputProcessor, Sample
 from zif.engine.inputs import InputProcessor, Prompt, PromptInput
 from zif.engine.outputs import RequestOutput
 from zif.engine.planning import PlannedModel
+from zif.engine.proposers import make_proposer, set_drafts
 from zif.engine.vocabulary import Vocabulary
 from zif.errors import EngineError, RequestError
 
@@ -45,6 +49,16 @@ class EngineParts:
     scheduler: Scheduler
 
 
+@dataclass(frozen=True, slots=True)
+class _FailedStep:
+    """The `StepFuture` of a step that could not even be submitted."""
+
+    error: Exception
+
+    def result(self) -> StepResult:
+        raise self.error
+
+
 class Engine:
     """Answer prompts with one model."""
 
@@ -57,8 +71,10 @@ class Engine:
         self._outputs = OutputProcessor(vocabulary)
         self._generations: dict[int, Generation] = {}
         self._samples: dict[int, Sample] = {}
+        self._in_flight: deque[tuple[StepPlan, StepFuture]] = deque()
         self._num_requests = 0
         self._num_prompts = 0
+        self._proposer = make_proposer(planned.config, parts.runner)
         self._failure: BaseException | None = None
         self._closed = False
 
@@ -97,15 +113,15 @@ class Engine:
         return self._outputs.output(generation)
 
     def step(self) -> list[Generation]:
-        """Compute one step. Returns the prompts that got tokens or ended; empty when there is nothing to do."""
+        """Submit steps ahead and wait for the oldest. Returns the prompts that got tokens or ended, if any."""
         self._require_alive()
         try:
-            plan = self._scheduler.schedule()
-            if plan is None:
+            self._submit_ahead()
+            if not self._in_flight:
                 self._require_progress()
                 return []
-            result = self._parts.runner.submit(plan).result()
-            return self._apply(plan, result)
+            plan, future = self._in_flight.popleft()
+            return self._apply(plan, future.result())
         except BaseException as error:
             self._failure = error
             raise
@@ -130,7 +146,7 @@ class Engine:
 
     def check_integrity(self) -> None:
         """Assert that no block is lost, and none held by a request that is gone."""
-        live = [s.request for s in self._samples.values() if not s.finished]
+        live = [s.request for s in self._samples.values() if not s.finished] + self._scheduler.holders()
         self._parts.block_manager.check_integrity(live)
 
     def close(self) -> None:
@@ -139,6 +155,23 @@ class Engine:
             self._closed = True
             self._parts.runner.close()
             self._parts.device.close()
+
+    def _submit_ahead(self) -> None:
+        """Plan and submit steps until the runner has as many under way as it takes, or there is nothing to plan."""
+        # Guesses follow known tokens only, so with them one step waits for the other.
+        max_in_flight = 1 if self._proposer else self._parts.runner.max_steps_in_flight
+        while len(self._in_flight) < max_in_flight:
+            if self._proposer is not None:
+                set_drafts(self._proposer, [sample.request for sample in self._samples.values()])
+            plan = self._scheduler.schedule()
+            if plan is None:
+                return
+            try:
+                future = self._parts.runner.submit(plan)
+            except Exception as error:
+                # What earlier steps gave is still good: the failure waits for its turn.
+                future = _FailedStep(error)
+            self._in_flight.append((plan, future))
 
     def _request(self, prompt: Prompt, sampling: SamplingParams, index: int, priority: int) -> Request:
         """Build sample `index`; only the first reports on the prompt that all share."""
@@ -183,6 +216,8 @@ class Engine:
         for sample in generation.samples:
             if sample.finished and self._samples.pop(sample.request.request_id, None) is not None:
                 del self._generations[sample.request.request_id]
+                if self._proposer is not None:
+                    self._proposer.forget(sample.request)
         if generation.finished_s is None and all(sample.finished for sample in generation.samples):
             generation.finished_s = time.monotonic()
 
@@ -231,12 +266,13 @@ def _wire(planned: PlannedModel, device: Device) -> EngineParts:
     ask = partial(planned.registry.ask, plan.platform, config=config, plan=plan)
     block_manager = ask(hook="zif_block_manager", arena=planned.arena)
     if block_manager is None:
-        from zif.kv import PagedBlockManager
+        from zif.kv import PagedBlockManager, Retainer
 
         block_manager = PagedBlockManager(
             planned.arena,
             enable_prefix_caching=config.enable_prefix_caching,
             max_step_tokens=config.max_num_batched_tokens,
+            retainer=Retainer(time.monotonic, config.tenant_cache_percent),
         )
     scheduler = ask(hook="zif_scheduler", block_manager=block_manager)
     if scheduler is None:

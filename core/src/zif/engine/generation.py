@@ -20,6 +20,7 @@ class SampleText:
         self._detokenizer = Detokenizer(vocabulary.tokenizer, prompt.token_ids, sampling.skip_special_tokens)
         self._stops = StopStrings(sampling.stop_strings, sampling.include_stop_str_in_output)
         self._must_scan = bool(sampling.stop_strings)
+        self._min_tokens = sampling.min_tokens
         self._pending: list[int] = []
         self._pieces: list[str] = []
 
@@ -28,11 +29,20 @@ class SampleText:
         """Return the stop string that ended the sample, if one did."""
         return self._stops.matched
 
-    def append(self, token_ids: list[int], *, may_stop: bool) -> None:
-        """Add tokens. Stop strings that end before the sample may stop are text like any other."""
-        self._pending += token_ids
-        if self._must_scan:
-            self._show(self._decode(), may_stop)
+    def append(self, token_ids: list[int], num_earlier: int) -> int:
+        """Add tokens that follow `num_earlier` others, up to the one that completes a stop string; count those added.
+
+        Stop strings that end before the sample may stop are text like any other.
+        """
+        if not self._must_scan:
+            self._pending += token_ids
+            return len(token_ids)
+        for count, token_id in enumerate(token_ids, start=1):
+            self._pending.append(token_id)
+            self._show(self._decode(), may_stop=num_earlier + count >= self._min_tokens)
+            if self.matched is not None:
+                return count
+        return len(token_ids)
 
     def finish(self) -> None:
         """Show what was held back; no token follows."""
@@ -105,20 +115,27 @@ class OutputProcessor:
         return Sample(index, request, text, [] if wants_logprobs else None, 0.0 if wants_logprobs else None)
 
     def append(self, sample: Sample, token_ids: list[int], logprobs: list[TokenLogprobs]) -> bool:
-        """Add a step's tokens to a sample. True when a stop string ended it."""
-        request = sample.request
-        for entry in logprobs[: len(token_ids)]:
+        """Add a step's tokens to a sample. True when a stop string ended it; tokens after that are taken back."""
+        request, text = sample.request, sample.text
+        num_kept = len(token_ids)
+        if text is not None:
+            ended_by_token = request.finish_reason is FinishReason.STOP
+            hides_last = ended_by_token and not request.sampling.include_stop_str_in_output
+            visible = token_ids[:-1] if hides_last else token_ids
+            num_shown = text.append(visible, request.num_output_tokens - len(token_ids))
+            if text.matched is not None and num_shown < len(token_ids):
+                num_kept = num_shown
+                del request.token_ids[len(request.token_ids) - len(token_ids) + num_kept :]
+                request.stop_token_id = None
+        for entry in logprobs[:num_kept]:
             self._add_logprobs(sample, entry)
-        if sample.text is None:
+        if text is None:
             return False
-        ended_by_token = request.finish_reason is FinishReason.STOP and not request.sampling.include_stop_str_in_output
-        visible = token_ids[:-1] if ended_by_token else token_ids
-        sample.text.append(visible, may_stop=request.num_output_tokens >= request.sampling.min_tokens)
         if request.finished:
-            sample.text.finish()
-            if sample.text.matched is not None and request.finish_reason is FinishReason.LENGTH:
+            text.finish()
+            if text.matched is not None and request.finish_reason is FinishReason.LENGTH:
                 request.finish_reason = FinishReason.STOP
-        return sample.text.matched is not None and not request.finished
+        return text.matched is not None and not request.finished
 
     def position_logprobs(self, entry: TokenLogprobs) -> PositionLogprobs:
         """Return the log-probabilities of one position by token id; the chosen token comes first."""
@@ -146,6 +163,8 @@ class OutputProcessor:
                 first_token_s=generation.first_token_s,
                 finished_s=generation.finished_s,
                 num_preemptions=sum(request.num_preemptions for request in requests),
+                num_drafted_tokens=sum(request.num_drafted_tokens for request in requests),
+                num_accepted_tokens=sum(request.num_accepted_tokens for request in requests),
             ),
         )
 

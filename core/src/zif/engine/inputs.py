@@ -102,10 +102,10 @@ class InputProcessor:
 
     def _tenant(self, value: object) -> str:
         tenant = _text("tenant", value) or ""
-        if tenant and self._config.scheduling_policy != "fair":
+        if tenant and self._config.scheduling_policy != "fair" and not self._config.tenant_cache_percent:
             raise RequestError(
                 f"tenant={tenant!r} has no meaning under scheduling_policy={self._config.scheduling_policy!r}; "
-                "open the engine with scheduling_policy='fair', or leave it out"
+                "open the engine with scheduling_policy='fair' or with tenant_cache_percent, or leave it out"
             )
         return tenant
 

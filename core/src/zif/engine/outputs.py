@@ -41,12 +41,17 @@ class CompletionOutput:
 
 @dataclass(frozen=True, slots=True)
 class RequestMetrics:
-    """Times in seconds on one monotonic clock; None for what did not happen."""
+    """Times in seconds on one monotonic clock; None for what did not happen.
+
+    Of `num_drafted_tokens` guesses that were checked `num_accepted_tokens` were right, each of which saved a step.
+    """
 
     arrival_s: float
     first_token_s: float | None
     finished_s: float | None
     num_preemptions: int
+    num_drafted_tokens: int = 0
+    num_accepted_tokens: int = 0
 
     @property
     def time_to_first_token_s(self) -> float | None:

@@ -23,9 +23,10 @@ from zif.contract import (
 from zif.errors import PlanRefusedError
 from zif.models.description import ModelSource, describe_model
 from zif.plugins import PlatformRegistry
-from zif.settings import EngineSettings, parse_tenant_weights
+from zif.settings import EngineSettings, parse_tenant_percent, parse_tenant_weights
 
 DEFAULT_BLOCK_SIZE = 16
+DEFAULT_DRAFT_TOKENS = 4
 MIN_FITTED_TOKENS = 64
 """When the context is fitted to memory, anything shorter than this is refused instead."""
 
@@ -83,7 +84,8 @@ def _model_source(settings: EngineSettings) -> ModelSource:
 
 def _workload(settings: EngineSettings, model: ModelDescription, max_model_len: int) -> Workload:
     max_tokens = settings.max_num_batched_tokens
-    activations = model.token_activation_bytes * max_tokens + model.sample_activation_bytes * settings.max_num_seqs
+    max_samples = min(settings.max_num_seqs * (1 + _max_draft_tokens(settings)), max_tokens)
+    activations = model.token_activation_bytes * max_tokens + model.sample_activation_bytes * max_samples
     return Workload(
         dtype=model.dtype,
         kv_specs=model.kv_specs,
@@ -125,7 +127,16 @@ def _engine_config(settings: EngineSettings, model: ModelDescription) -> EngineC
         max_bypasses=settings.max_bypasses,
         expected_output_percent=settings.expected_output_percent,
         tenant_weights=parse_tenant_weights(settings.tenant_weights),
+        tenant_cache_percent=parse_tenant_percent(settings.tenant_cache_percent),
+        speculation=settings.speculation,
+        max_draft_tokens=_max_draft_tokens(settings),
     )
+
+
+def _max_draft_tokens(settings: EngineSettings) -> int:
+    if settings.speculation == "off":
+        return 0
+    return settings.max_draft_tokens or DEFAULT_DRAFT_TOKENS
 
 
 def _refusal_text(refusal: Refusal) -> str:

@@ -1,5 +1,6 @@
 """KV memory of the control plane: block pools, prefix index, layer groups. Integers only, no array library."""
 
 from zif.kv.manager import PagedBlockManager
+from zif.kv.retention import Retainer
 
-__all__ = ["PagedBlockManager"]
+__all__ = ["PagedBlockManager", "Retainer"]

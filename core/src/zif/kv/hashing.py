@@ -35,6 +35,11 @@ def root_content(key: CacheKey, block_size: int) -> bytes:
     return _VERSION + canonical_tokens(numbers) + b"".join(texts)
 
 
+def digest_of(content: bytes) -> bytes:
+    """Return the digest that names a block with this content."""
+    return hashlib.sha256(content).digest()
+
+
 class PrefixChain:
     """The digests of one request at one block size, extended as its tokens become known.
 
@@ -58,7 +63,7 @@ class PrefixChain:
         """Hash up to the first `num_blocks` blocks, all of whose tokens are known."""
         digests = self._digests
         for block in range(len(digests) - 1, num_blocks):
-            digests.append(hashlib.sha256(self.content(block)).digest())
+            digests.append(digest_of(self.content(block)))
 
     def hashed(self, block: int) -> bytes:
         """Return the digest of `block`, hashing up to it if need be."""

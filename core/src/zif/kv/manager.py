@@ -13,26 +13,35 @@ from collections.abc import Sequence
 
 from zif.contract import BlockManager, KVArena, KVSpec, KVUsage, PrefixMiss, PrefixReport, Request
 from zif.kv.checkpoints import CheckpointKeeper
+from zif.kv.drafts import DraftSlots
 from zif.kv.hashing import PrefixChain
 from zif.kv.pool import BlockPool
 from zif.kv.prefix import Prefix, PrefixFinder
+from zif.kv.retention import Retainer
 from zif.kv.slabs import SlabLender
 
 
 class PagedBlockManager(BlockManager):
     """Keep requests' blocks in per-group pools over one arena of slabs."""
 
-    def __init__(self, arena: KVArena, *, enable_prefix_caching: bool, max_step_tokens: int) -> None:
+    def __init__(
+        self, arena: KVArena, *, enable_prefix_caching: bool, max_step_tokens: int, retainer: Retainer | None = None
+    ) -> None:
         self._arena = arena
         self._caching = enable_prefix_caching
         self._max_step_tokens = max_step_tokens
         self._specs: list[KVSpec] = [group.spec for group in arena.groups]
         self._lender = SlabLender(arena)
-        self._pools = [BlockPool(self._lender, group) for group in range(len(self._specs))]
+        self._retainer = retainer or Retainer()
+        self._pools = [
+            BlockPool(self._lender, group, clock=self._retainer.clock, quotas=self._retainer.quotas)
+            for group in range(len(self._specs))
+        ]
         self._alignment = math.lcm(*(spec.block_size for spec in self._specs))
         self._index_interval = min(spec.block_size for spec in self._specs)
         self._finder = PrefixFinder(self._specs, self._pools, self._alignment)
         self._checkpoints = CheckpointKeeper(self._alignment)
+        self._drafts = DraftSlots(self._specs, self._pools)
         self._keeps_checkpoints = enable_prefix_caching and any(spec.keeps_checkpoints for spec in self._specs)
 
     def begin(self, request: Request, source: Request | None = None) -> None:
@@ -42,6 +51,7 @@ class PagedBlockManager(BlockManager):
             for block in filter(None, blocks):
                 pool.share(block)
         request.block_ids = prefix.block_ids
+        self._retain_shared(request)
         if not request.num_preemptions:
             request.prefix = prefix.report
         request.num_computed_tokens = request.capacity = request.num_indexed_tokens = prefix.num_tokens
@@ -50,9 +60,30 @@ class PagedBlockManager(BlockManager):
         self._set_next_commit(request)
 
     def reserve(self, request: Request, num_tokens: int) -> bool:
+        return self._reserve(request, num_tokens, is_draft=False)
+
+    @property
+    def drafts_are_atomic(self) -> bool:
+        return any(spec.keeps_checkpoints for spec in self._specs)
+
+    def reserve_draft(self, request: Request, num_tokens: int) -> tuple[int, ...] | None:
+        if not self._reserve(request, num_tokens, is_draft=True):
+            return None
+        spares = self._drafts.take(request)
+        if spares is None:
+            self._drafts.trim(request)
+            self._set_capacity(request)
+        return spares
+
+    def settle_draft(self, request: Request, *, all_accepted: bool) -> None:
+        self._drafts.settle(request, all_accepted=all_accepted)
+        self._set_capacity(request)
+
+    def _reserve(self, request: Request, num_tokens: int, *, is_draft: bool) -> bool:
+        """Extend the tables; where a draft would spoil a state, its group's table stays as it is."""
         allocated: list[list[int]] = []
         for spec, pool, held in zip(self._specs, self._pools, request.block_ids, strict=True):
-            num_blocks = spec.num_blocks(num_tokens)
+            num_blocks = len(held) if is_draft and spec.keeps_checkpoints else spec.num_blocks(num_tokens)
             first = spec.first_written_block(len(held), num_tokens)
             blocks = pool.allocate(max(0, num_blocks - first))
             if blocks is None:
@@ -60,11 +91,24 @@ class PagedBlockManager(BlockManager):
                     _release_all(earlier, taken)
                 return False
             allocated.append([0] * (min(first, num_blocks) - len(held)) + blocks)
-        for held, blocks in zip(request.block_ids, allocated, strict=True):
+        for spec, pool, held, blocks in zip(self._specs, self._pools, request.block_ids, allocated, strict=True):
             held.extend(blocks)
+            if blocks and spec.keeps_checkpoints:
+                self._return_skipped(request, spec, pool, held)
+        self._set_capacity(request)
+        return True
+
+    def _return_skipped(self, request: Request, spec: KVSpec, pool: BlockPool, held: list[int]) -> None:
+        """Return blocks for states after a row that has since been made longer: only the last one is written."""
+        num_tokens = max(request.num_computed_tokens, request.num_planned_tokens)
+        for block in range(spec.num_blocks(num_tokens), len(held) - 1):
+            if held[block]:
+                pool.release(held[block])
+                held[block] = 0
+
+    def _set_capacity(self, request: Request) -> None:
         pairs = zip(self._specs, request.block_ids, strict=True)
         request.capacity = min(len(held) * spec.block_size for spec, held in pairs)
-        return True
 
     def step_end(self, request: Request, num_tokens: int) -> int:
         return self._checkpoints.step_end(request, num_tokens) if self._keeps_checkpoints else num_tokens
@@ -87,6 +131,8 @@ class PagedBlockManager(BlockManager):
             # The tail goes first into the least-recently-used order: a prefix outlives what follows it.
             _release_all(pool, blocks[::-1])
         self._checkpoints.drop(request)
+        self._drafts.drop(request)
+        self._retainer.drop(request)
         request.block_ids = ()
         request.capacity = request.next_commit = request.num_indexed_tokens = 0
 
@@ -119,6 +165,7 @@ class PagedBlockManager(BlockManager):
         for index, pool in enumerate(self._pools):
             pool.check_integrity()
             hands = Counter(block for r in live if r.block_ids for block in r.block_ids[index] if block)
+            hands.update(self._drafts.hands(index))
             assert hands == pool.references(), f"group {index}: reference counts differ from the requests' tables"
         self._lender.check_integrity([slab for pool in self._pools for slab in pool.slabs])
 
@@ -144,9 +191,21 @@ class PagedBlockManager(BlockManager):
         chain = PrefixChain(request, spec.block_size)
         for block in spec.reusable_blocks(request.num_indexed_tokens, request.num_computed_tokens):
             chain.extend(block + 1)
-            is_new = blocks[block] and pool.index(blocks[block], chain.digest(block), chain.content(block))
+            keep = self._retainer.keep(request, block * spec.block_size, (block + 1) * spec.block_size)
+            is_new = blocks[block] and pool.index(blocks[block], chain.digest(block), chain.content(block), keep)
             if is_new and spec.keeps_checkpoints:
                 self._checkpoints.made(request, group, pool, chain.digest(block))
+
+    def _retain_shared(self, request: Request) -> None:
+        """Let the wishes of a request extend to the blocks that it found."""
+        self._retainer.begin(request)
+        if not request.retention:
+            return
+        for spec, pool, blocks in zip(self._specs, self._pools, request.block_ids, strict=True):
+            for index, block in enumerate(blocks):
+                if block:
+                    start = index * spec.block_size
+                    pool.retain(block, self._retainer.keep(request, start, start + spec.block_size))
 
     def _set_next_commit(self, request: Request) -> None:
         computed = request.num_computed_tokens

@@ -1,47 +1,63 @@
-"""The blocks of one layer group: reference counts, free list, and the prefix index over computed blocks.
+"""The blocks of one layer group: reference counts, free list, prefix index and order of eviction.
 
 A block the group holds is in exactly one of three states:
 
     free     in no hand and not findable
-    cached   in no hand, found by its digest until reused (least recently used first)
+    cached   in no hand, found by its content until reused, in the order of `eviction.py`
     owned    in at least one request's hand (reference count >= 1), findable or not
 
-It knows nothing of requests or tokens; `manager.py` calls it.
+It knows nothing of requests or tokens; `manager.py` calls it. Everything it notes per block lies in flat arrays.
 """
 
-from collections.abc import Collection
+import time
+from array import array
+from collections.abc import Callable, Collection, Mapping
 
 from zif.contract import KVUsage
-from zif.kv.slabs import SlabLender
+from zif.kv.eviction import EvictionOrder
+from zif.kv.hashing import digest_of
+from zif.kv.index import PrefixIndex
+from zif.kv.lists import BlockLists
+from zif.kv.retention import DEFAULT_KEEP, Keep
+from zif.kv.slabs import HeldSlabs, ManyBlockSlabs, OneBlockSlabs, SlabLender
 
-MAX_REMEMBERED_EVICTIONS = 4096
-"""Digests of evicted blocks kept to tell a miss by eviction from a miss of the unknown."""
+OnEvict = Callable[[int, bytes], None]
+"""Hears that the block with this digest is about to be reused, while its content is still in the block."""
 
 
 class BlockPool:
-    """Hand out blocks of one group by id. Ids follow the arena's cells, see `zif.contract.KVArena`."""
+    """Hand out blocks of one group by id. Ids follow the arena's cells, see `zif.contract.KVArena`.
 
-    def __init__(self, lender: SlabLender, group: int) -> None:
+    `clock` gives the seconds that `Keep.expires_s` refers to. `on_evict` is called once for each cached block whose
+    memory is about to be reused, not for forgotten ones. `quotas` are percentages of the group's cells, by tenant.
+    """
+
+    def __init__(
+        self,
+        lender: SlabLender,
+        group: int,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        on_evict: OnEvict | None = None,
+        quotas: Mapping[str, int] | None = None,
+    ) -> None:
+        num_cells = lender.arena.num_cells(group)
+        limits = {tenant: num_cells * percent // 100 for tenant, percent in (quotas or {}).items()}
         self._lender = lender
         self._group = group
-        num_cells = lender.arena.num_cells(group)
-        self._references = [0] * num_cells
-        self._slab_of = [0] * num_cells
-        self._slabs: dict[int, range] = {}
-        self._owned_in_slab: dict[int, int] = {}
-        self._used_in_slab: dict[int, int] = {}
-        self._idle_slabs: dict[int, None] = {}
-        self._free: dict[int, None] = {}
-        self._cached: dict[int, None] = {}
-        self._num_owned = 0
-        self._block_of: dict[bytes, int] = {}
-        self._evicted: dict[bytes, None] = {}
-        self._name_of: dict[int, tuple[bytes, bytes]] = {}
+        self._on_evict = on_evict
+        self._references = array("i", bytes(4 * num_cells))
+        self._lists = BlockLists(num_cells)
+        self._free = self._lists.open()
+        self._index = PrefixIndex(num_cells)
+        self._order = EvictionOrder(self._lists, num_cells, clock, limits)
+        self._slabs = self._slabs_of(lender, group)
+        self._num_free = self._num_owned = 0
         lender.register(self)
 
     def allocate(self, num_blocks: int) -> list[int] | None:
         """Return `num_blocks` unshared blocks in one hand, or None, nothing changed but what was evicted."""
-        while len(self._free) < num_blocks:
+        while self._num_free < num_blocks:
             if not self._refill():
                 return None
         return [self._take_free() for _ in range(num_blocks)]
@@ -51,7 +67,7 @@ class BlockPool:
         if self._references[block]:
             self._references[block] += 1
         else:
-            del self._cached[block]
+            self._order.remove(block)
             self._take(block)
 
     def release(self, block: int) -> None:
@@ -62,55 +78,68 @@ class BlockPool:
         if count:
             return
         self._num_owned -= 1
-        self._owned_in_slab[self._slab_of[block]] -= 1
-        if block in self._name_of:
-            self._cached[block] = None
-        else:
+        self._slabs.count_owned(block, -1)
+        if block not in self._index:
             self._put_free(block)
+            return
+        surplus = self._order.push(block)
+        if surplus is not None:
+            self._evict(surplus, remember=True)
 
     def find(self, digest: bytes, content: bytes) -> int | None:
         """Return the block with this content, or None. The bytes are compared: a digest alone proves nothing."""
-        block = self._block_of.get(digest)
-        if block is None or self._name_of[block][1] != content:
-            return None
-        return block
+        return self._index.find(digest, content)
 
-    def index(self, block: int, digest: bytes, content: bytes) -> bool:
-        """Make an owned, computed block findable; the first block with a digest keeps it. True if this one has it."""
-        if digest in self._block_of or block in self._name_of:
+    def find_run(self, digests: list[bytes], contents: list[bytes]) -> list[int]:
+        """Return the blocks of a chain up to the first that is not found: `find` for many at once."""
+        return self._index.find_run(digests, contents)
+
+    def index(self, block: int, digest: bytes, content: bytes, keep: Keep = DEFAULT_KEEP) -> bool:
+        """Make an owned, computed block findable; the first block with a digest keeps it. True if this one has it.
+
+        `digest` is the hash of `content`, see `hashing.py`; `keep` says how long it stays once nobody owns it.
+        """
+        if not self._index.add(block, digest, content):
             return False
-        self._block_of[digest] = block
-        self._name_of[block] = (digest, content)
+        self._order.keep(block, keep)
         return True
+
+    def retain(self, block: int, keep: Keep) -> None:
+        """Keep an owned block for longer, when another request that uses it wishes that and it is findable."""
+        if block in self._index:
+            self._order.prolong(block, keep)
 
     def forget(self, digest: bytes) -> None:
         """Make a block unfindable, if one has this digest; unless it is owned, it becomes free."""
-        block = self._block_of.get(digest)
-        if block in self._cached:
+        block = self._index.named(digest)
+        if block is None:
+            return
+        if self._references[block]:
+            self._unname(block)
+        else:
             self._evict(block)
-        elif block is not None:
-            del self._block_of[digest], self._name_of[block]
 
     def was_evicted(self, digest: bytes) -> bool:
         """Say whether a block with this digest was dropped for its memory, as far back as is remembered."""
-        return digest in self._evicted
+        return self._index.was_evicted(digest)
 
     def forget_all(self) -> None:
         """Empty the index; cached blocks become free and slabs without owned blocks go back to the lender."""
-        for block in tuple(self._cached):
-            self._evict(block)
-        self._block_of.clear()
-        self._name_of.clear()
-        for slab in tuple(self._idle_slabs):
+        for block in [*self._index.blocks()]:
+            if self._references[block]:
+                self._unname(block)
+            else:
+                self._evict(block)
+        while (slab := self._slabs.first_idle()) is not None:
             self._drop_slab(slab)
             self._lender.take_back(slab)
 
     def surrender_slab(self, *, evict: bool) -> int | None:
-        """Give up a slab without owned blocks: an idle one, else, when `evict`, the least recently used one."""
-        slab = next(iter(self._idle_slabs), None)
+        """Give up a slab without owned blocks: an idle one, else, when `evict`, the one of the first block to go."""
+        slab = self._slabs.first_idle()
         if slab is None and evict:
-            used = (self._slab_of[block] for block in self._cached)
-            slab = next((slab for slab in used if not self._owned_in_slab[slab]), None)
+            unowned = (block for block in self._order.in_order() if not self._slabs.is_owned_beside(block))
+            slab = next((self._slabs.slab_of(block) for block in unowned), None)
         if slab is not None:
             self._drop_slab(slab)
         return slab
@@ -118,106 +147,100 @@ class BlockPool:
     @property
     def num_own_available(self) -> int:
         """Count the blocks that `allocate` could return without another slab."""
-        return len(self._free) + len(self._cached)
+        return self._num_free + self._order.num_cached
 
     @property
     def slabs(self) -> Collection[int]:
         """The slabs that the group holds."""
-        return self._slabs.keys()
+        return self._slabs.held()
 
     def num_spare_slabs(self, num_spare_blocks: int) -> int:
         """Count the slabs that could surely be surrendered at the cost of `num_spare_blocks` unowned blocks."""
-        arena = self._lender.arena
-        max_slab_blocks = arena.slab_bytes // arena.groups[self._group].layout.block_bytes
-        unowned = sum(not owned for owned in self._owned_in_slab.values())
-        return min(unowned, num_spare_blocks // max_slab_blocks)
+        return self._slabs.num_spare(num_spare_blocks)
 
     def usage(self) -> KVUsage:
         """Count the group's blocks by state."""
-        return KVUsage(len(self._free), len(self._cached), self._num_owned, self._num_lendable())
+        num_lendable = self._lender.num_free * self._lender.arena.min_slab_blocks(self._group)
+        return KVUsage(self._num_free, self._order.num_cached, self._num_owned, num_lendable)
 
     def references(self) -> dict[int, int]:
         """Return the reference counts above zero, for integrity checks."""
         return {block: count for block, count in enumerate(self._references) if count}
 
     def check_integrity(self) -> None:
-        """Assert that every block held is in exactly one state and that the index is consistent."""
-        held = [block for blocks in self._slabs.values() for block in blocks]
-        owned = set(self.references())
-        assert len(held) == len(set(held)), f"group {self._group}: slabs overlap"
-        states = (set(self._free), set(self._cached), owned)
-        assert set(held) == set().union(*states), f"group {self._group}: blocks lost or foreign"
-        assert len(held) == sum(map(len, states)), f"group {self._group}: a block is in two states"
-        assert len(owned) == self._num_owned, f"group {self._group}: owned count drifted"
-        for slab, blocks in self._slabs.items():
-            num_free = sum(block in self._free for block in blocks)
-            assert self._owned_in_slab[slab] == len(owned.intersection(blocks)), f"slab {slab}: owned count drifted"
-            assert self._used_in_slab[slab] == len(blocks) - num_free, f"slab {slab}: used count drifted"
-            assert (slab in self._idle_slabs) == (num_free == len(blocks)), f"slab {slab}: wrongly idle or busy"
+        """Assert that every block held is in exactly one state and that index and order are consistent."""
+        self._index.check_integrity()
+        findable = {*self._index.blocks()}
+        self._order.check_integrity(findable)
+        free, cached, owned = [*self._lists.blocks(self._free)], [*self._order.in_order()], {*self.references()}
+        held = [block for slab in self.slabs for block in self._lender.arena.slab_blocks(self._group, slab)]
         assert 0 not in held, f"group {self._group}: the null block was lent"
-        assert {b: d for d, b in self._block_of.items()} == {b: n[0] for b, n in self._name_of.items()}
-        assert not set(self._free) & set(self._name_of), f"group {self._group}: a free block is findable"
+        assert len(held) == len(set(held)), f"group {self._group}: slabs overlap"
+        assert {*held} == {*free, *cached, *owned}, f"group {self._group}: blocks lost or foreign"
+        assert len(held) == len(free) + len(cached) + len(owned), f"group {self._group}: a block is in two states"
+        assert len(free) == self._num_free, f"group {self._group}: free count drifted"
+        assert len(owned) == self._num_owned, f"group {self._group}: owned count drifted"
+        assert findable.isdisjoint(free), f"group {self._group}: a free block is findable"
+        self._slabs.check_integrity({*free}, owned)
 
     def _take_free(self) -> int:
-        block, _ = self._free.popitem()
-        slab = self._slab_of[block]
-        self._used_in_slab[slab] += 1
-        self._idle_slabs.pop(slab, None)
+        block = self._lists.last(self._free)
+        assert block is not None, f"group {self._group}: no block is free"
+        self._lists.remove(block)
+        self._num_free -= 1
+        self._slabs.count_used(block, 1)
         self._take(block)
         return block
 
     def _put_free(self, block: int) -> None:
-        slab = self._slab_of[block]
-        self._free[block] = None
-        self._used_in_slab[slab] -= 1
-        if not self._used_in_slab[slab]:
-            self._idle_slabs[slab] = None
+        self._lists.append(self._free, block)
+        self._num_free += 1
+        self._slabs.count_used(block, -1)
 
     def _take(self, block: int) -> None:
         self._references[block] = 1
         self._num_owned += 1
-        self._owned_in_slab[self._slab_of[block]] += 1
+        self._slabs.count_owned(block, 1)
 
     def _refill(self) -> bool:
         """Make at least one more block free, at the least loss: idle memory first, cached prefixes last."""
         slab = self._lender.lend()
         if slab is None:
             slab = self._lender.lend_surrendered(self, evict=False)
-        if slab is None and self._cached:
-            self._evict(next(iter(self._cached)), remember=True)
-            return True
         if slab is None:
+            block = self._order.first()
+            if block is not None:
+                self._evict(block, remember=True)
+                return True
             slab = self._lender.lend_surrendered(self, evict=True)
         if slab is None:
             return False
-        self._borrow(slab)
+        for block in reversed(self._slabs.borrow(slab)):
+            self._lists.append(self._free, block)
+            self._num_free += 1
         return True
 
-    def _borrow(self, slab: int) -> None:
-        blocks = self._lender.arena.slab_blocks(self._group, slab)
-        self._slabs[slab] = blocks
-        self._owned_in_slab[slab] = self._used_in_slab[slab] = 0
-        self._idle_slabs[slab] = None
-        for block in reversed(blocks):
-            self._slab_of[block] = slab
-            self._free[block] = None
-
     def _drop_slab(self, slab: int) -> None:
-        for block in self._slabs.pop(slab):
-            if block in self._cached:
+        for block in self._lender.arena.slab_blocks(self._group, slab):
+            if block in self._index:
                 self._evict(block, remember=True)
-            del self._free[block]
-        del self._owned_in_slab[slab], self._used_in_slab[slab], self._idle_slabs[slab]
+        for block in self._slabs.give_up(slab):
+            self._lists.remove(block)
+            self._num_free -= 1
 
     def _evict(self, block: int, remember: bool = False) -> None:
-        del self._cached[block]
-        digest, _ = self._name_of.pop(block)
-        del self._block_of[digest]
-        if remember:
-            self._evicted[digest] = None
-            if len(self._evicted) > MAX_REMEMBERED_EVICTIONS:
-                del self._evicted[next(iter(self._evicted))]
+        """Make a cached block free. `remember` when its memory is needed, not when it is forgotten on purpose."""
+        if remember and self._on_evict is not None:
+            self._on_evict(block, digest_of(self._index.content(block)))
+        self._order.remove(block)
+        self._unname(block, evicted=remember)
         self._put_free(block)
 
-    def _num_lendable(self) -> int:
-        return self._lender.num_free * self._lender.arena.min_slab_blocks(self._group)
+    def _unname(self, block: int, evicted: bool = False) -> None:
+        self._index.remove(block, evicted=evicted)
+        self._order.drop(block)
+
+    def _slabs_of(self, lender: SlabLender, group: int) -> HeldSlabs:
+        if lender.arena.slab_bytes == lender.arena.groups[group].layout.block_bytes:
+            return OneBlockSlabs(lender.arena, group, lambda: self._lists.first(self._free))
+        return ManyBlockSlabs(lender.arena, group)

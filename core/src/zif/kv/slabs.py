@@ -1,5 +1,11 @@
-"""The lender of slabs: which group holds which slab of the arena."""
+"""The slabs of the arena: which group holds which one, and which of a group's slabs could be given up.
 
+`SlabLender` is one for all groups; a pool has its own `HeldSlabs`.
+"""
+
+from abc import ABC, abstractmethod
+from array import array
+from collections.abc import Callable
 from typing import Protocol
 
 from zif.contract import KVArena
@@ -9,7 +15,7 @@ class SlabHolder(Protocol):
     """A pool that may be asked to give a slab back."""
 
     def surrender_slab(self, *, evict: bool) -> int | None:
-        """Give up a slab without owned blocks: an idle one, else, when `evict`, the least recently used one."""
+        """Give up a slab without owned blocks: an idle one, else, when `evict`, the first one to be evicted."""
         ...
 
 
@@ -18,7 +24,7 @@ class SlabLender:
 
     def __init__(self, arena: KVArena) -> None:
         self.arena = arena
-        self._free = list(range(arena.num_slabs - 1, 0, -1))
+        self._free = array("i", range(arena.num_slabs - 1, 0, -1))
         self._holders: list[SlabHolder] = []
 
     @property
@@ -49,4 +55,147 @@ class SlabLender:
 
     def check_integrity(self, lent: list[int]) -> None:
         """Assert that every slab but the null slab is either free or in `lent`, once."""
-        assert sorted(self._free + lent) == list(range(1, self.arena.num_slabs)), "a slab is lost or lent twice"
+        assert sorted([*self._free, *lent]) == list(range(1, self.arena.num_slabs)), "a slab is lost or lent twice"
+
+
+class HeldSlabs(ABC):
+    """The slabs that one group holds. Told of each block that becomes owned or unowned, used (not free) or free."""
+
+    def __init__(self, arena: KVArena, group: int) -> None:
+        self._arena = arena
+        self._group = group
+        self._is_held = bytearray(arena.num_slabs)
+
+    def borrow(self, slab: int) -> range:
+        """Hold a slab; return its blocks, all free."""
+        self._is_held[slab] = True
+        return self._arena.slab_blocks(self._group, slab)
+
+    def give_up(self, slab: int) -> range:
+        """Hold a slab no longer; return what were its blocks, all free."""
+        self._is_held[slab] = False
+        return self._arena.slab_blocks(self._group, slab)
+
+    def held(self) -> list[int]:
+        """Return the slabs that the group holds."""
+        return [slab for slab, is_held in enumerate(self._is_held) if is_held]
+
+    @abstractmethod
+    def slab_of(self, block: int) -> int:
+        """Return the slab that a block lies in."""
+
+    @abstractmethod
+    def count_owned(self, block: int, change: int) -> None:
+        """Hear that a block became owned (1) or unowned (-1)."""
+
+    @abstractmethod
+    def count_used(self, block: int, change: int) -> None:
+        """Hear that a block stopped being free (1) or became free (-1)."""
+
+    @abstractmethod
+    def first_idle(self) -> int | None:
+        """Return a slab all of whose blocks are free, or None."""
+
+    @abstractmethod
+    def is_owned_beside(self, block: int) -> bool:
+        """Say whether another block in the slab of an unowned one is owned."""
+
+    @abstractmethod
+    def num_spare(self, num_spare_blocks: int) -> int:
+        """Count the slabs that could surely be given up at the cost of `num_spare_blocks` unowned blocks."""
+
+    @abstractmethod
+    def check_integrity(self, free: set[int], owned: set[int]) -> None:
+        """Assert that what was counted matches the blocks in each state."""
+
+
+class OneBlockSlabs(HeldSlabs):
+    """Slabs as large as a block: slab and block have one number, and nothing needs counting.
+
+    `first_free` returns a free block, or None.
+    """
+
+    def __init__(self, arena: KVArena, group: int, first_free: Callable[[], int | None]) -> None:
+        super().__init__(arena, group)
+        self._first_free = first_free
+
+    def slab_of(self, block: int) -> int:
+        return block
+
+    def count_owned(self, block: int, change: int) -> None:
+        pass
+
+    def count_used(self, block: int, change: int) -> None:
+        pass
+
+    def first_idle(self) -> int | None:
+        return self._first_free()
+
+    def is_owned_beside(self, block: int) -> bool:
+        return False
+
+    def num_spare(self, num_spare_blocks: int) -> int:
+        return num_spare_blocks
+
+    def check_integrity(self, free: set[int], owned: set[int]) -> None:
+        pass
+
+
+class ManyBlockSlabs(HeldSlabs):
+    """Slabs that offer more than one block, or of another size than it: counts per slab say which are idle."""
+
+    def __init__(self, arena: KVArena, group: int) -> None:
+        super().__init__(arena, group)
+        self._slab_bytes = arena.slab_bytes
+        self._block_bytes = arena.groups[group].layout.block_bytes
+        self._num_owned = array("i", bytes(4 * arena.num_slabs))
+        self._num_used = array("i", bytes(4 * arena.num_slabs))
+        self._idle: dict[int, None] = {}
+        self._num_unowned = 0
+
+    def borrow(self, slab: int) -> range:
+        self._idle[slab] = None
+        self._num_unowned += 1
+        return super().borrow(slab)
+
+    def give_up(self, slab: int) -> range:
+        del self._idle[slab]
+        self._num_unowned -= 1
+        return super().give_up(slab)
+
+    def slab_of(self, block: int) -> int:
+        return block * self._block_bytes // self._slab_bytes
+
+    def count_owned(self, block: int, change: int) -> None:
+        slab = block * self._block_bytes // self._slab_bytes
+        count = self._num_owned[slab] = self._num_owned[slab] + change
+        if count == (change > 0):
+            self._num_unowned -= change
+
+    def count_used(self, block: int, change: int) -> None:
+        slab = block * self._block_bytes // self._slab_bytes
+        count = self._num_used[slab] = self._num_used[slab] + change
+        if not count:
+            self._idle[slab] = None
+        elif count == change:
+            del self._idle[slab]
+
+    def first_idle(self) -> int | None:
+        return next(iter(self._idle), None)
+
+    def is_owned_beside(self, block: int) -> bool:
+        return self._num_owned[self.slab_of(block)] > 0
+
+    def num_spare(self, num_spare_blocks: int) -> int:
+        return min(self._num_unowned, num_spare_blocks // (self._slab_bytes // self._block_bytes))
+
+    def check_integrity(self, free: set[int], owned: set[int]) -> None:
+        num_unowned = 0
+        for slab in self.held():
+            blocks = self._arena.slab_blocks(self._group, slab)
+            num_free, num_owned = len(free.intersection(blocks)), len(owned.intersection(blocks))
+            assert self._num_owned[slab] == num_owned, f"slab {slab}: owned count drifted"
+            assert self._num_used[slab] == len(blocks) - num_free, f"slab {slab}: used count drifted"
+            assert (slab in self._idle) == (num_free == len(blocks)), f"slab {slab}: wrongly idle or busy"
+            num_unowned += not num_owned
+        assert num_unowned == self._num_unowned, "the number of slabs without owned blocks drifted"

@@ -11,6 +11,7 @@ import numpy as np
 from zif.contract import (
     BlockUpdate,
     CompletedStep,
+    Draft,
     EngineConfig,
     KVArena,
     KVSpec,
@@ -71,6 +72,23 @@ class _Sequence:
     tables: tuple[list[int], ...]
 
 
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """What a step computes of one sequence: tokens `start` to `end - 1`, the last ones guessed if there is a draft."""
+
+    sequence: _Sequence
+    start: int
+    end: int
+    draft: Draft | None
+
+    def words(self, end: int) -> Words:
+        """Return the words of the row's tokens up to `end - 1`."""
+        token_ids = self.sequence.token_ids[self.start : end]
+        if self.draft:
+            token_ids += self.draft.token_ids[: end - self.start - len(token_ids)]
+        return token_words(np.asarray(token_ids, dtype=np.uint64), np.arange(self.start, end, dtype=np.uint64))
+
+
 class NullRunner(ModelRunner):
     """Compute nothing, faithfully."""
 
@@ -79,6 +97,11 @@ class NullRunner(ModelRunner):
         self._specs: tuple[KVSpec, ...] = ()
         self._memory: Words = np.zeros(0, dtype=np.uint64)
         self._vocab_size = 0
+
+    @property
+    def max_steps_in_flight(self) -> int:
+        """Nothing is ever under way, but planning ahead is part of what this platform is there to exercise."""
+        return 2
 
     def load(self, model: ModelDescription, progress: Progress) -> None:
         self._vocab_size = model.vocab_size
@@ -89,6 +112,10 @@ class NullRunner(ModelRunner):
         self._memory = np.zeros(arena.num_bytes // SLOT_BYTES, dtype=np.uint64)
         self._specs = tuple(group.spec for group in arena.groups)
 
+    @property
+    def verifies_drafts(self) -> bool:
+        return True
+
     def submit(self, step: StepPlan) -> StepFuture:
         for request_id in step.released:
             self._sequences.pop(request_id, None)
@@ -96,14 +123,15 @@ class NullRunner(ModelRunner):
             self._start(start)
         for update in step.block_updates:
             self._extend(update)
-        rows = list(zip(step.request_ids, step.num_computed, step.num_tokens, strict=True))
-        # All rows write before any reads, as a layer of a model does: a row that tramples on another shows at once.
-        for request_id, num_computed, num_tokens in rows:
-            self._write(self._sequences[request_id], num_computed, num_computed + num_tokens)
-        sampled = [
-            [self._sample(self._sequences[request_id], num_computed + num_tokens)] if samples else []
-            for (request_id, num_computed, num_tokens), samples in zip(rows, step.samples, strict=True)
+        columns = zip(step.request_ids, step.num_computed, step.num_tokens, strict=True)
+        rows = [
+            _Row(self._sequences[request_id], num_computed, num_computed + num_tokens, step.drafts.get(request_id))
+            for request_id, num_computed, num_tokens in columns
         ]
+        # All rows write before any reads, as a layer of a model does: a row that tramples on another shows at once.
+        for row in rows:
+            self._write(row)
+        sampled = [self._sample(row) if samples else [] for row, samples in zip(rows, step.samples, strict=True)]
         return CompletedStep(StepResult(step.step, sampled))
 
     def close(self) -> None:
@@ -116,39 +144,61 @@ class NullRunner(ModelRunner):
 
     def _extend(self, update: BlockUpdate) -> None:
         table = self._sequences[update.request_id].tables[update.group]
-        assert len(table) == update.start, f"request {update.request_id}: blocks {update.start} do not follow"
-        table.extend(update.block_ids)
+        assert len(table) >= update.start, f"request {update.request_id}: blocks {update.start} do not follow"
+        table[update.start :] = update.block_ids
 
-    def _write(self, sequence: _Sequence, start: int, end: int) -> None:
-        tokens = np.asarray(sequence.token_ids[start:end], dtype=np.uint64)
-        words = token_words(tokens, np.arange(start, end, dtype=np.uint64))
+    def _write(self, row: "_Row") -> None:
         for group, spec in enumerate(self._specs):
             if isinstance(spec, RecurrentStateSpec):
-                state = words.sum(dtype=np.uint64, keepdims=True)
-                if start:
-                    state = state + self._visible(sequence, group, start)
-                self._memory[self._state_slot(sequence, group, end)] = state[0]
+                slot = self._state_slot(row, group, row.end)
+                self._memory[slot : slot + 1] = self._state(row, group, row.end)
             else:
-                self._memory[self._slots(sequence, group, start, end)] = words
+                self._memory[self._slots(row.sequence, group, row.start, row.end)] = row.words(row.end)
 
-    def _sample(self, sequence: _Sequence, end: int) -> int:
-        visible = [self._visible(sequence, group, end) for group in range(len(self._specs))]
-        token_id = next_token(visible, self._vocab_size)
-        sequence.token_ids.append(token_id)
-        return token_id
+    def _sample(self, row: "_Row") -> list[int]:
+        """Return the accepted part of the row's draft and the token after it, all of them known from now on."""
+        guesses = row.draft.token_ids if row.draft else []
+        sampled: list[int] = []
+        while sampled == guesses[: len(sampled)]:
+            end = row.end - len(guesses) + len(sampled)
+            visible = [self._visible(row, group, end) for group in range(len(self._specs))]
+            sampled.append(next_token(visible, self._vocab_size))
+        row.sequence.token_ids.extend(sampled)
+        if row.draft and len(sampled) > len(guesses):
+            self._keep_states(row, row.draft)
+        return sampled
 
-    def _visible(self, sequence: _Sequence, group: int, end: int) -> Words:
-        """Read what the token at `end - 1` sees of one group."""
+    def _keep_states(self, row: "_Row", draft: Draft) -> None:
+        """Put the states after an accepted draft into the block tables."""
+        for group, spec in enumerate(self._specs):
+            if isinstance(spec, RecurrentStateSpec):
+                table, block = row.sequence.tables[group], (row.end - 1) // spec.block_size
+                table.extend([0] * (block + 1 - len(table)))
+                table[block] = draft.state_blocks[group]
+
+    def _visible(self, row: "_Row", group: int, end: int) -> Words:
+        """Read what the token at `end - 1`, one of the row's, sees of one group."""
         spec = self._specs[group]
         if isinstance(spec, RecurrentStateSpec):
-            slot = self._state_slot(sequence, group, end)
+            if end < row.end:
+                return self._state(row, group, end)
+            slot = self._state_slot(row, group, end)
             return self._memory[slot : slot + 1]
-        return self._memory[self._slots(sequence, group, spec.first_needed_token(end - 1), end)]
+        return self._memory[self._slots(row.sequence, group, spec.first_needed_token(end - 1), end)]
 
-    def _state_slot(self, sequence: _Sequence, group: int, num_tokens: int) -> int:
+    def _state(self, row: "_Row", group: int, end: int) -> Words:
+        """Compute the state of one group after `end` tokens from the one before the row."""
+        state: Words = row.words(end).sum(dtype=np.uint64, keepdims=True)
+        if row.start:
+            state += self._memory[self._state_slot(row, group, row.start)]
+        return state
+
+    def _state_slot(self, row: "_Row", group: int, num_tokens: int) -> int:
         """Return where the state after `num_tokens` tokens is kept: in the first slot of its block."""
         size = self._specs[group].block_size
-        return sequence.tables[group][(num_tokens - 1) // size] * size
+        if row.draft and num_tokens == row.end:
+            return row.draft.state_blocks[group] * size
+        return row.sequence.tables[group][(num_tokens - 1) // size] * size
 
     def _slots(
         self, sequence: _Sequence, group: int, start: int, end: int

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from zif.contract.step import RequestStart
 from zif.errors import RequestError
-from zif.runtime.tokens import TokenTable
+from zif.runtime.tokens import SamplePositions
 
 T = TypeVar("T")
 
@@ -35,8 +35,8 @@ class LogitRule(ABC, Generic[T]):
         """Return what the option of this request needs, None when the request does not use it."""
 
     @abstractmethod
-    def apply(self, logits: torch.Tensor, rows: NDArray[np.int64], tokens: TokenTable) -> None:
-        """Change the logits of the rows that hold the option, in place. logits: [S, V], float32; rows: [S]."""
+    def apply(self, logits: torch.Tensor, positions: SamplePositions) -> None:
+        """Change the logits of the rows that hold the option, in place. logits: [S, V], float32."""
 
     def add(self, row: int, start: RequestStart) -> None:
         """Take a request into `row`. Raises RequestError for a token that the vocabulary does not have."""
@@ -76,8 +76,8 @@ class LogitBias(LogitRule[dict[int, float]]):
         bias = start.sampling.logit_bias
         return dict(zip(self.checked_ids("logit_bias", list(bias)), bias.values(), strict=True)) if bias else None
 
-    def apply(self, logits: torch.Tensor, rows: NDArray[np.int64], tokens: TokenTable) -> None:
-        held = self.held_by(rows)
+    def apply(self, logits: torch.Tensor, positions: SamplePositions) -> None:
+        held = self.held_by(positions.rows)
         at = _positions(logits, [(index, list(bias)) for index, bias in held])
         values = torch.tensor([value for _, bias in held for value in bias.values()], device=logits.device)
         logits[at] += values
@@ -90,8 +90,8 @@ class AllowedTokens(LogitRule[list[int]]):
         allowed = start.sampling.allowed_token_ids
         return None if allowed is None else self.checked_ids("allowed_token_ids", allowed)
 
-    def apply(self, logits: torch.Tensor, rows: NDArray[np.int64], tokens: TokenTable) -> None:
-        held = self.held_by(rows)
+    def apply(self, logits: torch.Tensor, positions: SamplePositions) -> None:
+        held = self.held_by(positions.rows)
         at = _positions(logits, held)
         allowed = logits[at]
         logits.index_fill_(0, torch.tensor([index for index, _ in held], device=logits.device), -torch.inf)
@@ -105,10 +105,10 @@ class BadWords(LogitRule[list[tuple[int, ...]]]):
         words = [tuple(self.checked_ids("bad_words", word)) for word in start.bad_words_ids if word]
         return words or None
 
-    def apply(self, logits: torch.Tensor, rows: NDArray[np.int64], tokens: TokenTable) -> None:
+    def apply(self, logits: torch.Tensor, positions: SamplePositions) -> None:
         excluded = [
-            (index, [word[-1] for word in words if _ends_with(tokens, int(rows[index]), word[:-1])])
-            for index, words in self.held_by(rows)
+            (index, [word[-1] for word in words if positions.ends_with(index, word[:-1])])
+            for index, words in self.held_by(positions.rows)
         ]
         logits[_positions(logits, excluded)] = -torch.inf
 
@@ -122,11 +122,10 @@ class MinTokens(LogitRule[tuple[int, list[int]]]):
         # A stop id that the model cannot produce needs no exclusion.
         return start.sampling.min_tokens, [i for i in sorted(start.stop_ids) if 0 <= i < self.vocab_size]
 
-    def apply(self, logits: torch.Tensor, rows: NDArray[np.int64], tokens: TokenTable) -> None:
-        num_output = tokens.num_tokens[rows] - tokens.num_prompt_tokens[rows]
-        excluded = [
-            (index, stop_ids) for index, (minimum, stop_ids) in self.held_by(rows) if num_output[index] < minimum
-        ]
+    def apply(self, logits: torch.Tensor, positions: SamplePositions) -> None:
+        num_output = positions.num_output_tokens()
+        held = self.held_by(positions.rows)
+        excluded = [(index, stop_ids) for index, (minimum, stop_ids) in held if num_output[index] < minimum]
         logits[_positions(logits, excluded)] = -torch.inf
 
 
@@ -135,9 +134,3 @@ def _positions(logits: torch.Tensor, chosen: Sequence[tuple[int, Sequence[int]]]
     batch = [index for index, token_ids in chosen for _ in token_ids]
     vocabulary = [token_id for _, token_ids in chosen for token_id in token_ids]
     return tuple(torch.tensor([batch, vocabulary], dtype=torch.int64, device=logits.device))
-
-
-def _ends_with(tokens: TokenTable, row: int, suffix: tuple[int, ...]) -> bool:
-    end = int(tokens.num_tokens[row])
-    begin = end - len(suffix)
-    return begin >= 0 and tuple(tokens.tokens[row, begin:end].tolist()) == suffix

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from zif.contract.sampling import SamplingParams
 from zif.contract.step import RequestStart
 from zif.runtime.logit_rules import LogitRule
-from zif.runtime.tokens import TokenTable
+from zif.runtime.tokens import SamplePositions
 
 N = TypeVar("N", np.int64, np.float32)
 
@@ -41,6 +41,14 @@ class TokenCounts:
             self.counts[at] += 1
         self.num_seen += len(token_ids)
 
+    def extended(self, token_ids: list[int]) -> "TokenCounts":
+        """Return the counts with more tokens, and leave these as they are."""
+        if not token_ids:
+            return self
+        longer = TokenCounts(self.sampling, self.num_seen, self.token_ids, self.counts.copy())
+        longer.extend(token_ids)
+        return longer
+
 
 class Penalties(LogitRule[TokenCounts]):
     """`repetition_penalty` on prompt and output tokens, then `frequency_penalty` and `presence_penalty` on output.
@@ -61,13 +69,19 @@ class Penalties(LogitRule[TokenCounts]):
         counts = np.bincount(where[len(prompt) :], minlength=len(token_ids)).astype(np.float32)
         return TokenCounts(sampling, len(known), token_ids, counts)
 
-    def apply(self, logits: torch.Tensor, rows: NDArray[np.int64], tokens: TokenTable) -> None:
-        held = self.held_by(rows)
-        for index, state in held:
-            state.extend(tokens.tokens[rows[index], state.num_seen : tokens.num_tokens[rows[index]]].tolist())
+    def apply(self, logits: torch.Tensor, positions: SamplePositions) -> None:
+        held = [(index, self._at(positions, index, state)) for index, state in self.held_by(positions.rows)]
         present = [(index, state) for index, state in held if len(state.token_ids)]
         if present:
             _penalize(logits, [index for index, _ in present], [state for _, state in present])
+
+    def _at(self, positions: SamplePositions, index: int, state: TokenCounts) -> TokenCounts:
+        """Count in what is known by now, then return the counts at a position, guesses before it included."""
+        num_known = int(positions.table.num_tokens[positions.rows[index]])
+        state.extend(positions.tokens_between(index, state.num_seen, num_known))
+        guesses = positions.tokens_between(index, num_known, int(positions.num_tokens[index]))
+        # What follows a guess that the model cannot produce is refused, whatever its penalties.
+        return state.extended([token_id for token_id in guesses if token_id < self.vocab_size])
 
 
 def _penalize(logits: torch.Tensor, batch: list[int], states: list[TokenCounts]) -> None:

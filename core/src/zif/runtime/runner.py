@@ -31,8 +31,9 @@ from zif.contract import (
 from zif.models.model import Model
 from zif.runtime.batch import BatchState, StepBatch
 from zif.runtime.logprobs import prompt_logprobs
-from zif.runtime.sampler import SampledTokens, Sampler
+from zif.runtime.sampler import Sampler
 from zif.runtime.states import StateMemory
+from zif.runtime.verification import doubtful_requests, kept_positions, without_guesses
 
 MAX_LOGIT_ELEMENTS = 1 << 24
 """Prompt log-probabilities are computed in pieces of at most this many logits, to bound memory."""
@@ -66,7 +67,7 @@ class StepAttention:
 
 
 class TorchRunner(ModelRunner):
-    """Run one model on one device, a step at a time."""
+    """Run one model on one device, a step at a time. How drafts are verified is in `zif.runtime.verification`."""
 
     def __init__(self, config: EngineConfig, device: Device) -> None:
         self._config = config
@@ -99,17 +100,20 @@ class TorchRunner(ModelRunner):
             for layer, cache in zip(group.spec.layers, caches, strict=True):
                 self._layers[layer] = _LayerCache(index, cache)
 
+    @property
+    def verifies_drafts(self) -> bool:
+        return True
+
     @torch.inference_mode()
     def submit(self, step: StepPlan) -> StepFuture:
         self._apply(step)
         if not step.request_ids:
             return CompletedStep(StepResult(step.step, []))
-        batch = self._state.batch(step)
-        hidden = self._forward(batch)
-        result = StepResult(step.step, [[] for _ in step.request_ids])
-        self._sample(step, batch, hidden, result)
-        if self._prompt_logprobs:
-            self._report_prompts(step, batch, hidden, result)
+        result = self._compute(step)
+        for request, request_id in enumerate(step.request_ids) if step.drafts else ():
+            draft = step.drafts.get(request_id)
+            if draft is not None and len(result.sampled[request]) > len(draft.token_ids):
+                self._state.keep_states(step, request)
         return CompletedStep(result)
 
     def close(self) -> None:
@@ -129,12 +133,28 @@ class TorchRunner(ModelRunner):
         for start in step.started:
             self._start(start)
         for update in step.block_updates:
-            self._state.add_blocks(update.request_id, update.group, update.start, update.block_ids)
+            self._state.put_blocks(update.request_id, update.group, update.start, update.block_ids)
 
     def _start(self, start: RequestStart) -> None:
         self._sampler.add(self._state.start(start), start)
         if start.sampling.prompt_logprobs is not None:
             self._prompt_logprobs[start.request_id] = start.sampling.prompt_logprobs
+
+    def _compute(self, step: StepPlan) -> StepResult:
+        """Run and sample the rows of a plan, whose other parts have been applied."""
+        batch = self._state.batch(step)
+        hidden = self._forward(batch)
+        result = StepResult(step.step, [[] for _ in step.request_ids])
+        doubtful = self._sample(step, batch, hidden, result) if len(batch.sample_requests) else []
+        if self._prompt_logprobs:
+            self._report_prompts(step, batch, hidden, result)
+        if doubtful:
+            again = self._compute(without_guesses(step, doubtful))
+            for request, token_ids in zip(doubtful, again.sampled, strict=True):
+                result.sampled[request] = token_ids
+            result.logprobs.update(again.logprobs)
+            result.faults.update(again.faults)
+        return result
 
     def _forward(self, batch: StepBatch) -> torch.Tensor:
         """Return the hidden states of the step's tokens, [T, C]."""
@@ -146,19 +166,31 @@ class TorchRunner(ModelRunner):
         states = self._states.step(batch.states, self._device.array_device)
         return self._run_layers(token_ids, positions, attend, states)
 
-    def _sample(self, step: StepPlan, batch: StepBatch, hidden: torch.Tensor, result: StepResult) -> None:
-        """Choose the next token of each request that caught up with its known tokens."""
-        if not len(batch.sample_requests):
-            return
+    def _sample(self, step: StepPlan, batch: StepBatch, hidden: torch.Tensor, result: StepResult) -> list[int]:
+        """Choose the next tokens of each request that caught up with its known tokens.
+
+        Returns the indices of requests that got none, because a fault struck beside a draft.
+        """
         logits = self._model.logits(hidden[self._to_device(batch.sample_tokens)])
-        rows = batch.rows[batch.sample_requests]
-        sampled: SampledTokens = self._sampler.sample(logits, rows, self._state.tokens)
-        self._state.tokens.append(rows, sampled.token_ids)
-        for request, token_id in zip(batch.sample_requests.tolist(), sampled.token_ids, strict=True):
-            result.sampled[request] = [token_id]
-        request_ids = [step.request_ids[request] for request in batch.sample_requests.tolist()]
-        result.logprobs.update((request_ids[i], [entry]) for i, entry in sampled.logprobs.items())
-        result.faults.update((request_ids[i], fault) for i, fault in sampled.faults.items())
+        positions = batch.sample_positions(self._state.tokens)
+        sampled = self._sampler.sample(logits, positions)
+        chosen = np.asarray(sampled.token_ids, dtype=np.int64)
+        kept, doubtful = np.ones(len(chosen), dtype=np.bool_), []
+        if step.drafts:
+            kept = kept_positions(batch.sample_requests, positions, chosen)
+            doubtful = doubtful_requests(step, batch.sample_requests[[i for i in sampled.faults if kept[i]]])
+            kept &= ~np.isin(batch.sample_requests, doubtful)
+        self._state.tokens.put(positions.rows[kept], positions.num_tokens[kept], chosen[kept])
+        requests = batch.sample_requests.tolist()
+        for index in np.flatnonzero(kept).tolist():
+            result.sampled[requests[index]].append(sampled.token_ids[index])
+        for index, entry in sampled.logprobs.items():
+            if kept[index]:
+                result.logprobs.setdefault(step.request_ids[requests[index]], []).append(entry)
+        for index, fault in sampled.faults.items():
+            if kept[index]:
+                result.faults.setdefault(step.request_ids[requests[index]], fault)
+        return doubtful
 
     def _report_prompts(self, step: StepPlan, batch: StepBatch, hidden: torch.Tensor, result: StepResult) -> None:
         """Add log-probabilities of prompt tokens to requests that asked for them."""

@@ -23,7 +23,7 @@ from zif.runtime.logit_rules import AllowedTokens, BadWords, LogitBias, LogitRul
 from zif.runtime.logprobs import token_logprobs
 from zif.runtime.penalties import Penalties
 from zif.runtime.randomness import draw_fractions, stream_state
-from zif.runtime.tokens import TokenTable
+from zif.runtime.tokens import SamplePositions
 
 RULES: tuple[type[LogitRule[Any]], ...] = (LogitBias, AllowedTokens, BadWords, MinTokens, Penalties)
 """In the order in which they apply."""
@@ -37,7 +37,7 @@ OPTIONS_FAULT = (
 
 @dataclass(frozen=True, slots=True)
 class SampledTokens:
-    """One token per row. `logprobs` and `faults` are keyed by index into the rows; a faulty row's token is void."""
+    """One token per position. `logprobs` and `faults` are keyed by index; a faulty position's token is void."""
 
     token_ids: list[int]
     logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
@@ -84,21 +84,23 @@ class Sampler:
         for rule in self._rules:
             rule.remove(row)
 
-    def sample(self, logits: torch.Tensor, rows: NDArray[np.int64], tokens: TokenTable) -> SampledTokens:
-        """Choose a token for each of `rows`. logits: [S, V], float32, overwritten; rows: [S], distinct.
+    def sample(self, logits: torch.Tensor, positions: SamplePositions) -> SampledTokens:
+        """Choose a token at each of the positions. logits: [S, V], float32, overwritten.
 
-        A row's random number belongs to its seed and its number of known tokens. Logits that are NaN, +inf or all
-        -inf are a fault of their row alone.
+        A position's random number belongs to its request's seed and the number of tokens before it. Logits that are
+        NaN, +inf or all -inf are a fault of their position alone.
         """
+        rows = positions.rows
         if not len(rows):
             return SampledTokens([])
         reporting = np.flatnonzero(self._reports[rows])
         raw = logits[torch.from_numpy(reporting).to(self._device)] if len(reporting) else None
-        raw_peaks = self._apply_rules(logits, rows, tokens)
+        raw_peaks = self._apply_rules(logits, positions)
         peaks, chosen = logits.max(dim=1)
         drawing = np.flatnonzero(self._draws[rows])
         if len(drawing):
-            drawn = draw_tokens(logits, drawing, self._draw_options(rows[drawing], tokens))
+            options = self._draw_options(rows[drawing], positions.num_tokens[drawing])
+            drawn = draw_tokens(logits, drawing, options)
             chosen[torch.from_numpy(drawing).to(self._device)] = drawn
         raw_peaks = peaks if raw_peaks is None else raw_peaks
         # One transfer to the host: it waits for the device.
@@ -108,18 +110,18 @@ class Sampler:
         logprobs = {} if raw is None else self._logprobs(raw, reporting, rows, chosen)
         return SampledTokens(token_ids, {i: value for i, value in logprobs.items() if i not in faults}, faults)
 
-    def _apply_rules(self, logits: torch.Tensor, rows: NDArray[np.int64], tokens: TokenTable) -> torch.Tensor | None:
+    def _apply_rules(self, logits: torch.Tensor, positions: SamplePositions) -> torch.Tensor | None:
         """Change the logits of rows with such options. Returns the maximum before, [S], unless nothing changed."""
-        rules = [rule for rule in self._rules if rule.concerns(rows)]
+        rules = [rule for rule in self._rules if rule.concerns(positions.rows)]
         if not rules:
             return None
         raw_peaks = logits.amax(dim=1)
         for rule in rules:
-            rule.apply(logits, rows, tokens)
+            rule.apply(logits, positions)
         return raw_peaks
 
-    def _draw_options(self, rows: NDArray[np.int64], tokens: TokenTable) -> DrawOptions:
-        fractions = draw_fractions(self._streams[rows], tokens.num_tokens[rows])
+    def _draw_options(self, rows: NDArray[np.int64], num_tokens: NDArray[np.int64]) -> DrawOptions:
+        fractions = draw_fractions(self._streams[rows], num_tokens)
         columns = (self._temperature[rows], self._min_p[rows], self._top_k[rows], self._top_p[rows])
         return DrawOptions(*columns, fractions)
 

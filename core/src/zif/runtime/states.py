@@ -14,7 +14,8 @@ import torch
 from zif.contract import KVArena
 from zif.models.model import StateRows
 from zif.reference.state import state_views
-from zif.runtime.batch import Int64, StateBatch
+from zif.runtime.batch import StateBatch
+from zif.runtime.tokens import Int64
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,21 +56,19 @@ class StepPlanner:
         """Plan either prompts or decodes, in turns when there are both."""
         for is_prompts in (self._prompts_are_next, not self._prompts_are_next):
             if is_prompts:
-                self._add_prompts(draft, [r for r in self._requests.running if self._is_prompt(r)])
+                self._add_prompts(draft, [r for r in self._requests.running if r.num_tokens - r.num_planned_tokens > 1])
             else:
                 self._add_decodes(draft)
             if draft.plan.request_ids:
                 self._prompts_are_next = not is_prompts
                 return
 
-    def _is_prompt(self, request: Request) -> bool:
-        lacking = request.num_tokens + request.num_pending_tokens - request.num_planned_tokens
-        return lacking > 1 and not self._catches_up(request, lacking)
-
     def _catches_up(self, request: Request, num_lacking: int) -> bool:
-        """Say whether a request that lacks more than one token lacks only what refused guesses left behind."""
-        return num_lacking <= self._limits.max_draft_tokens + 1 and (
-            request.num_planned_tokens >= request.num_prompt_tokens
+        """Say whether what a request lacks, more than one token, is computed among decodes: refused guesses left it."""
+        return (
+            num_lacking <= self._limits.max_draft_tokens + 1
+            and request.num_planned_tokens >= request.num_prompt_tokens
+            and not self._limits.separate_prefill
         )
 
     def _add_decodes(self, draft: StepDraft) -> list[Request]:

@@ -88,6 +88,8 @@ class TokenBudgetScheduler(Scheduler):
             if request_id in result.faults:
                 # Not committed: nobody may find what a faulty step computed.
                 request.error = result.faults[request_id]
+                if request_id in plan.drafts:
+                    request.num_planned_tokens = request.num_computed_tokens
                 requests.end(request, FinishReason.ERROR)
                 updates.append(TokenUpdate(request, []))
             elif request_id in plan.drafts:
@@ -166,16 +168,15 @@ class TokenBudgetScheduler(Scheduler):
 
         Returns the tokens appended. Where a refused guess spoils a state, nothing was computed unless all were right.
         """
-        start = request.num_computed_tokens
-        all_accepted = len(sampled) == num_tokens
         request.num_drafted_tokens += num_tokens - 1
         request.num_accepted_tokens += len(sampled) - 1
         new, reason = self._cut(request, sampled)
         request.token_ids += new
+        all_accepted = len(new) == num_tokens
         if all_accepted or not self._blocks.drafts_are_atomic:
-            request.num_computed_tokens = start + len(new)
+            request.num_computed_tokens += len(new)
         request.num_planned_tokens = request.num_computed_tokens
-        self._blocks.settle_draft(request, all_accepted=all_accepted and reason is None)
+        self._blocks.settle_draft(request, all_accepted=all_accepted)
         if request.num_computed_tokens >= request.next_commit:
             self._commit(request)
         if reason is not None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from zif.contract import (
     BlockManager,
     CacheKey,
+    Draft,
     FullAttentionSpec,
     Request,
     RequestStatus,
@@ -105,8 +106,7 @@ class Invariants:
                 num_partial += 1
                 aligned = (computed + num_tokens) % self._constraints.token_alignment == 0
                 assert aligned, "a prompt is cut at no multiple of the alignment"
-            is_decode = computed >= request.num_prompt_tokens and num_tokens <= self._config.max_draft_tokens + 1
-            num_chunks += num_tokens > 1 and not is_decode
+            num_chunks += num_tokens > 1 and not draft
         assert num_partial <= self._config.max_partial_prefills, "too many prompts are computed in part"
         if self._constraints.separate_prefill and num_chunks:
             running = {start.request_id for start in plan.started}
@@ -169,6 +169,14 @@ class Invariants:
             assert not goes_on or token not in request.stop_ids, "a request goes on after a stop token"
         assert known <= request.max_total_tokens, "a request says more than it was allowed"
 
+    def continuation(self, request: Request, num_tokens: int) -> list[int]:
+        """Return what the request must say next."""
+        tokens = request.token_ids.copy()
+        text = ExpectedText(self._specs, self._words, tokens)
+        for _ in range(num_tokens):
+            tokens.append(text.next_token(len(tokens)))
+        return tokens[request.num_tokens :]
+
     def check_blocks(self, requests: list[Request], num_in_flight: int) -> None:
         """Check, after a step, that running requests hold what they need and waste less than a block at either end."""
         for request in requests:
@@ -201,13 +209,17 @@ class Invariants:
             chain.append(name)
             known.add(name)
 
-    def check_census(self, blocks: BlockManager, live: list[Request]) -> None:
-        """Check free + cached + owned = held, and hands against the tables of all requests that may hold blocks."""
+    def check_census(self, blocks: BlockManager, live: list[Request], drafts: list[Draft]) -> None:
+        """Check free + cached + owned = held, and hands against the tables of all requests that may hold blocks.
+
+        `drafts` are those under way.
+        """
         blocks.check_integrity(live)
         usage = blocks.usage()
         self._roomy = self._roomy and all(group.num_lendable for group in usage)
         for index, group in enumerate(usage):
             owned = {b for request in live for table in request.block_ids[index : index + 1] for b in table if b}
+            owned.update(draft.state_blocks[index] for draft in drafts if draft.state_blocks[index])
             assert group.num_owned == len(owned), f"group {index}: {group.num_owned} owned, {len(owned)} in tables"
 
     def check_nothing_held(self, blocks: BlockManager) -> None:

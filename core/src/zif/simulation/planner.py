@@ -9,7 +9,7 @@ from collections import deque
 from dataclasses import dataclass
 
 from zif.contract import CacheKey, EngineConfig, FinishReason, KVArena, Request, SamplingParams, StepPlan, StepResult
-from zif.kv import PagedBlockManager
+from zif.kv import PagedBlockManager, Retainer
 from zif.scheduling import TokenBudgetScheduler
 from zif.simulation.clock import SimulatedClock
 from zif.simulation.trace import TraceRequest
@@ -96,6 +96,7 @@ class TraceReplay:
             arena,
             enable_prefix_caching=config.enable_prefix_caching,
             max_step_tokens=config.max_num_batched_tokens,
+            retainer=Retainer(self._clock.now, config.tenant_cache_percent),
         )
         self._scheduler = TokenBudgetScheduler(config, self._blocks, clock=self._clock.now)
         self._prefixes: dict[str, tuple[random.Random, list[int]]] = {}

@@ -12,6 +12,7 @@ c - 1 and writes the block of token d - 1.
 from zif.contract import (
     BlockUpdate,
     CompletedStep,
+    Draft,
     KVArena,
     KVLayout,
     KVSpec,
@@ -66,6 +67,18 @@ class _Group:
 
     def forget(self, sequence: _Sequence) -> None:
         raise NotImplementedError
+
+    def write_draft(self, sequence: _Sequence, start: int, end: int, spare: int) -> None:
+        """Write tokens of which the last ones are guesses; a state goes into the block `spare`."""
+        self.write(sequence, start, end)
+
+    def read_draft(self, sequence: _Sequence, start: int, end: int) -> int:
+        """Read what the token at `end - 1` sees, after a draft row that began at `start`."""
+        self.forget(sequence)
+        return self.read(sequence, end)
+
+    def accept(self, sequence: _Sequence, end: int, spare: int) -> None:
+        """Hear that all guesses of a row up to `end` were right."""
 
 
 class _Memory:
@@ -148,11 +161,24 @@ class _StateGroup(_Group):
     """One state per block, folded over every token."""
 
     def write(self, sequence: _Sequence, start: int, end: int) -> None:
-        memory = self.memory
+        self._put(self._slot(sequence, end), self.read_draft(sequence, start, end))
+
+    def write_draft(self, sequence: _Sequence, start: int, end: int, spare: int) -> None:
+        self._put(spare * _STATE_WORDS, self.read_draft(sequence, start, end))
+
+    def read_draft(self, sequence: _Sequence, start: int, end: int) -> int:
         state = self.read(sequence, start) if start else 0
         for position in range(start, end):
-            state = fold(state, memory.words.word(sequence.token_ids[position], position))
-        slot = self._slot(sequence, end)
+            state = fold(state, self.memory.words.word(sequence.token_ids[position], position))
+        return state
+
+    def accept(self, sequence: _Sequence, end: int, spare: int) -> None:
+        table, block = sequence.tables[self.index], (end - 1) // self.size
+        table.extend([0] * (block + 1 - len(table)))
+        table[block] = spare
+
+    def _put(self, slot: int, state: int) -> None:
+        memory = self.memory
         if any(memory.stakes[slot : slot + _STATE_WORDS]):
             memory.epoch += 1
         memory.cells[slot : slot + _STATE_WORDS] = [state] * _STATE_WORDS
@@ -210,14 +236,21 @@ class SimulatedRunner(ModelRunner):
     def _compute(self, step: StepPlan) -> list[list[int]]:
         groups, sequences, memory = self._groups, self._sequences, self._memory
         rows = [sequences[request_id] for request_id in step.request_ids]
+        drafts = [step.drafts.get(request_id) for request_id in step.request_ids] if step.drafts else [None] * len(rows)
         # All rows write before any reads, as a layer of a model does: a row that tramples on another shows at once.
-        for sequence, computed, num_tokens in zip(rows, step.num_computed, step.num_tokens, strict=True):
+        for sequence, computed, num_tokens, draft in zip(rows, step.num_computed, step.num_tokens, drafts, strict=True):
+            if draft is not None:
+                self._write_draft(sequence, computed, num_tokens, draft)
+                continue
             for group in groups:
                 group.write(sequence, computed, computed + num_tokens)
         sampled: list[list[int]] = []
-        for sequence, computed, num_tokens, samples in zip(
-            rows, step.num_computed, step.num_tokens, step.samples, strict=True
+        for sequence, computed, num_tokens, samples, draft in zip(
+            rows, step.num_computed, step.num_tokens, step.samples, drafts, strict=True
         ):
+            if draft is not None:
+                sampled.append(self._verify(sequence, computed, num_tokens, draft))
+                continue
             if not samples:
                 sampled.append([])
                 continue
@@ -228,10 +261,31 @@ class SimulatedRunner(ModelRunner):
             sampled.append([token])
         return sampled
 
+    def _write_draft(self, sequence: _Sequence, computed: int, num_tokens: int, draft: Draft) -> None:
+        """Write a row with guesses, which the sequence knows until they are verified."""
+        sequence.token_ids += draft.token_ids
+        for group, spare in zip(self._groups, draft.state_blocks, strict=True):
+            group.write_draft(sequence, computed, computed + num_tokens, spare)
+
+    def _verify(self, sequence: _Sequence, computed: int, num_tokens: int, draft: Draft) -> list[int]:
+        """Return the guesses that are right and the token after them; the sequence forgets the others."""
+        first = computed + num_tokens - len(draft.token_ids)
+        sampled: list[int] = []
+        while len(sampled) <= len(draft.token_ids) and sampled == draft.token_ids[: len(sampled)]:
+            end = first + len(sampled)
+            sums = tuple([group.read_draft(sequence, computed, end) for group in self._groups])
+            sampled.append(self._words.next_token(sums))
+        sequence.epoch = self._memory.epoch
+        sequence.token_ids[first:] = sampled
+        if len(sampled) == num_tokens:
+            for group, spare in zip(self._groups, draft.state_blocks, strict=True):
+                group.accept(sequence, computed + num_tokens, spare)
+        return sampled
+
     def _extend(self, update: BlockUpdate) -> None:
         table = self._sequences[update.request_id].tables[update.group]
-        assert len(table) == update.start, f"request {update.request_id}: blocks {update.start} do not follow"
-        table.extend(update.block_ids)
+        assert len(table) >= update.start, f"request {update.request_id}: blocks {update.start} do not follow"
+        table[update.start :] = update.block_ids
 
     def _forget(self, request_id: int) -> None:
         sequence = self._sequences.pop(request_id, None)

@@ -88,6 +88,7 @@ def draw_scenario(seed: int, traffic: TrafficShape | None = None) -> Scenario:
         max_bypasses=chance.choice((0, 2, 16)),
         expected_output_percent=chance.choice((0, 0, 50, 100)),
         tenant_weights=(("a", 3),) if policy == "fair" else (),
+        max_draft_tokens=chance.choice((0, 0, 0, 1, 4)),
     )
     constraints = SchedulerConstraints(
         token_alignment=min(chance.choice((1, 1, 1, 4)), config.max_num_batched_tokens),

@@ -9,9 +9,9 @@ from collections import Counter, deque
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from zif.contract import FinishReason, ModelDescription, Request, RequestStatus, StepPlan, StepResult
+from zif.contract import Draft, FinishReason, ModelDescription, Request, RequestStatus, StepPlan, StepResult
 from zif.errors import EngineError, ZifError
-from zif.kv import PagedBlockManager
+from zif.kv import PagedBlockManager, Retainer
 from zif.scheduling import TokenBudgetScheduler
 from zif.simulation.clock import SimulatedClock
 from zif.simulation.faults import FaultInjector, FaultPoint, FaultSchedule
@@ -24,6 +24,7 @@ from zif.simulation.words import Words
 _STEP_S = 0.01
 _JUMP_S = 86_400.0
 _FATAL_ALLOCATIONS = 2
+_GUESS_SHARE = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +43,8 @@ class Totals:
     num_tokens: int = 0
     num_cached_tokens: int = 0
     num_preemptions: int = 0
+    num_drafted_tokens: int = 0
+    num_accepted_tokens: int = 0
     finished: Counter[str] = field(default_factory=Counter)
     strikes: Counter[str] = field(default_factory=Counter)
 
@@ -52,6 +55,8 @@ class Totals:
             self.num_tokens + other.num_tokens,
             self.num_cached_tokens + other.num_cached_tokens,
             self.num_preemptions + other.num_preemptions,
+            self.num_drafted_tokens + other.num_drafted_tokens,
+            self.num_accepted_tokens + other.num_accepted_tokens,
             self.finished + other.finished,
             self.strikes + other.strikes,
         )
@@ -93,6 +98,7 @@ class Simulation:
             scenario.arena,
             enable_prefix_caching=config.enable_prefix_caching,
             max_step_tokens=config.max_num_batched_tokens,
+            retainer=Retainer(self.clock.now, config.tenant_cache_percent),
         )
         self._blocks.faults = self.faults
         self._scheduler = TokenBudgetScheduler(config, self._blocks, scenario.constraints, self.clock.now)
@@ -102,6 +108,7 @@ class Simulation:
         self._doomed: dict[int, FinishReason] = {}
         self._last: tuple[StepPlan, StepResult] | None = None
         self._in_flight: deque[tuple[StepPlan, StepResult]] = deque()
+        self._drafts: dict[int, Draft] = {}
         self._totals: Counter[str] = Counter()
         self._runner = self._start_runner()
 
@@ -127,6 +134,8 @@ class Simulation:
             self._invariants.admit(request)
             self._scheduler.add(request)
         self._maybe_abort()
+        if self.scenario.config.max_draft_tokens:
+            self._guess()
         plan = self._plan()
         if plan is not None and not self._submit(plan):
             return
@@ -136,6 +145,15 @@ class Simulation:
         late = plan is not None and self.faults.strikes(FaultPoint.LATE)
         if plan is None or (len(self._in_flight) >= self.scenario.max_steps_in_flight and not late):
             self._apply_oldest()
+
+    def _guess(self) -> None:
+        """Propose tokens for requests that decode: some right, some not."""
+        chance, most = self._random, self.scenario.config.max_draft_tokens
+        for request in self._live.values():
+            if request.status is RequestStatus.RUNNING and chance.random() < _GUESS_SHARE:
+                right = self._invariants.continuation(request, chance.randrange(most + 1))
+                wrong = [chance.randrange(VOCAB_SIZE) for _ in range(chance.randrange(most + 1))]
+                request.draft_token_ids = right + wrong
 
     def _plan(self) -> StepPlan | None:
         """Plan a step and check the plan."""
@@ -162,6 +180,7 @@ class Simulation:
             self._restart()
             return False
         self._invariants.note_submitted(plan, result)
+        self._drafts.update(plan.drafts)
         self._in_flight.append((plan, result))
         return True
 
@@ -174,7 +193,11 @@ class Simulation:
         if self._is_thorough:
             live = list(self._live.values())
             self._invariants.check_blocks(live, len(self._in_flight))
-            self._invariants.check_census(self._blocks, live + self._scheduler.holders())
+            holders = self._scheduler.holders()
+            under_way = {number for plan, _ in self._in_flight for number in plan.drafts}
+            under_way.update(request.request_id for request in holders)
+            self._drafts = {number: draft for number, draft in self._drafts.items() if number in under_way}
+            self._invariants.check_census(self._blocks, live + holders, [*self._drafts.values()])
 
     @property
     def _is_thorough(self) -> bool:
@@ -194,6 +217,8 @@ class Simulation:
             num_tokens=sum(request.num_output_tokens for request in requests),
             num_cached_tokens=sum(request.num_cached_tokens for request in requests),
             num_preemptions=sum(request.num_preemptions for request in requests),
+            num_drafted_tokens=sum(request.num_drafted_tokens for request in requests),
+            num_accepted_tokens=sum(request.num_accepted_tokens for request in requests),
             finished=Counter(request.finish_reason.value for request in self._ended if request.finish_reason),
             strikes=Counter({point.value: n for point in FaultPoint if (n := self.faults.num_strikes(point))}),
         )

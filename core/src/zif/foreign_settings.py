@@ -1,0 +1,41 @@
+"""What other engines call their options, and what to use instead. `settings.py` answers with it."""
+
+from collections.abc import Mapping
+from typing import Final
+
+FOREIGN_NAMES: Final[Mapping[str, str]] = {
+    "gpu_memory_utilization": "zif sizes memory in bytes: use kv_bytes (KV only) or memory_limit (everything)",
+    "kv_cache_memory_bytes": "zif's name is kv_bytes",
+    "kv_cache_dtype": "KV is kept in the model's dtype; another type is not supported yet",
+    "num_gpu_blocks_override": "zif sizes KV in bytes: use kv_bytes",
+    "max_seq_len": "zif's name is max_model_len",
+    "max_num_tokens": "zif's name is max_num_batched_tokens",
+    "max_batch_size": "zif's name is max_num_seqs",
+    "device": "zif's name is platform; `zif platforms` lists what is installed",
+    "max_num_partial_prefills": "zif's name is max_partial_prefills",
+    "long_prefill_token_threshold": "zif's name is max_prefill_chunk",
+    "enable_chunked_prefill": "prompts are always computed in chunks; max_num_batched_tokens bounds a chunk",
+    "disable_log_stats": "zif logs no statistics; every result carries its metrics",
+    "enforce_eager": "zif captures no graphs in this version, so there is nothing to switch off",
+    "load_format": "only safetensors checkpoints are read; convert others first",
+    "revision": "models are local folders; fetch the revision you want and name its folder",
+    "download_dir": "models are local folders; zif downloads nothing",
+    "hf_overrides": "not supported yet; edit the config.json of the model folder",
+    "tokenizer_mode": "zif uses the checkpoint's tokenizer.json only; name another folder with tokenizer",
+    "skip_tokenizer_init": "not supported yet; prompts may still be token ids",
+    "pipeline_parallel_size": "pipeline parallelism is not supported yet",
+    "data_parallel_size": "data parallelism is not supported yet; start one engine per device",
+    "enable_expert_parallel": "expert parallelism is not supported yet",
+    "distributed_executor_backend": "one process per engine for now; leave it out",
+    "swap_space": "not supported yet: preempted requests are computed again instead of swapped",
+    "cpu_offload_gb": "keeping weights in another memory is not supported yet",
+    "speculative_config": "zif's settings are speculation and max_draft_tokens",
+    "speculative_model": "draft models are not supported yet; speculation='ngram' needs none",
+    "num_speculative_tokens": "zif's name is max_draft_tokens",
+    "enable_lora": "LoRA adapters are not supported yet",
+    "max_loras": "LoRA adapters are not supported yet",
+    "compilation_config": "compilation has no options yet",
+    "guided_decoding_backend": "structured output is not supported yet",
+    "limit_mm_per_prompt": "only text input is supported yet",
+    "rope_scaling": "zif reads it from the model's config.json; edit it there",
+}

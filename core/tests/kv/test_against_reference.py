@@ -1,0 +1,17 @@
+"""The real block manager against the reference model, on arenas of every kind of layer group and mixtures of them."""
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis.stateful import run_state_machine_as_test
+
+from kv.block_manager_machine import ARENAS, BlockManagerMachine
+
+SETTINGS = settings(
+    max_examples=150, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+
+
+@pytest.mark.parametrize("family", ARENAS)
+def test_the_manager_answers_as_the_model_says(family):
+    machine = type(f"Machine_{family}", (BlockManagerMachine,), {"arenas": ARENAS[family]})
+    run_state_machine_as_test(machine, settings=SETTINGS)
