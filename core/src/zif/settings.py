@@ -67,8 +67,8 @@ def _integer(help_text: str, default: Any, **limits: Any) -> Any:
     return _setting(OptionKind.INTEGER, help_text, default, **limits)
 
 
-def _bytes(help_text: str) -> Any:
-    return _setting(OptionKind.BYTES, help_text, None, minimum=1, maximum=2**60)
+def _bytes(help_text: str, default: int | None = None) -> Any:
+    return _setting(OptionKind.BYTES, help_text, default, minimum=1 if default is None else 0, maximum=2**60)
 
 
 def _switch(help_text: str, default: bool) -> Any:
@@ -102,6 +102,13 @@ class EngineSettings:
     enable_prefix_caching: bool = _switch("reuse the KV of prompts that begin alike", True)
     kv_bytes: int | None = _bytes("memory for KV; auto: what fits")
     memory_limit: int | None = _bytes("most memory to hold, weights included; auto: what the device has free")
+    host_kv_bytes: int = _bytes("host memory for KV that the device has no room for", 0)
+    disk_kv_bytes: int = _bytes("disk space for KV that host memory has no room for, in disk_kv_path", 0)
+    disk_kv_path: str | None = _text("folder of KV on disk, found again after a restart", None)
+    host_kv_bytes_per_s: int | None = _bytes("how fast KV is copied to host memory; decides who is swapped; auto: 8GB")
+    prefill_tokens_per_s: int | None = _integer(
+        "how fast prompts are computed; decides who is swapped; auto: 2000", None, minimum=1
+    )
     scheduling_policy: str = _text(
         "order in which requests run: as they come, by priority, or in fair shares of tokens per tenant", "fcfs",
         choices=("fcfs", "priority", "fair"),
@@ -157,11 +164,27 @@ class EngineSettings:
                 f"tenant_weights={self.tenant_weights!r} have no meaning under scheduling_policy="
                 f"{self.scheduling_policy!r}; choose scheduling_policy='fair' or leave them out"
             )
+        self._check_tiers()
         if self.max_draft_tokens is not None and self.speculation == "off":
             raise ConfigError(
                 f"max_draft_tokens={self.max_draft_tokens!r} has no meaning under speculation='off'; "
                 "choose speculation='ngram' or leave it out"
             )
+
+    def _check_tiers(self) -> None:
+        """Refuse what has no meaning without a tier of KV below the device."""
+        if bool(self.disk_kv_bytes) != (self.disk_kv_path is not None):
+            raise ConfigError(
+                f"disk_kv_bytes={self.disk_kv_bytes!r} and disk_kv_path={self.disk_kv_path!r}: give both or neither"
+            )
+        if self.disk_kv_bytes and not self.enable_prefix_caching:
+            raise ConfigError(
+                f"disk_kv_bytes={self.disk_kv_bytes!r} has no meaning with enable_prefix_caching=False: "
+                "only what can be found by its prefix is kept on disk"
+            )
+        for name in ("host_kv_bytes_per_s", "prefill_tokens_per_s"):
+            if getattr(self, name) is not None and not self.host_kv_bytes:
+                raise ConfigError(f"{name}={getattr(self, name)!r} has no meaning without host_kv_bytes; leave it out")
 
     @classmethod
     def from_values(cls, values: Mapping[str, object]) -> "EngineSettings":

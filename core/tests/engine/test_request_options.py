@@ -81,3 +81,46 @@ def test_an_answer_in_time_is_whole(fair: LLM) -> None:
 def test_streaming_ends_at_the_time_limit(fair: LLM) -> None:
     outputs = list(fair.stream(prompt(5, timeout_s=1e-9), sampling()))
     assert [output.outputs[0].finish_reason for output in outputs] == ["abort"]
+
+
+def test_a_tenant_past_its_quota_finds_its_older_prompt_gone(model: Path) -> None:
+    options = {"max_model_len": 64, "block_size": 4, "kv_bytes": "4MiB", "enable_prefix_caching": True}
+    with LLM(model, platform="null", tenant_cache_percent="a=0", **options) as llm:
+        for tenant, num_cached in (("a", 0), ("b", 8)):
+            asked = {"prompt_token_ids": [ord(tenant)] * 9, "tenant": tenant}
+            llm.generate([asked], sampling(1), use_tqdm=False)
+            (again,) = llm.generate([asked], sampling(1), use_tqdm=False)
+            assert again.num_cached_tokens == num_cached
+
+
+@pytest.mark.parametrize(
+    ("retention", "complaint"),
+    [
+        ("long", "list"),
+        ([3], "mapping"),
+        ([{"end": 3}], "'priority'"),
+        ([{"priority": 101}], "0 to 100"),
+        ([{"priority": "high"}], "integer"),
+        ([{"priority": True}], "integer"),
+        ([{"priority": 1, "start": -1}], "start=-1"),
+        ([{"priority": 1, "start": 5, "end": 5}], "greater than start=5"),
+        ([{"priority": 1, "end": 2.5}], "end=2.5"),
+        ([{"priority": 1, "duration_s": float("inf")}], "duration_s=inf"),
+        ([{"priority": 1, "until": 3}], "'until'"),
+    ],
+)
+def test_a_wrong_wish_for_retention_is_refused(fair: LLM, retention: object, complaint: str) -> None:
+    with pytest.raises(RequestError, match="retention") as caught:
+        fair.generate(prompt(5, retention=retention), sampling(), use_tqdm=False)
+    assert complaint in str(caught.value)
+
+
+def test_what_a_caller_wishes_to_keep_outlives_later_prompts(model: Path) -> None:
+    options = {"max_model_len": 32, "block_size": 4, "max_num_seqs": 1}
+    with LLM(model, platform="null", **options) as llm:
+        kept = {"prompt_token_ids": [7] * 9, "retention": [{"priority": 90, "end": 8}]}
+        llm.generate([kept, {"prompt_token_ids": [8] * 9}], sampling(1), use_tqdm=False)
+        for token in range(10, 40):
+            llm.generate({"prompt_token_ids": [token] * 25}, sampling(1), use_tqdm=False)
+        found = [llm.generate({"prompt_token_ids": [t] * 9}, sampling(1), use_tqdm=False)[0] for t in (7, 8)]
+        assert [output.num_cached_tokens for output in found] == [8, 0]

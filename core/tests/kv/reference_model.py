@@ -11,8 +11,19 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from zif.contract import CacheKey, ChunkedLocalSpec, KVArena, KVSpec, KVUsage, PrefixMiss, PrefixReport
-from zif.contract import RecurrentStateSpec, Request, SlidingWindowSpec, Transfers
+from zif.contract import (
+    CacheKey,
+    ChunkedLocalSpec,
+    KVArena,
+    KVSpec,
+    KVUsage,
+    PrefixMiss,
+    PrefixReport,
+    RecurrentStateSpec,
+    Request,
+    SlidingWindowSpec,
+    Transfers,
+)
 
 Content = tuple[CacheKey, tuple[int, ...]]
 
@@ -57,11 +68,12 @@ class ReferenceModel:
         self.arena, self.caching, self.max_step_tokens = arena, caching, max_step_tokens
         self.specs = [group.spec for group in arena.groups]
         self.states = [isinstance(spec, RecurrentStateSpec) for spec in self.specs]
-        self.is_windowed = isinstance(self.specs[0], SlidingWindowSpec | ChunkedLocalSpec)
+        self.has_windows = any(isinstance(spec, SlidingWindowSpec | ChunkedLocalSpec) for spec in self.specs)
         self.unit = math.lcm(*(spec.block_size for spec in self.specs))
         self.num_slabs = arena.num_slabs - 1
         self.per_slab = [arena.slab_bytes // group.layout.block_bytes for group in arena.groups]
         self.is_even = not any(arena.slab_bytes % group.layout.block_bytes for group in arena.groups)
+        self.num_offered = sum(len(arena.slab_blocks(0, slab)) for slab in range(1, arena.num_slabs))
         self.live: dict[Request, Mirror] = {}
         self.ghosts: list[dict[int, Content]] = [{} for _ in self.specs]
         self.final: list[set[Content]] = [set() for _ in self.specs]
@@ -71,6 +83,7 @@ class ReferenceModel:
         self.computed_since_reset: set[Content] = set()
         self.reports: dict[Request, PrefixReport] = {}
         self.stored: dict[int, Content] = {}
+        self.was_refused = False
         self.num_given = [0] * len(self.specs)
 
     # What is needed, and what there is.
@@ -104,9 +117,9 @@ class ReferenceModel:
 
     @property
     def has_room(self) -> bool:
-        """Say whether all blocks ever given fit into the arena side by side: then nothing need be evicted."""
+        """Say whether all blocks ever asked for fit into the arena side by side: then nothing need be evicted."""
         lent = sum(-(-count // blocks) for count, blocks in zip(self.num_given, self.per_slab, strict=True))
-        return self.is_even and lent <= self.num_slabs
+        return self.is_even and not self.was_refused and lent <= self.num_slabs
 
     def is_possible(self, request: Request, num_tokens: int) -> bool:
         """Say whether what nobody holds suffices for `num_tokens` tokens, wherever cached blocks lie."""
@@ -115,23 +128,25 @@ class ReferenceModel:
             owned = list(self.hands(group))
             lent = len({block // blocks for block in owned})
             num_new = max(0, -(-num_tokens // spec.block_size) - len(self.live[request].tables[group]))
-            lacking = min(num_new, 1 if self.states[group] else num_new) - (lent * blocks - len(owned))
-            slabs += lent + max(0, -(-lacking // blocks))
+            num_new = min(num_new, 1) if self.states[group] else num_new
+            if len(self.specs) == 1:
+                return num_new + len(owned) <= self.num_offered
+            slabs += lent + max(0, -(-(num_new + len(owned) - lent * blocks) // blocks))
         return not self.is_even or slabs <= self.num_slabs
 
     def said_to_fit(self, num_tokens: int, answer: bool) -> None:
         """Check what `fits` said of an arena of one group; behind a window it may be careful by one block."""
-        held, room = self._peak_blocks(num_tokens), self.num_slabs * self.per_slab[0]
+        held, room = self._peak_blocks(num_tokens), self.num_offered
         demand(not answer or held <= room, f"{num_tokens} tokens are said to fit, with {held} blocks into {room}")
-        is_sure = not answer and self.is_even and held + self.is_windowed <= room
+        is_sure = not answer and held + self.has_windows <= room
         demand(not is_sure, f"{num_tokens} tokens are said not to fit, with {held} blocks into {room}")
 
     def said_to_hold(self, request: Request, num_tokens: int, answer: bool) -> None:
-        """Check what `can_hold` said of an arena of one group; behind a window it may expect steps of full length."""
+        """Check what `can_hold` said of an arena of one group: behind a window and for states it may be careful."""
         demand(not answer or self.is_possible(request, num_tokens), "can_hold promised blocks that there are not")
-        more = self._peak_blocks(num_tokens) + 1 - sum(map(bool, self.live[request].tables[0]))
-        left = self.num_slabs * self.per_slab[0] - len(self.hands(0))
-        is_sure = more <= left if self.is_windowed else self.is_possible(request, num_tokens)
+        more = self._peak_blocks(num_tokens) + self.has_windows - sum(map(bool, self.live[request].tables[0]))
+        left = self.num_offered - len(self.hands(0))
+        is_sure = more <= left and self.is_possible(request, num_tokens)
         demand(answer or not is_sure, f"can_hold denied {num_tokens} tokens with {left} blocks in nobody's hand")
 
     def _peak_blocks(self, num_tokens: int) -> int:
@@ -180,6 +195,7 @@ class ReferenceModel:
         """Check what `reserve` gave."""
         mirror, tables, is_possible = self.live[request], tables_of(request), self.is_possible(request, num_tokens)
         if not answer:
+            self.was_refused = True
             demand(tables == mirror.tables, "a refused reservation changed the block table")
             demand(len(self.specs) > 1 or not is_possible, "a reservation was refused although there are blocks")
             return
@@ -320,13 +336,14 @@ class ReferenceModel:
             reasons.add(PrefixMiss.CACHING_OFF)
         if reasons:
             return reasons
+        # Behind a window a longer prefix may be missed than the next; between states nothing leaves a trace.
+        next_end = limit if self.has_windows else found + self.unit
         was_begun = content(request, found + 1) in self.computed_ever
-        # Where all groups keep states, what was computed between them leaves no trace.
-        if all(self.states) or content(request, found + self.unit) not in self.computed_since_reset:
+        if all(self.states) or content(request, next_end) not in self.computed_since_reset:
             reasons.add(PrefixMiss.NOT_SEEN)
         if was_begun and not self.has_room:
             reasons.add(PrefixMiss.EVICTED)
-        if was_begun and any(self.states):
+        if all(self.states) or (was_begun and any(self.states)):
             reasons.add(PrefixMiss.NO_CHECKPOINT)
         return reasons
 

@@ -79,6 +79,23 @@ def test_digests_are_computed_once_and_extended(monkeypatch):
     assert len(hashed) == 3
 
 
+def test_a_look_up_hashes_little_beyond_what_it_finds_and_nothing_twice(monkeypatch):
+    hashed = []
+    monkeypatch.setattr(hashing, "hashlib", SimpleNamespace(sha256=lambda b: hashed.append(b) or hashlib.sha256(b)))
+    cache = Cache(full(), num_slabs=600)
+    cache.compute(PROMPT)
+    hashed.clear()
+    request = new_request(0, [*PROMPT[:12], *[0] * 2000])
+    cache.manager.begin(request)
+    assert request.num_computed_tokens == 12
+    assert len(hashed) <= 64
+    assert len(set(hashed)) == len(hashed)
+    cache.manager.release(request)
+    hashed.clear()
+    cache.manager.begin(request)
+    assert hashed == []
+
+
 class Cache:
     """A block manager to which prompts are shown one after the other."""
 
@@ -163,8 +180,7 @@ def test_a_window_needs_only_the_end_of_the_prefix():
     cache = Cache(full(), sliding(5), num_slabs=24)
     cache.compute(PROMPT)
     small = cache.manager._pools[1]
-    first_cached = next(b for b, name in small._name_of.items() if name[1].endswith(canonical_tokens(PROMPT[:4])))
-    small._evict(first_cached)
+    small.forget(bytes.fromhex(digests(PROMPT, 4)[0]))
     assert cache.compute(PROMPT) == 12
 
 
@@ -172,8 +188,7 @@ def test_a_window_whose_end_is_gone_shortens_the_prefix_for_all_groups():
     cache = Cache(full(), sliding(5), num_slabs=24)
     cache.compute(PROMPT)
     small = cache.manager._pools[1]
-    last_cached = next(b for b, name in small._name_of.items() if name[1].endswith(canonical_tokens(PROMPT[8:12])))
-    small._evict(last_cached)
+    small.forget(bytes.fromhex(digests(PROMPT, 4)[2]))
     assert cache.compute(PROMPT) == 8
 
 

@@ -1,13 +1,15 @@
 """Slabs move between layer groups: idle ones first, cached blocks last, owned blocks never."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from support.control_plane import cut, full, new_request, sliding
 from zif.contract import KVUsage
 from zif.kv import PagedBlockManager
+from zif.kv.hashing import digest_of
 from zif.kv.pool import BlockPool
+from zif.kv.retention import Keep
 from zif.kv.slabs import SlabLender
 
 SMALL, LARGE = full(2), full(4)
@@ -70,22 +72,22 @@ def test_another_groups_cached_blocks_are_evicted_when_nothing_else_is_left():
     _, small, large = pools(num_slabs=1)
     blocks = small.allocate(4)
     for index, block in enumerate(blocks):
-        small.index(block, bytes([index]), b"content")
+        small.index(block, digest_of(bytes([index])), b"content")
         small.release(block)
     assert len(large.allocate(2)) == 2
     assert small.usage() == KVUsage(0, 0, 0, 0)
-    assert small.find(b"\0", b"content") is None
+    assert small.find(digest_of(bytes([0])), b"content") is None
 
 
 def test_the_least_recently_used_slab_is_surrendered():
     _, small, large = pools(num_slabs=2)
     old, new = small.allocate(4), small.allocate(4)
     for name, block in enumerate([*new, *old]):
-        small.index(block, bytes([name]), b"content")
+        small.index(block, digest_of(bytes([name])), b"content")
         small.release(block)
     large.allocate(1)
-    assert small.find(bytes([0]), b"content") is None, "the four released first stood in this slab"
-    assert small.find(bytes([4]), b"content") == old[0]
+    assert small.find(digest_of(bytes([0])), b"content") is None, "the four released first stood in this slab"
+    assert small.find(digest_of(bytes([4])), b"content") == old[0]
 
 
 def test_a_slab_with_an_owned_block_is_never_taken():
@@ -98,11 +100,57 @@ def test_a_slab_with_an_owned_block_is_never_taken():
     assert large.allocate(1) is not None
 
 
+def test_blocks_of_a_surrendered_slab_are_told_before_they_go():
+    lender, told = SlabLender(cut((SMALL, LARGE), 1, 8)), []
+    small = BlockPool(lender, 0, on_evict=lambda block, digest: told.append((block, digest)))
+    large = BlockPool(lender, 1)
+    blocks = small.allocate(4)
+    for block in blocks[:2]:
+        small.index(block, digest_of(bytes([block])), bytes([block]))
+    for block in blocks:
+        small.release(block)
+    assert large.allocate(1) is not None
+    assert sorted(told) == sorted((block, digest_of(bytes([block]))) for block in blocks[:2])
+
+
+def test_the_slab_of_the_lowest_priority_is_surrendered():
+    _, small, large = pools(num_slabs=2)
+    first, second = small.allocate(4), small.allocate(4)
+    for block in [*first, *second]:
+        small.index(block, digest_of(bytes([block])), bytes([block]), Keep(90 if block in first else 50))
+        small.release(block)
+    large.allocate(1)
+    assert [small.find(digest_of(bytes([b])), bytes([b])) is None for b in (first[0], second[0])] == [False, True]
+
+
+@given(st.data(), st.integers(7, 19))
+@settings(max_examples=60, deadline=None)
+def test_groups_of_odd_sizes_borrow_and_surrender_without_losing_a_block(data, slab_words):
+    lender = SlabLender(cut((full(3), full(7)), 6, slab_words))
+    both = [BlockPool(lender, group) for group in (0, 1)]
+    hands = []
+    for number in range(data.draw(st.integers(1, 40))):
+        group = data.draw(st.integers(0, 1))
+        blocks = both[group].allocate(data.draw(st.integers(0, 4))) or []
+        for block in blocks:
+            both[group].index(block, digest_of(bytes([number, block])), bytes([number, block]))
+        hands += [(group, block) for block in blocks]
+        for _ in range(data.draw(st.integers(0, 4))):
+            if hands:
+                index, block = hands.pop(data.draw(st.integers(0, len(hands) - 1)))
+                both[index].release(block)
+        for pool in both:
+            pool.check_integrity()
+        lender.check_integrity([slab for pool in both for slab in pool.slabs])
+        for pool, spare in ((pool, pool.num_own_available) for pool in both):
+            assert 0 <= pool.num_spare_slabs(spare) <= len(pool.slabs)
+
+
 def test_forgetting_gives_unowned_slabs_back_to_the_arena():
     lender, small, _ = pools(num_slabs=2)
     blocks = small.allocate(5)
     for block in blocks[1:]:
-        small.index(block, bytes([block]), b"content")
+        small.index(block, digest_of(bytes([block])), b"content")
         small.release(block)
     small.forget_all()
     assert lender.num_free == 1

@@ -297,7 +297,7 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     "DiffLlamaForCausalLM": ({"num_hidden_layers": 2}, "attends more than once as layer 0"),
     "DogeForCausalLM": ({"num_hidden_layers": 2}, "layer 0 makes an attention mask of its own"),
     "DeepseekV32ForCausalLM": ({"num_hidden_layers": 4}, "passes indices to attention"),
-    "Gemma3nForCausalLM": ({}, "15 layers share the keys of other layers"),
+    "Gemma4ForCausalLM": ({"num_kv_shared_layers": 2}, "makes an attention mask of its own"),
     "RecurrentGemmaForCausalLM": ({"num_hidden_layers": 3}, "RecurrentGemma"),
     "RwkvForCausalLM": ({"num_hidden_layers": 2}, "no decoder apart from its head"),
     "XGLMForCausalLM": ({"num_layers": 2}, "2 of 2 layers do not go through"),

@@ -12,6 +12,7 @@ from zif.settings import (
     EngineSettings,
     format_settings,
     parse_bytes,
+    parse_tenant_percent,
     parse_tenant_weights,
     resolve_settings,
     setting_fields,
@@ -90,6 +91,9 @@ def test_every_number_of_bytes_is_read_back(num_bytes):
         ("tenant_weights", "a=0", "alice=3"),
         ("tenant_weights", "a=1,a=2", "alice=3"),
         ("tenant_weights", "=1", "alice=3"),
+        ("tenant_cache_percent", "a", "alice=50"),
+        ("tenant_cache_percent", "a=101", "0 to 100"),
+        ("tenant_cache_percent", "a=5,a=6", "once"),
         ("tokenizer", "", "empty"),
     ],
 )
@@ -121,6 +125,14 @@ def test_weights_of_tenants_are_read_and_need_fair_shares():
     assert parse_tenant_weights(None) == ()
     with pytest.raises(ConfigError, match=r"tenant_weights='a=3' have no meaning .*'fcfs'"):
         _settings(tenant_weights="a=3")
+
+
+def test_quotas_of_tenants_are_read_under_any_policy():
+    assert parse_tenant_percent(_settings(tenant_cache_percent="a=0, b=100").tenant_cache_percent) == (
+        ("a", 0),
+        ("b", 100),
+    )
+    assert parse_tenant_percent(None) == ()
 
 
 def test_missing_model_is_refused():

@@ -22,6 +22,7 @@ from zif.kv import hashing, manager
 from zif.kv.drafts import DraftSlots
 from zif.kv.manager import PagedBlockManager
 from zif.kv.pool import BlockPool
+from zif.kv.slabs import HeldSlabs
 from zif.kv.prefix import PrefixFinder
 from zif.scheduling import lifecycle, planner, scheduler
 from zif.scheduling.deadlines import Deadlines
@@ -103,10 +104,12 @@ def hit_across_salts(monkeypatch):
 
 
 def blocks_named_by_their_own_tokens_only(monkeypatch):
-    def content(self, block):
-        return hashing.canonical_tokens(self._token_ids[block * self._block_size : (block + 1) * self._block_size])
+    def extend(self, num_blocks):
+        self._digests += [hashing.digest_of(tokens) for tokens in self._tokens(self.num_hashed, num_blocks)]
 
-    monkeypatch.setattr(hashing.PrefixChain, "content", content)
+    monkeypatch.setattr(hashing.PrefixChain, "extend", extend)
+    monkeypatch.setattr(hashing.PrefixChain, "contents", lambda self, first, end: [*self._tokens(first, end)])
+    monkeypatch.setattr(hashing.PrefixChain, "content", lambda self, block: self._tokens(block, block + 1)[0])
 
 
 def last_block_released_twice(monkeypatch):
@@ -190,15 +193,15 @@ def blocks_indexed_before_they_are_computed(monkeypatch):
 
 
 def sharing_does_not_count(monkeypatch):
-    original = BlockPool.share
+    original = BlockPool.share_all
     monkeypatch.setattr(
-        BlockPool, "share", lambda self, block: None if self._references[block] else original(self, block)
+        BlockPool, "share_all", lambda self, blocks: original(self, [b for b in blocks if not self._references[b]])
     )
 
 
 def evicted_blocks_stay_findable(monkeypatch):
     def evict(self, block, **_):
-        del self._cached[block]
+        self._order.remove(block)
         self._put_free(block)
 
     monkeypatch.setattr(BlockPool, "_evict", evict)
@@ -206,9 +209,9 @@ def evicted_blocks_stay_findable(monkeypatch):
 
 def slabs_with_owned_blocks_are_taken(monkeypatch):
     def surrender_slab(self, *, evict):
-        slab = next(iter(self._slabs), None) if evict else None
+        slab = next(iter(self.slabs), None) if evict else None
         if slab is not None:
-            self._slabs.pop(slab)
+            HeldSlabs.give_up(self._slabs, slab)
         return slab
 
     monkeypatch.setattr(BlockPool, "surrender_slab", surrender_slab)

@@ -251,6 +251,32 @@ HYBRIDS: dict[str, Family] = {
 }
 """Families with recurrent layers, which the native decoder does not serve."""
 
+_SHARING_LAYERS = ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention", "full_attention"]
+_SHARING: dict[str, Any] = {
+    "num_hidden_layers": 5,
+    "num_kv_shared_layers": 2,
+    "layer_types": _SHARING_LAYERS,
+    "head_dim": 12,
+    "sliding_window": 11,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": VOCAB_SIZE,
+}
+SHARING: dict[str, Family] = {
+    "gemma3n": Family(
+        "Gemma3nForCausalLM",
+        "Gemma3nTextConfig",
+        _DENSE
+        | _SHARING
+        | {
+            "intermediate_size": [96] * 5,
+            "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0, 0.0],
+            "altup_num_inputs": 2,
+            "laurel_rank": 4,
+        },
+    ),
+}
+"""Families whose last layers read the keys and values of earlier ones."""
+
 
 def build_checkpoint(
     family: str,
@@ -299,7 +325,7 @@ def _cached_checkpoint(options: str) -> Path:
     import transformers
 
     name, dtype, seed, max_shard_size, overrides = json.loads(options)
-    family = (FAMILIES | HYBRIDS)[name]
+    family = (FAMILIES | HYBRIDS | SHARING)[name]
     config = getattr(transformers, family.config_class)(**{**family.config, **overrides})
     model = getattr(transformers, family.model_class)(config)
     _randomize(model, seed)

@@ -6,6 +6,7 @@ from typing import Any
 
 from zif.contract import (
     ChunkedLocalSpec,
+    CrossAttentionSpec,
     EngineConfig,
     FullAttentionSpec,
     KVArena,
@@ -51,6 +52,10 @@ def recurrent(block_size: int = 4) -> RecurrentStateSpec:
     return RecurrentStateSpec((4,), (StateTensor("state", (4, 4), "float32"),), block_size, "float32")
 
 
+def cross(block_size: int = 4, max_encoder_tokens: int = 20) -> CrossAttentionSpec:
+    return CrossAttentionSpec((5,), 1, 8, block_size, "float32", max_encoder_tokens=max_encoder_tokens)
+
+
 KINDS = {
     "full": lambda reach, block_size: full(block_size),
     "latent": lambda reach, block_size: latent(block_size),
@@ -89,7 +94,8 @@ def expected_output(request: Request, specs: tuple[KVSpec, ...]) -> list[int]:
     """Return what the null platform must have generated after the prompt, for as many tokens as there are."""
     tokens = request.token_ids[: request.num_prompt_tokens]
     while len(tokens) < request.num_tokens:
-        tokens.append(expected_token(tokens, specs, VOCAB_SIZE))
+        media, num_encoder_tokens = request.cache_key.media, request.num_encoder_tokens
+        tokens.append(expected_token(tokens, specs, VOCAB_SIZE, media, num_encoder_tokens))
     return tokens[request.num_prompt_tokens :]
 
 

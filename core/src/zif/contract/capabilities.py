@@ -16,6 +16,7 @@ class Feature(StrEnum):
     ATTENTION_FULL = "attention.full"
     ATTENTION_SLIDING_WINDOW = "attention.sliding_window"
     ATTENTION_CHUNKED_LOCAL = "attention.chunked_local"
+    ATTENTION_CROSS = "attention.cross"
     ATTENTION_LATENT = "attention.latent"
     STATE_RECURRENT = "state.recurrent"
     ATTENTION_SOFTCAP = "attention.softcap"

@@ -18,6 +18,10 @@ class EngineConfig:
     requests of this tenant may take; a tenant that is not named has no limit.
 
     `speculation` is "off" or "ngram"; a row holds at most `max_draft_tokens` guessed tokens.
+
+    KV blocks that the device has no room for are kept in `host_kv_bytes` of host memory and `disk_kv_bytes` of files in
+    the folder `disk_kv_path`, 0 meaning none. A preempted request is copied to host memory when 2 * its bytes /
+    `host_kv_bytes_per_s` < tokens to compute again / `prefill_tokens_per_s`.
     """
 
     max_model_len: int
@@ -34,3 +38,8 @@ class EngineConfig:
     tenant_cache_percent: tuple[tuple[str, int], ...] = ()
     speculation: str = "off"
     max_draft_tokens: int = 0
+    host_kv_bytes: int = 0
+    disk_kv_bytes: int = 0
+    disk_kv_path: str | None = None
+    host_kv_bytes_per_s: int = 8_000_000_000
+    prefill_tokens_per_s: int = 2000

@@ -67,6 +67,19 @@ class KVSpec(ABC):
     def peak_blocks(self, num_tokens: int, max_step_tokens: int) -> int:
         """Bound the blocks held at once by a request of `num_tokens` that computes `max_step_tokens` a step."""
 
+    @property
+    def counts_encoder_tokens(self) -> bool:
+        """Say whether blocks hold tokens of the encoder's input, `Request.num_encoder_tokens`, not of the sequence.
+
+        Such blocks are written by the step that computes the first token, are needed to the end, and are found by the
+        encoder's input (`CacheKey.media`), all of them or none. The questions about tokens do not arise.
+        """
+        return False
+
+    def held_tokens(self, num_tokens: int, num_encoder_tokens: int) -> int:
+        """Return how many tokens blocks hold for a request that has computed `num_tokens` tokens of its sequence."""
+        return num_encoder_tokens if self.counts_encoder_tokens else num_tokens
+
     def first_needed_block(self, num_computed_tokens: int) -> int:
         """Return the first logical block that a token at position `num_computed_tokens` or later needs."""
         return self.first_needed_token(num_computed_tokens) // self.block_size

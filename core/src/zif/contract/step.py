@@ -17,7 +17,8 @@ class RequestStart:
 
     `token_ids` are all known tokens, the first `num_prompt_tokens` of them the prompt. `block_ids` is the full block
     table, one list per layer group, indexed by logical block; entries behind a window are the null block 0.
-    `seed` is never None here: the engine has drawn one if the caller gave none.
+    `seed` is never None here: the engine has drawn one if the caller gave none. `media` name the non-text input and
+    `num_encoder_tokens` is its length for cross-attention; the runner knows the input by its name.
     """
 
     request_id: int
@@ -28,6 +29,8 @@ class RequestStart:
     seed: int
     stop_ids: frozenset[int] = frozenset()
     bad_words_ids: tuple[tuple[int, ...], ...] = ()
+    media: tuple[str, ...] = ()
+    num_encoder_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

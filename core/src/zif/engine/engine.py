@@ -17,7 +17,9 @@ from zif.contract import (
     BlockManager,
     Device,
     FinishReason,
+    KVStore,
     ModelRunner,
+    RemoteTier,
     Request,
     SamplingParams,
     Scheduler,
@@ -27,6 +29,7 @@ from zif.contract import (
 )
 from zif.engine.generation import Generation, OutputProcessor, Sample
 from zif.engine.inputs import InputProcessor, Prompt, PromptInput
+from zif.engine.kv_tiers import KVTiers
 from zif.engine.outputs import RequestOutput
 from zif.engine.planning import PlannedModel
 from zif.engine.proposers import make_proposer, set_drafts
@@ -47,6 +50,7 @@ class EngineParts:
     runner: ModelRunner
     block_manager: BlockManager
     scheduler: Scheduler
+    store: KVStore | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +157,8 @@ class Engine:
         """Give memory and device back. Idempotent."""
         if not self._closed:
             self._closed = True
+            if self._parts.store is not None:
+                self._parts.store.close()
             self._parts.runner.close()
             self._parts.device.close()
 
@@ -232,15 +238,19 @@ class Engine:
             raise EngineError(f"{len(self._samples)} requests wait and none can be scheduled; this is a fault of zif")
 
 
-def start_engine(planned: PlannedModel, vocabulary: Vocabulary, on_phase: PhaseProgress) -> Engine:
+def start_engine(
+    planned: PlannedModel, vocabulary: Vocabulary, on_phase: PhaseProgress, remote_kv: RemoteTier | None = None
+) -> Engine:
     """Open the device, load the weights and wire the parts. On failure everything opened is given back."""
     started = time.monotonic()
     device = planned.platform.open(planned.plan, rank=0)
     try:
-        parts = _wire(planned, device)
+        tiers = KVTiers(planned, remote_kv)
+        parts = _wire(planned, device, tiers)
         parts.runner.load(planned.model, lambda done, total: on_phase("loading weights", done, total))
         on_phase("allocating KV blocks", 0, 1)
         parts.runner.start(planned.arena)
+        tiers.attach(parts.runner)
         on_phase("allocating KV blocks", 1, 1)
         engine = Engine(planned, parts, vocabulary)
         _require_room(planned, parts.block_manager)
@@ -260,7 +270,7 @@ def _require_room(planned: PlannedModel, block_manager: BlockManager) -> None:
         )
 
 
-def _wire(planned: PlannedModel, device: Device) -> EngineParts:
+def _wire(planned: PlannedModel, device: Device, tiers: KVTiers) -> EngineParts:
     """Ask the plugins for each part, and use core's own where none answers."""
     config, plan = planned.config, planned.plan
     ask = partial(planned.registry.ask, plan.platform, config=config, plan=plan)
@@ -273,6 +283,7 @@ def _wire(planned: PlannedModel, device: Device) -> EngineParts:
             enable_prefix_caching=config.enable_prefix_caching,
             max_step_tokens=config.max_num_batched_tokens,
             retainer=Retainer(time.monotonic, config.tenant_cache_percent),
+            tiers=tiers.setup,
         )
     scheduler = ask(hook="zif_scheduler", block_manager=block_manager)
     if scheduler is None:
@@ -284,7 +295,7 @@ def _wire(planned: PlannedModel, device: Device) -> EngineParts:
         from zif.runtime.runner import TorchRunner
 
         runner = TorchRunner(config, device)
-    return EngineParts(device, runner, block_manager, scheduler)
+    return EngineParts(device, runner, block_manager, scheduler, tiers.store)
 
 
 def _derived_seed(engine_seed: int, request_id: int) -> int:

@@ -9,6 +9,7 @@ from zif.contract import FinishReason, Request, SamplingParams, TokenLogprobs
 from zif.engine.inputs import Prompt
 from zif.engine.outputs import CompletionOutput, Logprob, PositionLogprobs, RequestMetrics, RequestOutput
 from zif.engine.vocabulary import Vocabulary
+from zif.kv.tiers import DEVICE
 from zif.text.detokenizer import Detokenizer
 from zif.text.stop_strings import StopStrings
 
@@ -157,6 +158,7 @@ class OutputProcessor:
             finished=generation.finished,
             num_cached_tokens=requests[0].num_cached_tokens,
             cache_miss=_cache_miss(requests[0]),
+            cached_tokens_by_tier=_by_tier(requests[0]),
             prompt_logprobs=generation.prompt_logprobs,
             metrics=RequestMetrics(
                 arrival_s=generation.arrival_s,
@@ -189,6 +191,11 @@ class OutputProcessor:
 
 def _cache_miss(request: Request) -> str | None:
     return request.prefix.miss.value if request.prefix and request.prefix.miss else None
+
+
+def _by_tier(request: Request) -> dict[str, int]:
+    found = request.prefix.by_tier if request.prefix else ()
+    return dict(found) or {DEVICE: request.num_cached_tokens}
 
 
 def _stop_reason(sample: Sample) -> int | str | None:

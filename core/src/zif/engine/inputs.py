@@ -7,14 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from zif.contract import CacheKey, EngineConfig, ModelDescription, Request, SamplingParams
+from zif.contract import CacheKey, EngineConfig, ModelDescription, Request, Retention, SamplingParams
+from zif.engine.retention import retention_of
 from zif.engine.vocabulary import Vocabulary, check_encodable
 from zif.errors import CheckpointError, RequestError
 
 PromptInput = str | Mapping[str, Any]
 """A text, or {"prompt": text} or {"prompt_token_ids": [ids]}, either with an optional "cache_salt", which keeps the
-KV of this prompt from being shared with prompts of another salt, "tenant", whose share of the engine it uses, and
-"timeout_s", after which it ends, finished or not."""
+KV of this prompt from being shared with prompts of another salt, "tenant", whose share of the engine it uses,
+"timeout_s", after which it ends, finished or not, and "retention", a list of {"priority": 0 to 100} with optional
+"start", "end" and "duration_s" that says how long the KV of these tokens should stay cached."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +28,7 @@ class Prompt:
     cache_salt: str = ""
     tenant: str = ""
     timeout_s: float | None = None
+    retention: tuple[Retention, ...] = ()
 
 
 class InputProcessor:
@@ -46,7 +49,7 @@ class InputProcessor:
                 f"a prompt of type {type(given).__name__} is not understood; pass text, {{'prompt': text}} or "
                 "{'prompt_token_ids': [ids]}"
             )
-        unknown = set(given) - {"prompt", "prompt_token_ids", "cache_salt", "tenant", "timeout_s"}
+        unknown = set(given) - {"prompt", "prompt_token_ids", "cache_salt", "tenant", "timeout_s", "retention"}
         if unknown:
             raise RequestError(f"prompt has keys {sorted(unknown)} that are not supported")
         text = _text("prompt", given.get("prompt"))
@@ -58,7 +61,8 @@ class InputProcessor:
         else:
             raise RequestError("prompt has neither 'prompt' nor 'prompt_token_ids'")
         tenant, timeout_s = self._tenant(given.get("tenant")) or salt, _timeout_s(given.get("timeout_s"))
-        return self._checked(Prompt(token_ids, text, salt, tenant, timeout_s))
+        retention = retention_of(given.get("retention"))
+        return self._checked(Prompt(token_ids, text, salt, tenant, timeout_s, retention))
 
     def check_sampling(self, sampling: SamplingParams) -> None:
         """Raise `RequestError` when options name tokens that the model does not have, or need a tokenizer it lacks."""
@@ -94,6 +98,7 @@ class InputProcessor:
             arrival=request_id,
             cache_key=CacheKey(salt=prompt.cache_salt),
             tenant=prompt.tenant,
+            retention=prompt.retention,
         )
 
     def is_eos(self, token_id: int) -> bool:

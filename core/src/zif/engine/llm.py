@@ -10,7 +10,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, TypeGuard, cast, overload
 
-from zif.contract import KVArena, ModelDescription, Plan, SamplingParams
+from zif.contract import KVArena, ModelDescription, Plan, RemoteTier, SamplingParams
 from zif.engine.engine import Engine, PhaseProgress, start_engine
 from zif.engine.generation import Generation
 from zif.engine.inputs import Prompt, PromptInput, default_sampling
@@ -36,11 +36,11 @@ class LLM:
 
     Keywords are the fields of `zif.settings.EngineSettings`; an unknown or unsupported one is refused by name. Raises
     `ConfigError`, `ModelError`, `PlatformError` or `OutOfMemoryError`. Close it, or use it as a context manager, to
-    give its memory back.
+    give its memory back. `remote_kv` is a place for KV that engines share, below host memory and disk.
     """
 
-    def __init__(self, model: str | Path, **settings: Any) -> None:
-        self._open(EngineSettings.from_values({"model": str(model), **settings}), _log_phase)
+    def __init__(self, model: str | Path, *, remote_kv: RemoteTier | None = None, **settings: Any) -> None:
+        self._open(EngineSettings.from_values({"model": str(model), **settings}), _log_phase, remote_kv)
 
     @classmethod
     def from_settings(cls, settings: EngineSettings, on_phase: PhaseProgress | None = None) -> "LLM":
@@ -49,7 +49,7 @@ class LLM:
         llm._open(settings, on_phase or _log_phase)
         return llm
 
-    def _open(self, settings: EngineSettings, on_phase: PhaseProgress) -> None:
+    def _open(self, settings: EngineSettings, on_phase: PhaseProgress, remote_kv: RemoteTier | None = None) -> None:
         self._settings = settings
         on_phase("planning", 0, 1)
         self._planned: PlannedModel = plan_model(settings)
@@ -59,7 +59,7 @@ class LLM:
         folder = Path(settings.tokenizer or settings.model)
         self._vocabulary = Vocabulary(folder, settings.trust_remote_code)
         self._chat_templates = _chat_templates(folder, settings.chat_template)
-        self._engine: Engine = start_engine(self._planned, self._vocabulary, on_phase)
+        self._engine: Engine = start_engine(self._planned, self._vocabulary, on_phase, remote_kv)
 
     @property
     def plan(self) -> Plan:

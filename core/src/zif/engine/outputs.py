@@ -64,7 +64,8 @@ class RequestOutput:
     """One prompt with its samples. `prompt_logprobs[0]` is None: nothing predicts the first token.
 
     `num_cached_tokens` counts the prompt tokens that were found computed; `cache_miss` says why no more were, in the
-    words of `zif.contract.PrefixMiss`, and is None when all that can be reused were.
+    words of `zif.contract.PrefixMiss`, and is None when all that can be reused were. `cached_tokens_by_tier` says where
+    they were found: "device", "host", "disk", "remote".
     """
 
     request_id: str
@@ -74,5 +75,6 @@ class RequestOutput:
     finished: bool
     num_cached_tokens: int = 0
     cache_miss: str | None = None
+    cached_tokens_by_tier: dict[str, int] = field(default_factory=dict)
     prompt_logprobs: list[PositionLogprobs | None] | None = None
     metrics: RequestMetrics | None = field(default=None, repr=False)

@@ -27,6 +27,9 @@ from zif.settings import EngineSettings, parse_tenant_percent, parse_tenant_weig
 
 DEFAULT_BLOCK_SIZE = 16
 DEFAULT_DRAFT_TOKENS = 4
+DEFAULT_HOST_KV_BYTES_PER_S = 8 * 10**9
+"""Pageable memory over a PCIe 4 link of 16 lanes gets about this."""
+DEFAULT_PREFILL_TOKENS_PER_S = 2000
 MIN_FITTED_TOKENS = 64
 """When the context is fitted to memory, anything shorter than this is refused instead."""
 
@@ -130,6 +133,11 @@ def _engine_config(settings: EngineSettings, model: ModelDescription) -> EngineC
         tenant_cache_percent=parse_tenant_percent(settings.tenant_cache_percent),
         speculation=settings.speculation,
         max_draft_tokens=_max_draft_tokens(settings),
+        host_kv_bytes=settings.host_kv_bytes,
+        disk_kv_bytes=settings.disk_kv_bytes,
+        disk_kv_path=settings.disk_kv_path,
+        host_kv_bytes_per_s=settings.host_kv_bytes_per_s or DEFAULT_HOST_KV_BYTES_PER_S,
+        prefill_tokens_per_s=settings.prefill_tokens_per_s or DEFAULT_PREFILL_TOKENS_PER_S,
     )
 
 

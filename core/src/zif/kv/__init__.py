@@ -2,5 +2,6 @@
 
 from zif.kv.manager import PagedBlockManager
 from zif.kv.retention import Retainer
+from zif.kv.tiers import TierSetup
 
-__all__ = ["PagedBlockManager", "Retainer"]
+__all__ = ["PagedBlockManager", "Retainer", "TierSetup"]

@@ -49,7 +49,7 @@ class DraftSlots:
         """Return the blocks beyond the tokens that are computed or that steps under way compute."""
         num_tokens = max(request.num_computed_tokens, request.num_planned_tokens)
         for spec, pool, table in zip(self._specs, self._pools, request.block_ids, strict=True):
-            end = spec.num_blocks(num_tokens)
+            end = spec.num_blocks(spec.held_tokens(num_tokens, request.num_encoder_tokens))
             for block in filter(None, reversed(table[end:])):
                 pool.release(block)
             del table[end:]

@@ -37,7 +37,8 @@ class _Tenant:
 class _Line:
     """Blocks that are kept alike: `num_blocks` findable ones, of which the cached ones stand in the list `anchor`.
 
-    `keep` falls to the default at its end. `queued` says whether the line stands on the agenda of its priority.
+    `keep` falls to the default at its end. `queued` says whether the line stands on the agenda of its priority. It
+    is live until its last block leaves.
     """
 
     number: int
@@ -46,11 +47,7 @@ class _Line:
     tenant: _Tenant | None
     num_blocks: int = 0
     queued: bool = False
-
-    @property
-    def ended(self) -> bool:
-        """Say whether no block is left to keep."""
-        return not self.num_blocks
+    is_live: bool = True
 
 
 class _Agenda:
@@ -64,7 +61,7 @@ class _Agenda:
     def add(self, due: float, line: _Line) -> None:
         """Put a line on the agenda."""
         if self._num_added > max(_MIN_TO_CLEAR, len(self._entries) // 2):
-            self._entries = [entry for entry in self._entries if not entry[2].ended]
+            self._entries = [entry for entry in self._entries if entry[2].is_live]
             heapq.heapify(self._entries)
             self._num_added = 0
         self._num_added += 1
@@ -93,11 +90,12 @@ class EvictionOrder:
         self, lists: BlockLists, num_cells: int, clock: Callable[[], float], quotas: Mapping[str, int]
     ) -> None:
         self._lists = lists
+        self._next, self._previous = lists.next, lists.previous
         self._clock = clock
         self._tenants = {name: _Tenant(limit) for name, limit in quotas.items()}
         self._line_of = array("I", bytes(4 * num_cells))
         self._default = _Line(0, lists.open(), DEFAULT_KEEP, None)
-        self._lines: list[_Line | None] = [self._default]
+        self._lines = [self._default]
         self._unused_numbers: list[int] = []
         self._by_keep = {DEFAULT_KEEP: self._default}
         self._agendas: dict[int, _Agenda] = {}
@@ -118,7 +116,7 @@ class EvictionOrder:
     def prolong(self, block: int, keep: Keep) -> None:
         """Keep a findable, owned block as this wish says if it is the longer one; its tenant stays the first one."""
         self._let_fall()
-        line = self._line(block)
+        line = self._lines[self._line_of[block]]
         keep = self._effective(replace(keep, tenant=line.keep.tenant))
         if keep.outlasts(line.keep):
             longer = self._line_for(keep)
@@ -128,13 +126,16 @@ class EvictionOrder:
 
     def drop(self, block: int) -> None:
         """Forget a block that is neither cached nor findable any more."""
-        self._leave(self._line(block))
+        self._leave(self._lines[self._line_of[block]])
         self._line_of[block] = 0
 
     def push(self, block: int) -> int | None:
         """Put a findable block that became unowned last; return one that must go because its tenant has too many."""
-        line = self._line(block)
-        self._lists.append(line.anchor, block)
+        line = self._lines[self._line_of[block]]
+        anchor = line.anchor
+        newest = self._previous[anchor]
+        self._next[newest] = self._previous[anchor] = block
+        self._previous[block], self._next[block] = newest, anchor
         self.num_cached += 1
         if self._stamps is not None:
             self._num_uses += 1
@@ -149,9 +150,11 @@ class EvictionOrder:
 
     def remove(self, block: int) -> None:
         """Take out a cached block, which somebody wants or which is evicted."""
-        self._lists.remove(block)
+        before, after = self._previous[block], self._next[block]
+        self._next[before] = after
+        self._previous[after] = before
         self.num_cached -= 1
-        if self._tenants and (tenant := self._line(block).tenant):
+        if self._tenants and (tenant := self._lines[self._line_of[block]].tenant):
             tenant.num_cached -= 1
 
     def first(self) -> int | None:
@@ -167,7 +170,7 @@ class EvictionOrder:
         """Go through the cached blocks in the order of eviction; nothing may change meanwhile."""
         self._let_fall()
         for priority in self._priorities:
-            lines = [line for line in self._lines if line and line.keep.priority == priority]
+            lines = [line for line in self._lines if line.is_live and line.keep.priority == priority]
             yield from heapq.merge(*(self._lists.blocks(line.anchor) for line in lines), key=self._stamp)
 
     def check_integrity(self, findable: set[int]) -> None:
@@ -175,22 +178,17 @@ class EvictionOrder:
         cached = [*self.in_order()]
         assert len(cached) == len(set(cached)) == self.num_cached, "the number of cached blocks drifted"
         assert findable.issuperset(cached), "a block is cached that cannot be found"
-        standing = [block for line in self._lines if line for block in self._lists.blocks(line.anchor)]
+        standing = [block for line in self._lines if line.is_live for block in self._lists.blocks(line.anchor)]
         assert sorted(standing) == sorted(cached), "the order of eviction misses a line"
         numbers = Counter(self._line_of[block] for block in findable)
         for number, line in enumerate(self._lines):
-            if line is not None:
-                assert line.num_blocks == numbers[number], f"line {number}: number of blocks drifted"
-                assert line.queued or self._lists.first(line.anchor) is None, f"line {number} is not in order"
+            assert line.num_blocks == numbers[number], f"line {number}: number of blocks drifted"
+            is_empty = not line.is_live or self._lists.first(line.anchor) is None
+            assert line.queued or is_empty, f"line {number} is not in order"
         for name, tenant in self._tenants.items():
             num_cached = sum(1 for line in tenant.lines for _ in self._lists.blocks(line.anchor))
             assert num_cached == tenant.num_cached, f"cached blocks of tenant {name!r} drifted"
             assert num_cached <= tenant.max_cached, f"tenant {name!r} has more cached blocks than its quota"
-
-    def _line(self, block: int) -> _Line:
-        line = self._lines[self._line_of[block]]
-        assert line is not None, f"block {block} is kept in a line that has ended"
-        return line
 
     def _line_for(self, keep: Keep) -> _Line:
         """Return the line of blocks that are kept so."""
@@ -225,7 +223,7 @@ class EvictionOrder:
         if line.num_blocks or line is self._default:
             return
         self._lists.close(line.anchor)
-        self._lines[line.number] = None
+        line.is_live = False
         self._unused_numbers.append(line.number)
         if self._by_keep.get(line.keep) is line:
             del self._by_keep[line.keep]
@@ -249,7 +247,7 @@ class EvictionOrder:
         agenda = self._agendas[priority]
         while entry := agenda.first:
             stamp, line = entry
-            moved = line.ended or line.keep.priority != priority
+            moved = not line.is_live or line.keep.priority != priority
             first = None if moved else self._lists.first(line.anchor)
             if first is None:
                 agenda.drop_first()
@@ -265,7 +263,7 @@ class EvictionOrder:
         while (entry := self._ends.first) and entry[0] <= self._clock():
             line = entry[1]
             self._ends.drop_first()
-            if not line.ended:
+            if line.is_live:
                 if self._by_keep.get(line.keep) is line:
                     del self._by_keep[line.keep]
                 line.keep = Keep(tenant=line.keep.tenant)

@@ -16,31 +16,31 @@ from array import array
 from collections.abc import Iterator, Sequence
 
 _DIGEST_BYTES = 32
-_NUM_EVICTED = 8192
+_NUM_EVICTED = 4096
 """Places for keys of evicted blocks: an eviction is remembered until another one falls on its place."""
 
 
 class PrefixIndex:
-    """Find blocks below `num_cells` by content. Two contents whose digests have the same key cannot both be found."""
+    """Find blocks below `num_cells` by content. Two contents whose digests have the same key cannot both be found.
+
+    `contents` are by block, None for those that are not findable.
+    """
 
     def __init__(self, num_cells: int) -> None:
         num_slots = 1 << (2 * num_cells).bit_length()
         self._mask = num_slots - 1
         self._table = array("I", bytes(4 * num_slots))
         self._keys = array("Q", bytes(8 * num_cells))
-        self._contents: list[bytes | None] = [None] * num_cells
+        self.contents: list[bytes | None] = [None] * num_cells
         self._evicted = array("Q", bytes(8 * _NUM_EVICTED))
         self._num_blocks = 0
 
     def __len__(self) -> int:
         return self._num_blocks
 
-    def __contains__(self, block: int) -> bool:
-        return self._contents[block] is not None
-
     def content(self, block: int) -> bytes:
         """Return the content of a findable block."""
-        content = self._contents[block]
+        content = self.contents[block]
         assert content is not None, f"block {block} is not indexed"
         return content
 
@@ -51,7 +51,7 @@ class PrefixIndex:
     def find(self, digest: bytes, content: bytes) -> int | None:
         """Return the block with this digest and content, or None."""
         block = self._table[self._slot(_key(digest))]
-        return block if block and self._contents[block] == content else None
+        return block if block and self.contents[block] == content else None
 
     def find_run(self, digests: list[bytes], contents: list[bytes]) -> list[int]:
         """Return the blocks of a chain as far as it is found without a gap: `find` for many at once."""
@@ -72,11 +72,11 @@ class PrefixIndex:
         """Make a block findable, unless it is already, or another has this digest. True if it was added."""
         key = _key(digest)
         slot = self._slot(key)
-        if self._table[slot] or self._contents[block] is not None:
+        if self._table[slot] or self.contents[block] is not None:
             return False
         self._table[slot] = block
         self._keys[block] = key
-        self._contents[block] = content
+        self.contents[block] = content
         self._num_blocks += 1
         return True
 
@@ -87,7 +87,7 @@ class PrefixIndex:
         if evicted:
             self._evicted[key % _NUM_EVICTED] = key
         self._keys[block] = 0
-        self._contents[block] = None
+        self.contents[block] = None
         self._num_blocks -= 1
 
     def was_evicted(self, digest: bytes) -> bool:
@@ -97,7 +97,7 @@ class PrefixIndex:
 
     def blocks(self) -> Iterator[int]:
         """Go through the findable blocks."""
-        return (block for block, content in enumerate(self._contents) if content is not None)
+        return (block for block, content in enumerate(self.contents) if content is not None)
 
     def check_integrity(self) -> None:
         """Assert that exactly the blocks with content are in the table, each where a search ends."""
@@ -130,7 +130,7 @@ class PrefixIndex:
 
     def _common(self, found: list[int], contents: list[bytes]) -> list[int]:
         """Cut a run at the first block whose content is another."""
-        held = [*map(self._contents.__getitem__, found)]
+        held = [*map(self.contents.__getitem__, found)]
         if held == contents[: len(held)]:
             return found
         return found[: next(i for i, content in enumerate(held) if content != contents[i])]
@@ -142,9 +142,10 @@ def _key(digest: bytes) -> int:
 
 def _keys(digests: Sequence[bytes]) -> Sequence[int]:
     """Return the keys of many digests, in one go if they are of the usual length."""
-    if {*map(len, digests)} != {_DIGEST_BYTES}:
+    joined = b"".join(digests)
+    if len(joined) != _DIGEST_BYTES * len(digests):
         return [*map(_key, digests)]
-    words = array("Q", b"".join(digests))
+    words = array("Q", joined)
     if sys.byteorder == "big":
         words.byteswap()
     keys = words[:: _DIGEST_BYTES // words.itemsize]

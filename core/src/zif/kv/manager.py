@@ -10,22 +10,33 @@ and leave the null block 0 in the table:
 import math
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 
-from zif.contract import BlockManager, KVArena, KVSpec, KVUsage, PrefixMiss, PrefixReport, Request
+from zif.contract import BlockManager, KVArena, KVSpec, KVUsage, PrefixMiss, PrefixReport, Request, Transfers
 from zif.kv.checkpoints import CheckpointKeeper
 from zif.kv.drafts import DraftSlots
+from zif.kv.encoded import EncodedBlocks
 from zif.kv.hashing import PrefixChain
+from zif.kv.loading import LoadLedger, TableCopy
 from zif.kv.pool import BlockPool
 from zif.kv.prefix import Prefix, PrefixFinder
 from zif.kv.retention import Retainer
 from zif.kv.slabs import SlabLender
+from zif.kv.swap import SwappedRequest, SwapSpace
+from zif.kv.tiers import TierIndex, TierSetup
 
 
 class PagedBlockManager(BlockManager):
-    """Keep requests' blocks in per-group pools over one arena of slabs."""
+    """Keep requests' blocks in per-group pools over one arena of slabs, and copies of them in the tiers below."""
 
     def __init__(
-        self, arena: KVArena, *, enable_prefix_caching: bool, max_step_tokens: int, retainer: Retainer | None = None
+        self,
+        arena: KVArena,
+        *,
+        enable_prefix_caching: bool,
+        max_step_tokens: int,
+        retainer: Retainer | None = None,
+        tiers: TierSetup = TierSetup(),  # noqa: B008 - frozen value
     ) -> None:
         self._arena = arena
         self._caching = enable_prefix_caching
@@ -33,31 +44,97 @@ class PagedBlockManager(BlockManager):
         self._specs: list[KVSpec] = [group.spec for group in arena.groups]
         self._lender = SlabLender(arena)
         self._retainer = retainer or Retainer()
+        self._tiers = TierIndex(tiers, [group.layout.block_bytes for group in arena.groups])
         self._pools = [
-            BlockPool(self._lender, group, clock=self._retainer.clock, quotas=self._retainer.quotas)
+            BlockPool(
+                self._lender,
+                group,
+                clock=self._retainer.clock,
+                quotas=self._retainer.quotas,
+                on_evict=partial(self._tiers.keep, group) if self._keeps_copies(group, tiers) else None,
+            )
             for group in range(len(self._specs))
         ]
-        self._alignment = math.lcm(*(spec.block_size for spec in self._specs))
-        self._index_interval = min(spec.block_size for spec in self._specs)
-        self._finder = PrefixFinder(self._specs, self._pools, self._alignment)
+        sizes = [spec.block_size for spec in self._specs if not spec.counts_encoder_tokens]
+        self._alignment = math.lcm(*sizes)
+        self._index_interval = min(sizes)
+        self._device_finder = PrefixFinder(self._specs, self._pools, self._alignment)
+        self._finder = self._device_finder
+        if len(self._tiers.names) > 1:
+            self._finder = PrefixFinder(self._specs, self._pools, self._alignment, self._tiers)
+        self._loads = LoadLedger(self._pools, self._tiers)
+        self._swaps = SwapSpace(tiers, self._specs, self._tiers)
         self._checkpoints = CheckpointKeeper(self._alignment)
         self._drafts = DraftSlots(self._specs, self._pools)
         self._keeps_checkpoints = enable_prefix_caching and any(spec.keeps_checkpoints for spec in self._specs)
 
     def begin(self, request: Request, source: Request | None = None) -> None:
         assert not request.block_ids, f"request {request.request_id} already holds blocks"
-        prefix = self._longest_prefix(request, source)
-        for pool, blocks in zip(self._pools, prefix.block_ids, strict=True):
-            for block in filter(None, blocks):
-                pool.share(block)
-        request.block_ids = prefix.block_ids
-        self._retain_shared(request)
+        if source is not None and source in self._loads:
+            source = None  # What it holds is not known to be right yet.
+        swapped = self._swaps.resume(request)
+        if swapped is None or not self._resume(request, swapped):
+            self._begin(request, source)
+
+    def _begin(self, request: Request, source: Request | None) -> None:
+        """Begin with what is found of the prefix."""
+        prefix = self._longest_prefix(request, source, self._finder)
+        self._share(request, prefix)
+        if prefix.copies and not self._fill(request, prefix):
+            self._return_blocks(request)
+            prefix = self._longest_prefix(request, source, self._device_finder)
+            self._share(request, prefix)
         if not request.num_preemptions:
             request.prefix = prefix.report
         request.num_computed_tokens = request.capacity = request.num_indexed_tokens = prefix.num_tokens
+        self._aim(request, prefix.junction)
+        if prefix.copies:
+            pairs = zip(self._specs, prefix.copies, strict=True)
+            firsts = [found[0].index * spec.block_size for spec, found in pairs if found]
+            self._index_soon(request, min(firsts))
+
+    def _resume(self, request: Request, swapped: SwappedRequest) -> bool:
+        """Begin where a request was when it was suspended. False, and nothing done, when there are no blocks."""
+        num_tokens = swapped.num_tokens
+        request.block_ids = tuple([0] * _num_blocks(spec, request, num_tokens) for spec in self._specs)
+        for copy in swapped.blocks:
+            self._tiers.pin_handle(copy.handle)
+        if not self._loads.fill(request, swapped.blocks):
+            request.block_ids = ()
+            return False
+        self._retainer.begin(request)
+        request.num_computed_tokens = num_tokens
+        self._set_capacity(request)
+        self._aim(request, None)
+        self._index_soon(request, 0)
+        return True
+
+    def _share(self, request: Request, prefix: Prefix) -> None:
+        for pool, blocks in zip(self._pools, prefix.block_ids, strict=True):
+            pool.share_all(filter(None, blocks))
+        request.block_ids = prefix.block_ids
+        self._retain_shared(request)
+
+    def _fill(self, request: Request, prefix: Prefix) -> bool:
+        """Let the blocks of a prefix that the device does not have be loaded. False when there is no room for them."""
+        return self._loads.fill(
+            request,
+            [
+                TableCopy(group, copy.index, self._tiers.pin(group, copy.name))
+                for group, copies in enumerate(prefix.copies)
+                for copy in copies
+            ],
+        )
+
+    def _aim(self, request: Request, junction: int | None) -> None:
         if self._keeps_checkpoints:
-            self._checkpoints.aim(request, prefix.junction)
+            self._checkpoints.aim(request, junction)
         self._set_next_commit(request)
+
+    def _index_soon(self, request: Request, first_token: int) -> None:
+        """Let the first result index the blocks that are loaded now, the first of which begins with `first_token`."""
+        request.num_indexed_tokens = first_token
+        request.next_commit = request.num_computed_tokens + 1
 
     def reserve(self, request: Request, num_tokens: int) -> bool:
         return self._reserve(request, num_tokens, is_draft=False)
@@ -83,7 +160,7 @@ class PagedBlockManager(BlockManager):
         """Extend the tables; where a draft would spoil a state, its group's table stays as it is."""
         allocated: list[list[int]] = []
         for spec, pool, held in zip(self._specs, self._pools, request.block_ids, strict=True):
-            num_blocks = len(held) if is_draft and spec.keeps_checkpoints else spec.num_blocks(num_tokens)
+            num_blocks = len(held) if is_draft and spec.keeps_checkpoints else _num_blocks(spec, request, num_tokens)
             first = spec.first_written_block(len(held), num_tokens)
             blocks = pool.allocate(max(0, num_blocks - first))
             if blocks is None:
@@ -108,12 +185,32 @@ class PagedBlockManager(BlockManager):
 
     def _set_capacity(self, request: Request) -> None:
         pairs = zip(self._specs, request.block_ids, strict=True)
-        request.capacity = min(len(held) * spec.block_size for spec, held in pairs)
+        request.capacity = min(len(held) * spec.block_size for spec, held in pairs if not spec.counts_encoder_tokens)
 
     def step_end(self, request: Request, num_tokens: int) -> int:
         return self._checkpoints.step_end(request, num_tokens) if self._keeps_checkpoints else num_tokens
 
+    def suspend(self, request: Request) -> None:
+        swapped = None
+        if self._swaps.is_open and request not in self._swaps and request not in self._loads:
+            found_again = self._longest_prefix(request, None, self._device_finder)
+            swapped = self._swaps.copy_out(request, found_again.num_tokens)
+        self.release(request)
+        if swapped is not None:
+            self._swaps.keep(request, swapped)
+
+    def take_transfers(self) -> Transfers | None:
+        self._swaps.settle()
+        self._loads.taken()
+        return self._tiers.take()
+
+    def forget_lost(self, handles: Sequence[int]) -> list[Request]:
+        for handle in handles:
+            self._tiers.forget_lost(handle)
+        return self._loads.holders(handles)
+
     def commit(self, request: Request) -> None:
+        self._loads.confirm(request)
         for group, (spec, pool) in enumerate(zip(self._specs, self._pools, strict=True)):
             blocks = request.block_ids[group]
             if self._caching:
@@ -127,21 +224,22 @@ class PagedBlockManager(BlockManager):
         self._set_next_commit(request)
 
     def release(self, request: Request) -> None:
-        for pool, blocks in zip(self._pools, request.block_ids, strict=False):
-            # The tail goes first into the least-recently-used order: a prefix outlives what follows it.
-            _release_all(pool, blocks[::-1])
+        self._loads.withdraw(request)
+        self._swaps.release(request)
+        self._return_blocks(request)
         self._checkpoints.drop(request)
         self._drafts.drop(request)
         self._retainer.drop(request)
-        request.block_ids = ()
         request.capacity = request.next_commit = request.num_indexed_tokens = 0
 
     def can_hold(self, request: Request, num_tokens: int) -> bool:
         needed, spare = 0, self._lender.num_free
         tables: Sequence[list[int]] = request.block_ids or [[] for _ in self._specs]
         for index, (spec, pool, held) in enumerate(zip(self._specs, self._pools, tables, strict=True)):
-            wanted = spec.peak_blocks(num_tokens, self._max_step_tokens) - len(held) + held.count(0)
-            missing = wanted - pool.num_own_available
+            peak = spec.peak_blocks(num_tokens, self._max_step_tokens)
+            if spec.counts_encoder_tokens:
+                peak = _num_blocks(spec, request, num_tokens)
+            missing = peak - len(held) + held.count(0) - pool.num_own_available
             if missing > 0:
                 needed += -(-missing // self._arena.min_slab_blocks(index))
             elif len(self._pools) > 1:
@@ -160,41 +258,61 @@ class PagedBlockManager(BlockManager):
     def reset_prefix_cache(self) -> None:
         for pool in self._pools:
             pool.forget_all()
+        self._tiers.discard_named()
 
     def check_integrity(self, live: list[Request]) -> None:
+        held = []
         for index, pool in enumerate(self._pools):
             pool.check_integrity()
             hands = Counter(block for r in live if r.block_ids for block in r.block_ids[index] if block)
             hands.update(self._drafts.hands(index))
             assert hands == pool.references(), f"group {index}: reference counts differ from the requests' tables"
+            held.append(set(hands))
+        self._tiers.check_integrity(self._swaps.handles(), held)
+        self._swaps.check_integrity(live)
         self._lender.check_integrity([slab for pool in self._pools for slab in pool.slabs])
 
-    def _longest_prefix(self, request: Request, source: Request | None) -> Prefix:
+    def _longest_prefix(self, request: Request, source: Request | None, finder: PrefixFinder) -> Prefix:
         max_tokens = (request.num_tokens - 1) // self._alignment * self._alignment
         # Prompt log-probabilities need the logits of every prompt token, so nothing of the prompt may be skipped.
         if request.sampling.prompt_logprobs is not None:
-            return self._finder.nothing(PrefixReport(0, max_tokens, PrefixMiss.PROMPT_LOGPROBS))
+            return finder.nothing(PrefixReport(0, max_tokens, PrefixMiss.PROMPT_LOGPROBS))
         if not max_tokens:
-            return self._finder.nothing(PrefixReport(0, 0, PrefixMiss.SHORT_PROMPT))
-        found = self._finder.nothing(PrefixReport(0, max_tokens, PrefixMiss.CACHING_OFF))
+            return finder.nothing(PrefixReport(0, 0, PrefixMiss.SHORT_PROMPT))
+        found = finder.nothing(PrefixReport(0, max_tokens, PrefixMiss.CACHING_OFF))
         if self._caching:
-            found = self._finder.find(request, max_tokens)
+            found = finder.find(request, max_tokens)
         if source is not None:
-            shared = self._finder.of_source(source, min(max_tokens, source.num_prompt_tokens))
+            shared = finder.of_source(source, min(max_tokens, source.num_prompt_tokens))
             found = max(found, shared, key=lambda prefix: prefix.num_tokens)
         return found
 
     def _index_new_blocks(self, request: Request, group: int) -> None:
         spec, pool, blocks = self._specs[group], self._pools[group], request.block_ids[group]
+        if spec.counts_encoder_tokens:
+            self._index_encoded(request, spec, pool, blocks)
+            return
         if spec.keeps_checkpoints and not self._checkpoints.wants(request):
             return
         chain = PrefixChain(request, spec.block_size)
-        for block in spec.reusable_blocks(request.num_indexed_tokens, request.num_computed_tokens):
-            chain.extend(block + 1)
+        new = spec.reusable_blocks(request.num_indexed_tokens, request.num_computed_tokens)
+        for block, content in zip(new, chain.contents(new.start, new.stop) if new else (), strict=True):
             keep = self._retainer.keep(request, block * spec.block_size, (block + 1) * spec.block_size)
-            is_new = blocks[block] and pool.index(blocks[block], chain.digest(block), chain.content(block), keep)
+            is_new = blocks[block] and pool.index(blocks[block], chain.digest(block), content, keep)
             if is_new and spec.keeps_checkpoints:
                 self._checkpoints.made(request, group, pool, chain.digest(block))
+
+    def _index_encoded(self, request: Request, spec: KVSpec, pool: BlockPool, blocks: list[int]) -> None:
+        """Index what the first step of a request wrote of the encoder's output."""
+        if request.num_indexed_tokens or not blocks:
+            return
+        encoded = EncodedBlocks(request, spec)
+        keep = self._retainer.keep(request, 0, request.num_prompt_tokens)
+        for index, block in enumerate(blocks):
+            pool.index(block, encoded.digest(index), encoded.content(index), keep)
+
+    def _keeps_copies(self, group: int, tiers: TierSetup) -> bool:
+        return bool(tiers.host_bytes or tiers.disk_bytes) and not self._specs[group].counts_encoder_tokens
 
     def _retain_shared(self, request: Request) -> None:
         """Let the wishes of a request extend to the blocks that it found."""
@@ -207,6 +325,12 @@ class PagedBlockManager(BlockManager):
                     start = index * spec.block_size
                     pool.retain(block, self._retainer.keep(request, start, start + spec.block_size))
 
+    def _return_blocks(self, request: Request) -> None:
+        for pool, blocks in zip(self._pools, request.block_ids, strict=False):
+            # The tail goes first into the least-recently-used order: a prefix outlives what follows it.
+            _release_all(pool, blocks[::-1])
+        request.block_ids = ()
+
     def _set_next_commit(self, request: Request) -> None:
         computed = request.num_computed_tokens
         upcoming = [spec.next_release(computed) for spec in self._specs]
@@ -215,6 +339,9 @@ class PagedBlockManager(BlockManager):
         request.next_commit = min(upcoming)
 
 
+def _num_blocks(spec: KVSpec, request: Request, num_tokens: int) -> int:
+    return spec.num_blocks(spec.held_tokens(num_tokens, request.num_encoder_tokens))
+
+
 def _release_all(pool: BlockPool, blocks: Sequence[int]) -> None:
-    for block in filter(None, blocks):
-        pool.release(block)
+    pool.release_all(filter(None, blocks))

@@ -11,7 +11,7 @@ It knows nothing of requests or tokens; `manager.py` calls it. Everything it not
 
 import time
 from array import array
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 from zif.contract import KVUsage
 from zif.kv.eviction import EvictionOrder
@@ -52,6 +52,8 @@ class BlockPool:
         self._index = PrefixIndex(num_cells)
         self._order = EvictionOrder(self._lists, num_cells, clock, limits)
         self._slabs = self._slabs_of(lender, group)
+        self._counts = self._slabs if isinstance(self._slabs, ManyBlockSlabs) else None
+        self._contents = self._index.contents
         self._num_free = self._num_owned = 0
         lender.register(self)
 
@@ -64,27 +66,39 @@ class BlockPool:
 
     def share(self, block: int) -> None:
         """Put one more hand on a cached or owned block."""
-        if self._references[block]:
-            self._references[block] += 1
-        else:
-            self._order.remove(block)
-            self._take(block)
+        self.share_all((block,))
+
+    def share_all(self, blocks: Iterable[int]) -> None:
+        """Put one more hand on each of many blocks: a long prefix is found by one call."""
+        references, counts, leave = self._references, self._counts, self._order.remove
+        for block in blocks:
+            if not references[block]:
+                leave(block)
+                self._num_owned += 1
+                if counts is not None:
+                    counts.count_owned(block, 1)
+            references[block] += 1
 
     def release(self, block: int) -> None:
         """Take one hand off an owned block."""
-        count = self._references[block] - 1
-        assert count >= 0, f"block {block} of group {self._group} is released more often than it is held"
-        self._references[block] = count
-        if count:
-            return
-        self._num_owned -= 1
-        self._slabs.count_owned(block, -1)
-        if block not in self._index:
-            self._put_free(block)
-            return
-        surplus = self._order.push(block)
-        if surplus is not None:
-            self._evict(surplus, remember=True)
+        self.release_all((block,))
+
+    def release_all(self, blocks: Iterable[int]) -> None:
+        """Take one hand off each of many owned blocks; the first one is the first to be evicted."""
+        references, counts, contents, push = self._references, self._counts, self._contents, self._order.push
+        for block in blocks:
+            count = references[block] - 1
+            assert count >= 0, f"block {block} of group {self._group} is released more often than it is held"
+            references[block] = count
+            if count:
+                continue
+            self._num_owned -= 1
+            if counts is not None:
+                counts.count_owned(block, -1)
+            if contents[block] is None:
+                self._put_free(block)
+            elif (surplus := push(block)) is not None:
+                self._evict(surplus, remember=True)
 
     def find(self, digest: bytes, content: bytes) -> int | None:
         """Return the block with this content, or None. The bytes are compared: a digest alone proves nothing."""
@@ -106,7 +120,7 @@ class BlockPool:
 
     def retain(self, block: int, keep: Keep) -> None:
         """Keep an owned block for longer, when another request that uses it wishes that and it is findable."""
-        if block in self._index:
+        if self._contents[block] is not None:
             self._order.prolong(block, keep)
 
     def forget(self, digest: bytes) -> None:
@@ -184,23 +198,20 @@ class BlockPool:
         self._slabs.check_integrity({*free}, owned)
 
     def _take_free(self) -> int:
-        block = self._lists.last(self._free)
-        assert block is not None, f"group {self._group}: no block is free"
-        self._lists.remove(block)
+        block = self._lists.pop(self._free)
         self._num_free -= 1
-        self._slabs.count_used(block, 1)
-        self._take(block)
+        self._num_owned += 1
+        self._references[block] = 1
+        if self._counts is not None:
+            self._counts.count_used(block, 1)
+            self._counts.count_owned(block, 1)
         return block
 
     def _put_free(self, block: int) -> None:
         self._lists.append(self._free, block)
         self._num_free += 1
-        self._slabs.count_used(block, -1)
-
-    def _take(self, block: int) -> None:
-        self._references[block] = 1
-        self._num_owned += 1
-        self._slabs.count_owned(block, 1)
+        if self._counts is not None:
+            self._counts.count_used(block, -1)
 
     def _refill(self) -> bool:
         """Make at least one more block free, at the least loss: idle memory first, cached prefixes last."""
@@ -222,7 +233,7 @@ class BlockPool:
 
     def _drop_slab(self, slab: int) -> None:
         for block in self._lender.arena.slab_blocks(self._group, slab):
-            if block in self._index:
+            if self._contents[block] is not None:
                 self._evict(block, remember=True)
         for block in self._slabs.give_up(slab):
             self._lists.remove(block)

@@ -24,13 +24,14 @@ class SlabLender:
 
     def __init__(self, arena: KVArena) -> None:
         self.arena = arena
-        self._free = array("i", range(arena.num_slabs - 1, 0, -1))
+        self._returned = array("i")
+        self._first_unused = 1
         self._holders: list[SlabHolder] = []
 
     @property
     def num_free(self) -> int:
         """Count the slabs that no group holds."""
-        return len(self._free)
+        return len(self._returned) + self.arena.num_slabs - self._first_unused
 
     def register(self, holder: SlabHolder) -> None:
         """Make a pool known; its place in the order is its group's index."""
@@ -38,11 +39,16 @@ class SlabLender:
 
     def lend(self) -> int | None:
         """Return a free slab, or None."""
-        return self._free.pop() if self._free else None
+        if self._returned:
+            return self._returned.pop()
+        if self._first_unused == self.arena.num_slabs:
+            return None
+        self._first_unused += 1
+        return self._first_unused - 1
 
     def take_back(self, slab: int) -> None:
         """Take back a slab that a pool no longer holds."""
-        self._free.append(slab)
+        self._returned.append(slab)
 
     def lend_surrendered(self, borrower: SlabHolder, *, evict: bool) -> int | None:
         """Return a slab that another group can do without, or None."""
@@ -55,11 +61,12 @@ class SlabLender:
 
     def check_integrity(self, lent: list[int]) -> None:
         """Assert that every slab but the null slab is either free or in `lent`, once."""
-        assert sorted([*self._free, *lent]) == list(range(1, self.arena.num_slabs)), "a slab is lost or lent twice"
+        lent_once = sorted([*self._returned, *lent]) == list(range(1, self._first_unused))
+        assert lent_once, "a slab is lost or lent twice"
 
 
 class HeldSlabs(ABC):
-    """The slabs that one group holds. Told of each block that becomes owned or unowned, used (not free) or free."""
+    """The slabs that one group holds."""
 
     def __init__(self, arena: KVArena, group: int) -> None:
         self._arena = arena
@@ -83,14 +90,6 @@ class HeldSlabs(ABC):
     @abstractmethod
     def slab_of(self, block: int) -> int:
         """Return the slab that a block lies in."""
-
-    @abstractmethod
-    def count_owned(self, block: int, change: int) -> None:
-        """Hear that a block became owned (1) or unowned (-1)."""
-
-    @abstractmethod
-    def count_used(self, block: int, change: int) -> None:
-        """Hear that a block stopped being free (1) or became free (-1)."""
 
     @abstractmethod
     def first_idle(self) -> int | None:
@@ -119,14 +118,12 @@ class OneBlockSlabs(HeldSlabs):
         super().__init__(arena, group)
         self._first_free = first_free
 
+    def borrow(self, slab: int) -> range:
+        self._is_held[slab] = True
+        return range(slab, slab + 1)
+
     def slab_of(self, block: int) -> int:
         return block
-
-    def count_owned(self, block: int, change: int) -> None:
-        pass
-
-    def count_used(self, block: int, change: int) -> None:
-        pass
 
     def first_idle(self) -> int | None:
         return self._first_free()
@@ -167,12 +164,14 @@ class ManyBlockSlabs(HeldSlabs):
         return block * self._block_bytes // self._slab_bytes
 
     def count_owned(self, block: int, change: int) -> None:
+        """Hear that a block became owned (1) or unowned (-1)."""
         slab = block * self._block_bytes // self._slab_bytes
         count = self._num_owned[slab] = self._num_owned[slab] + change
         if count == (change > 0):
             self._num_unowned -= change
 
     def count_used(self, block: int, change: int) -> None:
+        """Hear that a block stopped being free (1) or became free (-1)."""
         slab = block * self._block_bytes // self._slab_bytes
         count = self._num_used[slab] = self._num_used[slab] + change
         if not count:

@@ -137,8 +137,6 @@ def _reason_against(hf_config: Any, source: ModelSource) -> str | None:
     text_config = hf_config.get_text_config()
     if not hasattr(text_config, "num_hidden_layers"):
         return f"{type(hf_config).__name__} does not say how many layers it has"
-    if getattr(text_config, "num_kv_shared_layers", 0):
-        return f"{text_config.num_kv_shared_layers} layers share the keys of other layers"
     if type(hf_config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not (
         "AutoModelForCausalLM" in remote and source.trust_remote_code
     ):
@@ -224,16 +222,18 @@ def _weight_bytes(model: SplitModel, dtype: torch.dtype) -> int:
 
 def _kv_specs(layers: tuple[TracedLayer, ...], block_size: int, dtype: str) -> tuple[KVSpec, ...]:
     """Group layers that keep the same state: layers that see everything first, then by window."""
-    groups: dict[tuple[int, int, int], list[int]] = {}
+    groups: dict[tuple[int, int, int], list[TracedLayer]] = {}
     for layer in layers:
-        groups.setdefault((layer.window or 0, layer.num_kv_heads, layer.head_dim), []).append(layer.layer)
+        groups.setdefault((layer.window or 0, layer.num_kv_heads, layer.head_dim), []).append(layer)
     specs: list[KVSpec] = []
-    for (window, num_kv_heads, head_dim), indices in sorted(groups.items()):
-        group = tuple(sorted(indices))
+    for (window, num_kv_heads, head_dim), members in sorted(groups.items()):
+        owners = tuple(sorted(member.layer for member in members if member.owner is None))
+        readers = tuple(sorted((member.layer, member.owner) for member in members if member.owner is not None))
+        shape = (owners, num_kv_heads, head_dim, block_size, dtype)
         if window:
-            specs.append(SlidingWindowSpec(group, num_kv_heads, head_dim, block_size, dtype, window))
+            specs.append(SlidingWindowSpec(*shape, window, readers=readers))
         else:
-            specs.append(FullAttentionSpec(group, num_kv_heads, head_dim, block_size, dtype))
+            specs.append(FullAttentionSpec(*shape, readers=readers))
     return tuple(specs)
 
 

@@ -105,7 +105,7 @@ class _StepAttention:
             layer: spec.window
             for spec in description.kv_specs
             if isinstance(spec, SlidingWindowSpec)
-            for layer in spec.layers
+            for layer in (*spec.layers, *(reader for reader, _ in spec.readers))
         }
 
     @contextlib.contextmanager

@@ -52,7 +52,10 @@ _FEED_FORWARD_TYPES = frozenset({"mlp", "moe"})  # configured types of layers in
 
 @dataclass(frozen=True, slots=True)
 class TracedLayer:
-    """What one layer asks of attention. `window` None means all earlier tokens; `head_dim` is the larger of K and V."""
+    """What one layer asks of attention. `window` None means all earlier tokens; `head_dim` is the larger of K and V.
+
+    `owner` is the earlier layer whose keys and values this one reads, if it makes none of its own.
+    """
 
     layer: int
     num_kv_heads: int
@@ -60,6 +63,7 @@ class TracedLayer:
     window: int | None
     has_softcap: bool
     has_sinks: bool
+    owner: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +204,7 @@ class _AttentionRecorder:
     def __init__(self, config: TracedConfig) -> None:
         self.layers: list[TracedLayer] = []
         self._config = config
-        self._keys = WeakTensorKeyDictionary()
+        self._owners = WeakTensorKeyDictionary()
         self._windows: dict[tuple[MaskFunction, int], int | None] = {}
 
     def __call__(self, call: AttentionCall) -> torch.Tensor:
@@ -215,8 +219,12 @@ class _AttentionRecorder:
                 window=self._window(call, layer),
                 has_softcap=call.options.get("softcap") is not None,
                 has_sinks=call.options.get("s_aux") is not None,
+                owner=self._owner_of(call),
             )
         )
+        self._refuse_other_window(self.layers[-1])
+        if self.layers[-1].owner is None:
+            self._owners[call.key] = layer
         _, num_heads, num_tokens, _ = call.query.shape
         return call.query.new_empty((1, num_tokens, num_heads, call.value.shape[-1]))
 
@@ -249,9 +257,19 @@ class _AttentionRecorder:
                 f"layer {layer} has {call.query.shape[1]} query, {call.key.shape[1]} key and {call.value.shape[1]} "
                 "value heads"
             )
-        if call.key in self._keys:
-            raise self._config.refuse(f"layer {layer} shares the keys of layer {self._keys[call.key]}")
-        self._keys[call.key] = layer
+
+    def _owner_of(self, call: AttentionCall) -> int | None:
+        """Return the earlier layer that made these keys, None when they are the layer's own."""
+        owner: int | None = self._owners.get(call.key)  # type: ignore[no-untyped-call]
+        return owner
+
+    def _refuse_other_window(self, reader: TracedLayer) -> None:
+        for owner in self.layers:
+            if owner.layer == reader.owner and owner.window != reader.window:
+                raise self._config.refuse(
+                    f"layer {reader.layer} reads the keys of layer {owner.layer} through a window of {reader.window} "
+                    f"tokens, which keeps {owner.window}"
+                )
 
     def _window(self, call: AttentionCall, layer: int) -> int | None:
         """Return the window that the mask would have: the mask is what transformers' own attention goes by."""

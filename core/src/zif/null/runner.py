@@ -5,16 +5,19 @@ a missed write gives other words, hence another next token, and `expected_token`
 """
 
 from dataclasses import dataclass
+from zlib import crc32
 
 import numpy as np
 
 from zif.contract import (
+    BlockBytes,
     BlockUpdate,
     CompletedStep,
     Draft,
     EngineConfig,
     KVArena,
     KVSpec,
+    KVStore,
     ModelDescription,
     ModelRunner,
     Progress,
@@ -23,6 +26,8 @@ from zif.contract import (
     StepFuture,
     StepPlan,
     StepResult,
+    Transfers,
+    carry_out,
 )
 from zif.null.platform import SLOT_BYTES
 
@@ -45,6 +50,12 @@ def token_words(token_ids: Words, positions: Words) -> Words:
     return mix(token_ids + mix(positions * _GOLDEN + _GOLDEN))
 
 
+def encoder_words(media: tuple[str, ...], num_tokens: int) -> Words:
+    """Return the words of an encoder's input, which its name decides."""
+    name = np.full(num_tokens, crc32("\n".join(media).encode()), dtype=np.uint64)
+    return token_words(name, np.arange(num_tokens, dtype=np.uint64))
+
+
 def next_token(visible: list[Words], vocab_size: int) -> int:
     """Hash what each layer group sees into the next token."""
     digest: Words = np.zeros(1, dtype=np.uint64)
@@ -53,12 +64,20 @@ def next_token(visible: list[Words], vocab_size: int) -> int:
     return int(digest[0] % np.uint64(vocab_size))
 
 
-def expected_token(token_ids: list[int], specs: tuple[KVSpec, ...], vocab_size: int) -> int:
+def expected_token(
+    token_ids: list[int],
+    specs: tuple[KVSpec, ...],
+    vocab_size: int,
+    media: tuple[str, ...] = (),
+    num_encoder_tokens: int = 0,
+) -> int:
     """Return the token that follows `token_ids`, computed without blocks: the oracle of every test on this platform."""
     tokens = np.asarray(token_ids, dtype=np.uint64)
     words = token_words(tokens, np.arange(len(tokens), dtype=np.uint64))
     visible = [
-        words.sum(dtype=np.uint64, keepdims=True)
+        encoder_words(media, num_encoder_tokens)
+        if spec.counts_encoder_tokens
+        else words.sum(dtype=np.uint64, keepdims=True)
         if isinstance(spec, RecurrentStateSpec)
         else words[spec.first_needed_token(len(tokens) - 1) :]
         for spec in specs
@@ -70,6 +89,8 @@ def expected_token(token_ids: list[int], specs: tuple[KVSpec, ...], vocab_size: 
 class _Sequence:
     token_ids: list[int]
     tables: tuple[list[int], ...]
+    media: tuple[str, ...]
+    num_encoder_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +117,8 @@ class NullRunner(ModelRunner):
         self._sequences: dict[int, _Sequence] = {}
         self._specs: tuple[KVSpec, ...] = ()
         self._memory: Words = np.zeros(0, dtype=np.uint64)
+        self._block_words: tuple[int, ...] = ()
+        self._store: KVStore | None = None
         self._vocab_size = 0
 
     @property
@@ -111,6 +134,19 @@ class NullRunner(ModelRunner):
         """View one stretch of words as every group's cells, so that groups can trample on each other as bytes would."""
         self._memory = np.zeros(arena.num_bytes // SLOT_BYTES, dtype=np.uint64)
         self._specs = tuple(group.spec for group in arena.groups)
+        self._block_words = tuple(group.layout.block_bytes // SLOT_BYTES for group in arena.groups)
+
+    def attach_store(self, store: KVStore) -> bool:
+        self._store = store
+        return True
+
+    def read_block(self, group: int, block_id: int) -> BlockBytes:
+        """Return the words of a block as bytes."""
+        return self._block(group, block_id).tobytes()
+
+    def write_block(self, group: int, block_id: int, data: BlockBytes) -> None:
+        """Overwrite the words of a block."""
+        self._block(group, block_id)[:] = np.frombuffer(data, dtype=np.uint64)
 
     @property
     def verifies_drafts(self) -> bool:
@@ -123,6 +159,7 @@ class NullRunner(ModelRunner):
             self._start(start)
         for update in step.block_updates:
             self._extend(update)
+        lost = self._carry_out(step.transfers) if step.transfers else []
         columns = zip(step.request_ids, step.num_computed, step.num_tokens, strict=True)
         rows = [
             _Row(self._sequences[request_id], num_computed, num_computed + num_tokens, step.drafts.get(request_id))
@@ -132,15 +169,25 @@ class NullRunner(ModelRunner):
         for row in rows:
             self._write(row)
         sampled = [self._sample(row) if samples else [] for row, samples in zip(rows, step.samples, strict=True)]
-        return CompletedStep(StepResult(step.step, sampled))
+        return CompletedStep(StepResult(step.step, sampled, lost=lost))
 
     def close(self) -> None:
         self._sequences.clear()
         self._memory = np.zeros(0, dtype=np.uint64)
 
+    def _carry_out(self, transfers: Transfers) -> list[int]:
+        assert self._store is not None, "blocks are to be copied and no store is attached"
+        return carry_out(transfers, self._store, self)
+
+    def _block(self, group: int, block_id: int) -> Words:
+        words = self._block_words[group]
+        return self._memory[block_id * words : (block_id + 1) * words]
+
     def _start(self, start: RequestStart) -> None:
         assert start.request_id not in self._sequences, f"request {start.request_id} is started twice"
-        self._sequences[start.request_id] = _Sequence(start.token_ids, start.block_ids)
+        self._sequences[start.request_id] = _Sequence(
+            start.token_ids, start.block_ids, start.media, start.num_encoder_tokens
+        )
 
     def _extend(self, update: BlockUpdate) -> None:
         table = self._sequences[update.request_id].tables[update.group]
@@ -149,11 +196,18 @@ class NullRunner(ModelRunner):
 
     def _write(self, row: "_Row") -> None:
         for group, spec in enumerate(self._specs):
-            if isinstance(spec, RecurrentStateSpec):
+            if spec.counts_encoder_tokens:
+                if not row.start:
+                    self._write_encoded(row.sequence, group)
+            elif isinstance(spec, RecurrentStateSpec):
                 slot = self._state_slot(row, group, row.end)
                 self._memory[slot : slot + 1] = self._state(row, group, row.end)
             else:
                 self._memory[self._slots(row.sequence, group, row.start, row.end)] = row.words(row.end)
+
+    def _write_encoded(self, sequence: _Sequence, group: int) -> None:
+        num_tokens = sequence.num_encoder_tokens
+        self._memory[self._slots(sequence, group, 0, num_tokens)] = encoder_words(sequence.media, num_tokens)
 
     def _sample(self, row: "_Row") -> list[int]:
         """Return the accepted part of the row's draft and the token after it, all of them known from now on."""
@@ -179,6 +233,8 @@ class NullRunner(ModelRunner):
     def _visible(self, row: "_Row", group: int, end: int) -> Words:
         """Read what the token at `end - 1`, one of the row's, sees of one group."""
         spec = self._specs[group]
+        if spec.counts_encoder_tokens:
+            return self._memory[self._slots(row.sequence, group, 0, row.sequence.num_encoder_tokens)]
         if isinstance(spec, RecurrentStateSpec):
             if end < row.end:
                 return self._state(row, group, end)

@@ -5,7 +5,7 @@ tensors brings its own runner through the hook `zif_model_runner`.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,10 +14,12 @@ import torch
 from zif.contract import (
     AttentionBackend,
     AttentionParams,
+    AttentionSpec,
     CompletedStep,
     Device,
     EngineConfig,
     KVArena,
+    KVStore,
     ModelDescription,
     ModelRunner,
     Progress,
@@ -27,9 +29,11 @@ from zif.contract import (
     StepPlan,
     StepResult,
     TokenLogprobs,
+    carry_out,
 )
 from zif.models.model import Model
 from zif.runtime.batch import BatchState, StepBatch
+from zif.runtime.blocks import ArenaBlocks
 from zif.runtime.logprobs import prompt_logprobs
 from zif.runtime.sampler import Sampler
 from zif.runtime.states import StateMemory
@@ -41,10 +45,11 @@ MAX_LOGIT_ELEMENTS = 1 << 24
 
 @dataclass(frozen=True, slots=True)
 class _LayerCache:
-    """Where a layer's KV lives: its group's index and the backend's view of it."""
+    """Where a layer's KV lives: its group's index and the backend's view of it. Another layer's if `is_reader`."""
 
     group: int
     cache: Any
+    is_reader: bool = False
 
 
 class StepAttention:
@@ -62,7 +67,8 @@ class StepAttention:
     ) -> torch.Tensor:
         home = self._layers[layer]
         prepared = self._prepared[home.group]
-        self._backend.write(key, value, home.cache, prepared)
+        if not home.is_reader:
+            self._backend.write(key, value, home.cache, prepared)
         return self._backend.attend(query, home.cache, prepared, params)
 
 
@@ -80,6 +86,8 @@ class TorchRunner(ModelRunner):
         self._states = StateMemory()
         self._state: BatchState
         self._sampler: Sampler
+        self._blocks: ArenaBlocks
+        self._store: KVStore | None = None
 
     def load(self, model: ModelDescription, progress: Progress) -> None:
         self._model = _load_model(model, self._device, progress)
@@ -92,6 +100,7 @@ class TorchRunner(ModelRunner):
         if not arena.groups:
             return
         buffer = self._device.allocator.allocate(arena.num_bytes, "kv", alignment=4096)
+        self._blocks = ArenaBlocks(arena, buffer.array)
         for index, group in enumerate(arena.groups):
             if isinstance(group.spec, RecurrentStateSpec):
                 self._states.bind(arena, index, buffer.array)
@@ -99,17 +108,25 @@ class TorchRunner(ModelRunner):
             caches = self._device.attention.bind(arena, index, buffer.array)
             for layer, cache in zip(group.spec.layers, caches, strict=True):
                 self._layers[layer] = _LayerCache(index, cache)
+            if isinstance(group.spec, AttentionSpec):
+                self._layers.update((r, replace(self._layers[o], is_reader=True)) for r, o in group.spec.readers)
 
     @property
     def verifies_drafts(self) -> bool:
         return True
 
+    def attach_store(self, store: KVStore) -> bool:
+        self._store = store
+        return True
+
     @torch.inference_mode()
     def submit(self, step: StepPlan) -> StepFuture:
         self._apply(step)
+        lost = self._copy_blocks(step)
         if not step.request_ids:
-            return CompletedStep(StepResult(step.step, []))
+            return CompletedStep(StepResult(step.step, [], lost=lost))
         result = self._compute(step)
+        result.lost = lost
         for request, request_id in enumerate(step.request_ids) if step.drafts else ():
             draft = step.drafts.get(request_id)
             if draft is not None and len(result.sampled[request]) > len(draft.token_ids):
@@ -118,7 +135,7 @@ class TorchRunner(ModelRunner):
 
     def close(self) -> None:
         self._layers.clear()
-        for name in ("_model", "_run_layers", "_state", "_states", "_sampler"):
+        for name in ("_model", "_run_layers", "_state", "_states", "_sampler", "_blocks"):
             self.__dict__.pop(name, None)
         self._device.allocator.free_tag("kv")
         self._device.allocator.free_tag("weights")
@@ -134,6 +151,13 @@ class TorchRunner(ModelRunner):
             self._start(start)
         for update in step.block_updates:
             self._state.put_blocks(update.request_id, update.group, update.start, update.block_ids)
+
+    def _copy_blocks(self, step: StepPlan) -> list[int]:
+        """Make the copies that precede the step; return the handles of those that are lost."""
+        if step.transfers is None:
+            return []
+        assert self._store is not None, "blocks are to be copied and no store is attached"
+        return carry_out(step.transfers, self._store, self._blocks)
 
     def _start(self, start: RequestStart) -> None:
         self._sampler.add(self._state.start(start), start)

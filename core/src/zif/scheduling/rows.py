@@ -84,4 +84,6 @@ def request_start(request: Request) -> RequestStart:
         seed=request.seed,
         stop_ids=request.stop_ids,
         bad_words_ids=request.bad_words_ids,
+        media=request.cache_key.media,
+        num_encoder_tokens=request.num_encoder_tokens,
     )

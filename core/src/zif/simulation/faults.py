@@ -83,10 +83,13 @@ class FaultInjector:
         self._random = random.Random(f"strikes:{seed}")
         self._calls = dict.fromkeys(FaultPoint, 0)
         self._strikes = dict.fromkeys(FaultPoint, 0)
+        self._armed = {*self._rates, *self._lasting, *(point for point, _ in self._nth)}
 
     def strikes(self, point: FaultPoint) -> bool:
         """Count one call of `point`; say whether it fails."""
         calls = self._calls[point] = self._calls[point] + 1
+        if point not in self._armed:
+            return False
         rate = self._rates.get(point)
         lasting = self._lasting.get(point)
         if not (

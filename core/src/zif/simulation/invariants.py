@@ -6,6 +6,7 @@ computed; hands are counted from the requests' tables; which blocks are needed f
 
 import math
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from zif.contract import (
@@ -17,6 +18,7 @@ from zif.contract import (
     RequestStatus,
     StepPlan,
     StepResult,
+    TokenUpdate,
 )
 from zif.simulation.oracle import ExpectedText
 from zif.simulation.scenario import Scenario
@@ -30,13 +32,18 @@ _PATIENCE = 400
 
 @dataclass(slots=True)
 class _Record:
-    """What the checks remember of one request. `chain[i]` names its first i tokens.
+    """What the checks remember of one request.
 
     The next row must begin at `end`; the runner knows `num_known` tokens, some of which no result has brought yet.
+    `name` stands for its first `num_named` tokens, the most that it has computed; `named` has the names of all prefixes
+    that requests of its cache key have computed.
     """
 
+    request: Request
     text: ExpectedText
-    chain: list[int]
+    named: set[int]
+    name: int = _ROOT
+    num_named: int = 0
     end: int = 0
     num_known: int = 0
 
@@ -54,21 +61,27 @@ class Invariants:
         self._records: dict[int, _Record] = {}
         self._computed: dict[CacheKey, set[int]] = {}
         self._order = {"fcfs": _by_due_time, "priority": _by_priority}.get(config.scheduling_policy)
+        self._first: Request | None = None
         self._neglected = 0
         self._roomy = config.enable_prefix_caching and all(isinstance(spec, FullAttentionSpec) for spec in specs)
 
     def admit(self, request: Request) -> None:
         """Begin to follow a request."""
         text = ExpectedText(self._specs, self._words, request.token_ids)
-        self._records[request.request_id] = _Record(text, [_ROOT])
+        named = self._computed.setdefault(request.cache_key, set())
+        self._records[request.request_id] = _Record(request, text, named)
+        self._first = None
 
     def forget(self, request: Request) -> None:
         """Stop following a request that has ended."""
         self._records.pop(request.request_id, None)
+        if request is self._first:
+            self._first = None
 
     def forget_prefixes(self) -> None:
         """Hear that the content of every block is lost."""
-        self._computed.clear()
+        for named in self._computed.values():
+            named.clear()
         self._roomy = False
 
     def expect_evictions(self) -> None:
@@ -82,31 +95,37 @@ class Invariants:
         assert plan.total_tokens <= self._config.max_num_batched_tokens, "the plan exceeds the token budget"
         assert rows <= self._config.max_num_seqs, "the plan holds too many requests"
         assert len(set(plan.request_ids)) == rows, "a request is planned twice"
-        num_running = sum(request.status is RequestStatus.RUNNING for request in live.values())
+        num_running = sum([request.status is RequestStatus.RUNNING for request in live.values()])
         assert num_running <= self._config.max_num_seqs, "too many requests run"
         for start in plan.started:
             request = live[start.request_id]
             self._check_found(request)
             record = self._records[start.request_id]
             record.end, record.num_known = request.num_computed_tokens, len(start.token_ids)
-        num_partial = num_chunks = 0
-        for row, request_id in enumerate(plan.request_ids):
-            request, computed, num_tokens = live[request_id], plan.num_computed[row], plan.num_tokens[row]
-            record, draft = self._records[request_id], plan.drafts.get(request_id)
+        records, drafts, num_partial, num_chunks = self._records, plan.drafts, 0, 0
+        for request_id, computed, num_tokens, samples in zip(
+            plan.request_ids, plan.num_computed, plan.num_tokens, plan.samples, strict=True
+        ):
+            record, draft = records[request_id], drafts.get(request_id)
+            request = record.request
             known = record.num_known + (len(draft.token_ids) if draft else 0)
             assert request.status is RequestStatus.RUNNING, "a request is planned that does not run"
             assert computed == record.end, "a row starts elsewhere than the request stands"
             assert 0 < num_tokens <= known - computed, "a row computes tokens that nobody knows"
             assert known < request.max_total_tokens, "a row computes tokens that the request will not have"
-            assert plan.samples[row] == (computed + num_tokens == known), "a row samples too early or not at all"
+            assert samples == (computed + num_tokens == known), "a row samples too early or not at all"
             if draft:
                 assert 0 < len(draft.token_ids) <= self._config.max_draft_tokens, "a row holds too many guesses"
-                assert plan.samples[row], "guesses follow tokens that are not computed"
-            if not plan.samples[row]:
+                assert samples, "guesses follow tokens that are not computed"
+                continue
+            # What becomes of a row without guesses is known before its result.
+            record.end = computed + num_tokens
+            record.num_known = known + samples
+            if not samples:
                 num_partial += 1
                 aligned = (computed + num_tokens) % self._constraints.token_alignment == 0
                 assert aligned, "a prompt is cut at no multiple of the alignment"
-            num_chunks += num_tokens > 1 and not draft
+            num_chunks += num_tokens > 1
         assert num_partial <= self._config.max_partial_prefills, "too many prompts are computed in part"
         if self._constraints.separate_prefill and num_chunks:
             running = {start.request_id for start in plan.started}
@@ -118,23 +137,21 @@ class Invariants:
 
     def note_submitted(self, plan: StepPlan, result: StepResult) -> None:
         """Follow where the runner stands after a step, whose result the scheduler does not have yet."""
-        for row, request_id in enumerate(plan.request_ids):
-            record = self._records.get(request_id)
+        for request_id in plan.drafts:
+            record, row = self._records.get(request_id), plan.request_ids.index(request_id)
             if record is None:
                 continue
-            num_tokens, num_sampled = plan.num_tokens[row], len(result.sampled[row])
-            if request_id not in plan.drafts:
-                record.end += num_tokens
-            elif num_sampled == num_tokens or not self._has_states:
+            num_sampled = len(result.sampled[row])
+            if num_sampled == plan.num_tokens[row] or not self._has_states:
                 record.end += num_sampled
             record.num_known += num_sampled
 
     def check_victims(self, ran: list[Request]) -> None:
         """Check that of the requests that ran before a plan was made, those preempted for it are the last in order."""
-        kept = max((request.order for request in ran if request.status is RequestStatus.RUNNING), default=())
-        for request in ran:
-            preempted = request.status is RequestStatus.PREEMPTED
-            assert not preempted or request.order > kept, "a request was preempted that is not the last in order"
+        preempted = [request.order for request in ran if request.status is RequestStatus.PREEMPTED]
+        if preempted:
+            kept = max((request.order for request in ran if request.status is RequestStatus.RUNNING), default=())
+            assert min(preempted) > kept, "a request was preempted that is not the last in order"
 
     def check_writes(self, plan: StepPlan, live: dict[int, Request], held: list[Request]) -> None:
         """Check that every block that the step writes is in one hand; those in `held` have ended, not their steps."""
@@ -154,25 +171,34 @@ class Invariants:
         """Check that the request that is first in line is served within bounded steps."""
         if self._order is None:
             return
-        first = min(live.values(), key=self._order, default=None)
+        if self._first is None:
+            # It changes only when a request comes or goes.
+            self._first = min(live.values(), key=self._order, default=None)
+        first = self._first
         self._neglected = 0 if first is None or first.request_id in plan.request_ids else self._neglected + 1
         assert self._neglected < _PATIENCE, f"request {first and first.request_id} is first in line and never served"
 
-    def check_tokens(self, request: Request, num_new_tokens: int) -> None:
-        """Check the newest tokens of a request against the oracle."""
-        text, known = self._records[request.request_id].text, len(request.token_ids)
-        assert num_new_tokens <= known - request.num_prompt_tokens, "more tokens are new than generated"
-        for end in range(known - num_new_tokens, known):
-            expected, token = text.next_token(end), request.token_ids[end]
-            assert token == expected, f"request {request.request_id} said {token} at {end}, must say {expected}"
-            goes_on = end + 1 < known or not request.finished
-            assert not goes_on or token not in request.stop_ids, "a request goes on after a stop token"
-        assert known <= request.max_total_tokens, "a request says more than it was allowed"
+    def check_tokens(self, updates: list[TokenUpdate]) -> None:
+        """Check the newest tokens of every request against the oracle."""
+        records = self._records
+        for update in updates:
+            request, num_new_tokens = update.request, len(update.new_token_ids)
+            if not num_new_tokens:
+                continue
+            token_ids, text = request.token_ids, records[request.request_id].text
+            known = len(token_ids)
+            assert num_new_tokens <= known - request.num_prompt_tokens, "more tokens are new than generated"
+            for end in range(known - num_new_tokens, known):
+                expected, token = text.next_token(end), token_ids[end]
+                assert token == expected, f"request {request.request_id} said {token} at {end}, must say {expected}"
+                if token in request.stop_ids:
+                    assert end + 1 == known and request.finished, "a request goes on after a stop token"
+            assert known <= request.max_total_tokens, "a request says more than it was allowed"
 
     def continuation(self, request: Request, num_tokens: int) -> list[int]:
         """Return what the request must say next."""
         tokens = request.token_ids.copy()
-        text = ExpectedText(self._specs, self._words, tokens)
+        text = self._records[request.request_id].text.fork(tokens)
         for _ in range(num_tokens):
             tokens.append(text.next_token(len(tokens)))
         return tokens[request.num_tokens :]
@@ -197,17 +223,19 @@ class Invariants:
                 assert first < size or not table[first // size - 1], "a block that nobody sees is held"
                 assert all(table[first // size :]), "a block that is still seen was given back"
 
-    def note_computed(self, request: Request) -> None:
-        """Remember every prefix that a request has computed, for later requests of the same key."""
-        chain = self._records[request.request_id].chain
-        known = self._computed.get(request.cache_key)
-        if known is None:
-            known = self._computed[request.cache_key] = set()
-        token_ids = request.token_ids
-        for position in range(len(chain) - 1, request.num_computed_tokens):
-            name = hash((chain[-1], token_ids[position]))
-            chain.append(name)
-            known.add(name)
+    def note_computed(self, request_ids: Iterable[int]) -> None:
+        """Remember every prefix that live requests have computed, for later requests of the same key."""
+        records = self._records
+        for request_id in request_ids:
+            record = records.get(request_id)
+            if record is None:
+                continue
+            token_ids, name, named = record.request.token_ids, record.name, record.named
+            for position in range(record.num_named, record.request.num_computed_tokens):
+                name = hash((name, token_ids[position]))
+                named.add(name)
+                record.num_named = position + 1
+            record.name = name
 
     def check_census(self, blocks: BlockManager, live: list[Request], drafts: list[Draft]) -> None:
         """Check free + cached + owned = held, and hands against the tables of all requests that may hold blocks.
@@ -231,10 +259,9 @@ class Invariants:
 
     def _check_found(self, request: Request) -> None:
         """Check that no more was found computed than requests of the same key have computed, and in a roomy run all."""
-        found, known = request.num_computed_tokens, self._computed.get(request.cache_key, set())
+        found, known = request.num_computed_tokens, self._records[request.request_id].named
         assert found < len(request.token_ids), "no token is left to compute"
-        name = self._records[request.request_id].chain[0]
-        longest = 0
+        name, longest = _ROOT, 0
         for end, token_id in enumerate(request.token_ids[:-1], start=1):
             name = hash((name, token_id))
             if name not in known:

@@ -10,7 +10,9 @@ class ExpectedText:
     """Follow one request: what does it see now, and which token must come next?"""
 
     def __init__(self, specs: tuple[KVSpec, ...], words: Words, token_ids: list[int]) -> None:
-        self._is_state = [spec.keeps_checkpoints for spec in specs]
+        self._specs = specs
+        self._states = [index for index, spec in enumerate(specs) if spec.keeps_checkpoints]
+        self._sums_of = [index for index, spec in enumerate(specs) if not spec.keeps_checkpoints]
         self._bounded = _bounded_groups(specs)
         self._words = words
         self._token_ids = token_ids
@@ -23,24 +25,29 @@ class ExpectedText:
         """Count the tokens that were given or found right."""
         return self._num_seen
 
+    def fork(self, token_ids: list[int]) -> "ExpectedText":
+        """Return a copy that goes on along `token_ids`, which begin with the tokens seen so far."""
+        text = ExpectedText(self._specs, self._words, token_ids)
+        text._num_seen, text._sums, text._firsts = self._num_seen, self._sums.copy(), self._firsts.copy()
+        return text
+
     def next_token(self, num_tokens: int) -> int:
         """Return the token that follows the first `num_tokens` tokens; calls must not go back."""
+        words, sums, token_ids = self._words.by_place, self._sums, self._token_ids
+        vocab_size = self._words.vocab_size
         for position in range(self._num_seen, num_tokens):
-            self._see(self._words.word(self._token_ids[position], position))
+            word = words[position * vocab_size + token_ids[position]]
+            for index in self._sums_of:
+                sums[index] += word
+            for index in self._states:
+                sums[index] = fold(sums[index], word)
         self._num_seen = num_tokens
         for index, visible_from in self._bounded:
-            self._hide(index, visible_from(num_tokens - 1))
-        return self._words.next_token(tuple(self._sums))
-
-    def _see(self, word: int) -> None:
-        sums = self._sums
-        for index, is_state in enumerate(self._is_state):
-            sums[index] = fold(sums[index], word) if is_state else sums[index] + word
-
-    def _hide(self, index: int, first: int) -> None:
-        for position in range(self._firsts[index], first):
-            self._sums[index] -= self._words.word(self._token_ids[position], position)
-        self._firsts[index] = first
+            first = visible_from(num_tokens - 1)
+            for position in range(self._firsts[index], first):
+                sums[index] -= words[position * vocab_size + token_ids[position]]
+            self._firsts[index] = first
+        return self._words.next_tokens[tuple(sums)]
 
 
 def _bounded_groups(specs: tuple[KVSpec, ...]) -> list[tuple[int, Callable[[int], int]]]:

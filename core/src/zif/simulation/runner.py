@@ -96,7 +96,7 @@ class _TokenGroup(_Group):
 
     def write(self, sequence: _Sequence, start: int, end: int) -> None:
         memory, size, index = self.memory, self.size, self.index
-        cells, stakes, word_of = memory.cells, memory.stakes, memory.words.word
+        cells, stakes, words, vocab_size = memory.cells, memory.stakes, memory.words.by_place, memory.words.vocab_size
         table, token_ids = sequence.tables[index], sequence.token_ids
         kept = sequence.ends[index]
         if kept is not None and (end - start != 1 or kept != start):
@@ -106,7 +106,7 @@ class _TokenGroup(_Group):
             slot = table[position // size] * size + position % size
             if stakes[slot]:
                 memory.epoch += 1
-            cells[slot] = word = word_of(token_ids[position], position)
+            cells[slot] = word = words[position * vocab_size + token_ids[position]]
             if kept is not None:
                 stakes[slot] += 1
                 sequence.sums[index] += word
@@ -146,11 +146,14 @@ class _TokenGroup(_Group):
 
     def _drop(self, sequence: _Sequence, first: int) -> None:
         """Stop including what comes before `first`."""
-        cells, stakes = self.memory.cells, self.memory.stakes
-        for slot in self._slots(sequence, sequence.firsts[self.index], first):
+        index, size, cells, stakes = self.index, self.size, self.memory.cells, self.memory.stakes
+        table, hidden = sequence.tables[index], 0
+        for position in range(sequence.firsts[index], first):
+            slot = table[position // size] * size + position % size
             stakes[slot] -= 1
-            sequence.sums[self.index] -= cells[slot]
-        sequence.firsts[self.index] = first
+            hidden += cells[slot]
+        sequence.sums[index] -= hidden
+        sequence.firsts[index] = first
 
     def _slots(self, sequence: _Sequence, first: int, end: int) -> list[int]:
         table, size = sequence.tables[self.index], self.size
@@ -168,8 +171,9 @@ class _StateGroup(_Group):
 
     def read_draft(self, sequence: _Sequence, start: int, end: int) -> int:
         state = self.read(sequence, start) if start else 0
+        words, vocab_size, token_ids = self.memory.words.by_place, self.memory.words.vocab_size, sequence.token_ids
         for position in range(start, end):
-            state = fold(state, self.memory.words.word(sequence.token_ids[position], position))
+            state = fold(state, words[position * vocab_size + token_ids[position]])
         return state
 
     def accept(self, sequence: _Sequence, end: int, spare: int) -> None:
@@ -181,10 +185,10 @@ class _StateGroup(_Group):
         memory = self.memory
         if any(memory.stakes[slot : slot + _STATE_WORDS]):
             memory.epoch += 1
-        memory.cells[slot : slot + _STATE_WORDS] = [state] * _STATE_WORDS
+        memory.cells[slot : slot + _STATE_WORDS] = (state,) * _STATE_WORDS
 
     def read(self, sequence: _Sequence, end: int) -> int:
-        slot = self._slot(sequence, end)
+        slot = sequence.tables[self.index][(end - 1) // self.size] * _STATE_WORDS
         # The mean is the state only while nobody has written into any of its words.
         return sum(self.memory.cells[slot : slot + _STATE_WORDS]) // _STATE_WORDS
 
@@ -202,6 +206,7 @@ class SimulatedRunner(ModelRunner):
         self._words = words
         self._memory = _Memory(0, words)
         self._groups: list[_Group] = []
+        self._all_is_seen = False
         self._sequences: dict[int, _Sequence] = {}
 
     @property
@@ -219,6 +224,7 @@ class SimulatedRunner(ModelRunner):
             assert group.layout == simulated_layout(group.spec), f"group {index} is not laid out for simulation"
             kind = _StateGroup if group.spec.keeps_checkpoints else _TokenGroup
             self._groups.append(kind(index, group.spec, self._memory))
+        self._all_is_seen = all(isinstance(g, _TokenGroup) and g.visibility is None for g in self._groups)
 
     def submit(self, step: StepPlan) -> StepFuture:
         for request_id in step.released:
@@ -234,32 +240,59 @@ class SimulatedRunner(ModelRunner):
         self._sequences.clear()
 
     def _compute(self, step: StepPlan) -> list[list[int]]:
-        groups, sequences, memory = self._groups, self._sequences, self._memory
+        sequences = self._sequences
         rows = [sequences[request_id] for request_id in step.request_ids]
-        drafts = [step.drafts.get(request_id) for request_id in step.request_ids] if step.drafts else [None] * len(rows)
         # All rows write before any reads, as a layer of a model does: a row that tramples on another shows at once.
-        for sequence, computed, num_tokens, draft in zip(rows, step.num_computed, step.num_tokens, drafts, strict=True):
+        if step.total_tokens == len(rows) and not step.drafts and all(step.samples):
+            self._write_singles(rows, step.num_computed)
+            return [[self._sample(row, computed + 1)] for row, computed in zip(rows, step.num_computed, strict=True)]
+        drafts = [step.drafts.get(request_id) for request_id in step.request_ids]
+        columns = [*zip(rows, step.num_computed, step.num_tokens, step.samples, drafts, strict=True)]
+        for sequence, computed, num_tokens, _, draft in columns:
             if draft is not None:
                 self._write_draft(sequence, computed, num_tokens, draft)
                 continue
-            for group in groups:
+            for group in self._groups:
                 group.write(sequence, computed, computed + num_tokens)
         sampled: list[list[int]] = []
-        for sequence, computed, num_tokens, samples, draft in zip(
-            rows, step.num_computed, step.num_tokens, step.samples, drafts, strict=True
-        ):
+        for sequence, computed, num_tokens, samples, draft in columns:
             if draft is not None:
                 sampled.append(self._verify(sequence, computed, num_tokens, draft))
-                continue
-            if not samples:
-                sampled.append([])
-                continue
-            end = computed + num_tokens
-            token = self._words.next_token(tuple([group.read(sequence, end) for group in groups]))
-            sequence.epoch = memory.epoch
-            sequence.token_ids.append(token)
-            sampled.append([token])
+            else:
+                sampled.append([self._sample(sequence, computed + num_tokens)] if samples else [])
         return sampled
+
+    def _write_singles(self, rows: list[_Sequence], positions: list[int]) -> None:
+        """Write one token of each row, as most steps do; the same as each group's `write`, without the calls."""
+        memory, groups = self._memory, self._groups
+        cells, stakes, words, vocab_size = memory.cells, memory.stakes, self._words.by_place, self._words.vocab_size
+        for sequence, position in zip(rows, positions, strict=True):
+            word = words[position * vocab_size + sequence.token_ids[position]]
+            tables, sums, ends = sequence.tables, sequence.sums, sequence.ends
+            for index, group in enumerate(groups):
+                if ends[index] != position:
+                    group.write(sequence, position, position + 1)
+                    continue
+                size = group.size
+                slot = tables[index][position // size] * size + position % size
+                if stakes[slot]:
+                    memory.epoch += 1
+                cells[slot] = word
+                stakes[slot] += 1
+                sums[index] += word
+                ends[index] = position + 1
+
+    def _sample(self, sequence: _Sequence, end: int) -> int:
+        """Return the token after `end` tokens, known from now on."""
+        memory = self._memory
+        if self._all_is_seen and sequence.epoch == memory.epoch and None not in sequence.ends:
+            sums = tuple(sequence.sums)
+        else:
+            sums = tuple([group.read(sequence, end) for group in self._groups])
+            sequence.epoch = memory.epoch
+        token = self._words.next_tokens[sums]
+        sequence.token_ids.append(token)
+        return token
 
     def _write_draft(self, sequence: _Sequence, computed: int, num_tokens: int, draft: Draft) -> None:
         """Write a row with guesses, which the sequence knows until they are verified."""

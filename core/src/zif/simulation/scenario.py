@@ -30,7 +30,7 @@ class TrafficShape:
     """How requests arrive, per step with `arrival_rate` chances each, and how long they are, in tokens.
 
     A prompt is up to `max_stem` tokens of one of `num_stems` stems, or (`continued_share` of the prompts) of what an
-    earlier request ended with, and up to `max_tail` tokens of its own.
+    earlier request ended with, and up to `max_tail` tokens of its own. While `max_live` requests live, none arrives.
     """
 
     num_arrivals: int = 24
@@ -45,6 +45,7 @@ class TrafficShape:
     num_priorities: int = 3
     tenants: tuple[str, ...] = ("", "a", "b")
     deadlines_s: tuple[float | None, ...] = (None,) * 9 + (0.3,)
+    max_live: int | None = None
 
     @property
     def max_total_tokens(self) -> int:

@@ -232,7 +232,7 @@ class Simulation:
     def _compute(self, plan: StepPlan) -> StepResult:
         if self.faults.strikes(FaultPoint.CRASH):
             raise _CrashError("injected: the step failed")
-        num_running = sum(request.status is RequestStatus.RUNNING for request in self._live.values())
+        num_running = sum([request.status is RequestStatus.RUNNING for request in self._live.values()])
         result = self._runner.submit(plan).result()
         assert self._runner.num_sequences >= num_running, "the runner was not told of a running request"
         assert self._runner.num_sequences <= self.scenario.config.max_num_seqs, "the runner still holds ended requests"
@@ -248,13 +248,12 @@ class Simulation:
             if struck in self._live and self._live[struck].status is RequestStatus.RUNNING:
                 self._doomed[struck] = FinishReason.ERROR
         updates = self._scheduler.update(plan, result)
-        for request_id in plan.request_ids:
-            if request_id in self._live and request_id not in result.faults:
-                self._invariants.note_computed(self._live[request_id])
+        faults = result.faults
+        computed = [number for number in plan.request_ids if number not in faults] if faults else plan.request_ids
+        self._invariants.note_computed(computed)
+        self._invariants.check_tokens(updates)
         for update in updates:
             request = update.request
-            if update.new_token_ids:
-                self._invariants.check_tokens(request, len(update.new_token_ids))
             if request.status is RequestStatus.FINISHED and request.request_id in self._live:
                 self._end(request)
         if self.faults.strikes(FaultPoint.DUPLICATE):
@@ -341,8 +340,9 @@ class Simulation:
             assert request.num_tokens == request.max_total_tokens, "a request ended before its length"
 
     def _check_deadlines(self) -> None:
+        now_s = self.clock.now()
         for request in self._live.values():
-            overdue = request.deadline_s is not None and request.deadline_s <= self.clock.now()
+            overdue = request.deadline_s is not None and request.deadline_s <= now_s
             assert not overdue or request.finished, f"request {request.request_id} outlives its deadline"
 
     def _check_idle(self) -> None:

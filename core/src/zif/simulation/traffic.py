@@ -17,6 +17,7 @@ class TrafficGenerator:
         self._num_pending = scenario.traffic.num_arrivals
         self._num_drawn = 0
         self._stems = [self._tokens(self._shape.max_stem) for _ in range(self._shape.num_stems)]
+        self._num_live = 0
         self._ended: list[Request] = []
 
     @property
@@ -27,14 +28,21 @@ class TrafficGenerator:
     def arrivals(self, now_s: float) -> list[Request]:
         """Draw what arrives before the next step; samples of one prompt come together."""
         drawn: list[Request] = []
-        while self._num_pending and self._random.random() < self._shape.arrival_rate:
+        while self._num_pending and self._is_open and self._random.random() < self._shape.arrival_rate:
             self._num_pending -= 1
-            drawn += self._draw(now_s)
+            arrived = self._draw(now_s)
+            self._num_live += len(arrived)
+            drawn += arrived
         return drawn
 
     def heed(self, request: Request) -> None:
-        """Remember a request that has ended: later ones may continue it."""
+        """Remember a request that has ended: later ones may continue it, or come in its place."""
+        self._num_live -= 1
         self._ended = [*self._ended[1 - _MAX_ENDED :], request]
+
+    @property
+    def _is_open(self) -> bool:
+        return self._shape.max_live is None or self._num_live < self._shape.max_live
 
     def _draw(self, now_s: float) -> tuple[Request, ...]:
         chance, shape = self._random, self._shape

@@ -6,6 +6,7 @@ save. Runner and oracle share these pure functions and nothing else.
 """
 
 from collections.abc import Callable
+from zlib import crc32
 
 from zif.contract import ChunkedLocalSpec, FullAttentionSpec, KVSpec, LatentAttentionSpec, SlidingWindowSpec
 
@@ -17,6 +18,12 @@ _MAX_REMEMBERED = 1 << 17
 
 Visibility = Callable[[int], int] | None
 """The first position that the token at a position sees; None where that is always the first."""
+
+
+def encoder_word(media: tuple[str, ...], position: int) -> int:
+    """Return the word of a token of the encoder's input."""
+    return mix(crc32("\n".join(media).encode()) + mix((position * _GOLDEN + _GOLDEN) & _MASK) & _MASK)
+
 
 Sums = tuple[int, ...]
 """Per layer group, the sum of the visible words, or the state."""
@@ -52,32 +59,56 @@ def visibility(spec: KVSpec) -> Visibility:
 
 
 class Words:
-    """Words of tokens and the tokens that follow, each computed once. Share one over many simulations."""
+    """Words of tokens and the tokens that follow, each computed once. Share one over many simulations.
+
+    The tables compute what they lack. `by_place` is for innermost loops: its key is position * vocab_size + token id.
+    """
 
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size
-        self._words: dict[int, int] = {}
-        self._tokens: dict[Sums, int] = {}
+        self.by_place = _WordTable(vocab_size)
+        self.next_tokens = _NextTokenTable(vocab_size)
 
     def word(self, token_id: int, position: int) -> int:
         """Return the word of a token at its position."""
-        key = position * self.vocab_size + token_id
-        word = self._words.get(key)
-        if word is None:
-            word = mix(token_id + mix(position * _GOLDEN + _GOLDEN & _MASK) & _MASK)
-            if len(self._words) < _MAX_REMEMBERED:
-                self._words[key] = word
-        return word
+        return self.by_place[position * self.vocab_size + token_id]
 
     def next_token(self, sums: Sums) -> int:
         """Return the token that follows what the layer groups see."""
-        token = self._tokens.get(sums)
-        if token is None:
-            digest = 0
-            for visible in sums:
-                digest = mix((digest ^ (visible & _MASK)) + _GOLDEN & _MASK)
-            token = digest % self.vocab_size
-            if len(self._tokens) >= _MAX_REMEMBERED:
-                self._tokens.clear()
-            self._tokens[sums] = token
+        return self.next_tokens[sums]
+
+
+class _WordTable(dict[int, int]):
+    __slots__ = ("_vocab_size",)
+
+    def __init__(self, vocab_size: int) -> None:
+        super().__init__()
+        self._vocab_size = vocab_size
+
+    def __missing__(self, key: int) -> int:
+        position, token_id = divmod(key, self._vocab_size)
+        word = mix(token_id + mix(position * _GOLDEN + _GOLDEN & _MASK) & _MASK)
+        if len(self) < _MAX_REMEMBERED:
+            self[key] = word
+        return word
+
+
+class _NextTokenTable(dict[Sums, int]):
+    __slots__ = ("_vocab_size",)
+
+    def __init__(self, vocab_size: int) -> None:
+        super().__init__()
+        self._vocab_size = vocab_size
+
+    def __missing__(self, sums: Sums) -> int:
+        digest = 0
+        for visible in sums:
+            # `mix`, written out: nearly every token of a simulation comes here once.
+            word = (digest ^ (visible & _MASK)) + _GOLDEN & _MASK
+            word = (word ^ (word >> 30)) * _MIX_1 & _MASK
+            word = (word ^ (word >> 27)) * _MIX_2 & _MASK
+            digest = word ^ (word >> 31)
+        if len(self) >= _MAX_REMEMBERED:
+            self.clear()
+        token = self[sums] = digest % self._vocab_size
         return token

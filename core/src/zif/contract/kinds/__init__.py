@@ -2,6 +2,7 @@
 
 from zif.contract.kinds.attention import AttentionSpec
 from zif.contract.kinds.chunked_local import ChunkedLocalSpec
+from zif.contract.kinds.cross import CrossAttentionSpec
 from zif.contract.kinds.full import FullAttentionSpec
 from zif.contract.kinds.latent import LatentAttentionSpec
 from zif.contract.kinds.recurrent import RecurrentStateSpec, StateTensor
@@ -11,6 +12,7 @@ from zif.contract.kinds.whole_history import WholeHistorySpec
 __all__ = [
     "AttentionSpec",
     "ChunkedLocalSpec",
+    "CrossAttentionSpec",
     "FullAttentionSpec",
     "LatentAttentionSpec",
     "RecurrentStateSpec",
