@@ -121,6 +121,6 @@ def test_what_a_caller_wishes_to_keep_outlives_later_prompts(model: Path) -> Non
         kept = {"prompt_token_ids": [7] * 9, "retention": [{"priority": 90, "end": 8}]}
         llm.generate([kept, {"prompt_token_ids": [8] * 9}], sampling(1), use_tqdm=False)
         for token in range(10, 40):
-            llm.generate({"prompt_token_ids": [token] * 25}, sampling(1), use_tqdm=False)
+            llm.generate({"prompt_token_ids": [token] * 21}, sampling(1), use_tqdm=False)
         found = [llm.generate({"prompt_token_ids": [t] * 9}, sampling(1), use_tqdm=False)[0] for t in (7, 8)]
         assert [output.num_cached_tokens for output in found] == [8, 0]
