@@ -40,7 +40,8 @@ def simulation(specs: tuple[KVSpec, ...], every: int, num_steps: int) -> Simulat
     """Return a simulation that keeps 8 requests running for `num_steps` steps."""
     traffic = TrafficShape(
         num_arrivals=num_steps,
-        arrival_rate=0.045,
+        arrival_rate=0.5,
+        max_live=_LIVE,
         max_stem=32,
         max_tail=16,
         max_output=400,

@@ -178,10 +178,17 @@ class ReferenceModel:
             demand(found >= must, f"{found} tokens found where {must} were kept")
         self._check_report(request, limit)
         if is_looked_up and any(self.states):
-            last = (request.num_prompt_tokens - 1) // self.unit * self.unit
-            is_sure = self.has_room and not source and not all(self.states)
-            junction = self.longest(request, limit, with_states=False) if is_sure else last
-            mirror.stops = {stop for stop in (last, junction) if stop > found}
+            mirror.stops = {stop for stop in self._stops(request, limit, source) if stop > found}
+
+    def _stops(self, request: Request, limit: int, source: Request | None) -> Iterator[int]:
+        """Yield where steps must end: at the prompt's last whole unit, and where groups without states would go on."""
+        yield (request.num_prompt_tokens - 1) // self.unit * self.unit
+        if self.has_room and not source and not all(self.states):
+            junction = self.longest(request, limit, with_states=False)
+            later = {content(request, end) for end in range(junction + self.unit, limit + 1, self.unit)}
+            # A state that is found beyond what the other groups can serve hides the junction.
+            if not any(later & final for final, state in zip(self.final, self.states, strict=True) if state):
+                yield junction
 
     def step_ended(self, request: Request, start: int, asked: int, answer: int) -> None:
         """Check where a step from `start` to `asked` tokens should end."""
@@ -243,6 +250,11 @@ class ReferenceModel:
             if end in mirror.stops:
                 self.lasting[group].add(text)
             elif end >= request.num_prompt_tokens and end % self.unit == 0:
+                self.newest.setdefault(request, text)
+                # The older one goes for all, also for requests that came to the same state.
+                if (older := self.newest[request]) != text:
+                    self.newest = {other: kept for other, kept in self.newest.items() if kept != older}
+                    self.lasting[group].discard(older)
                 self.newest[request] = text
 
     def released(self, request: Request) -> None:

@@ -10,6 +10,8 @@ import pytest
 
 from zif.contract import (
     ChunkedLocalSpec,
+    CompletedStep,
+    CrossAttentionSpec,
     FullAttentionSpec,
     KVSpec,
     PrefixMiss,
@@ -17,19 +19,24 @@ from zif.contract import (
     RecurrentStateSpec,
     RequestStatus,
     SlidingWindowSpec,
+    Transfers,
 )
 from zif.kv import hashing, manager
 from zif.kv.drafts import DraftSlots
+from zif.kv.loading import LoadLedger
 from zif.kv.manager import PagedBlockManager
 from zif.kv.pool import BlockPool
-from zif.kv.slabs import HeldSlabs
 from zif.kv.prefix import PrefixFinder
+from zif.kv.slabs import HeldSlabs
+from zif.kv.swap import SwapSpace
+from zif.kv.tiers import TierIndex
 from zif.scheduling import lifecycle, planner, scheduler
 from zif.scheduling.deadlines import Deadlines
 from zif.scheduling.lifecycle import Lifecycle
 from zif.scheduling.queue import RequestQueue
 from zif.scheduling.scheduler import TokenBudgetScheduler
 from zif.simulation import Campaign, SimulatedRunner, SimulationFailure, run_scenarios
+from zif.simulation import runner as simulation_runner
 
 MAX_STEPS = 200_000
 
@@ -232,10 +239,10 @@ def failed_allocation_keeps_a_block(monkeypatch):
 def the_last_token_is_found_too(monkeypatch):
     original = PagedBlockManager._longest_prefix
 
-    def longest_prefix(self, request, source):
+    def longest_prefix(self, request, source, finder):
         request.token_ids.append(0)
         try:
-            return original(self, request, source)
+            return original(self, request, source, finder)
         finally:
             request.token_ids.pop()
 
@@ -472,6 +479,96 @@ def guesses_follow_an_unknown_token(monkeypatch):
 
 def too_many_guesses_are_planned(monkeypatch):
     _with_limits(monkeypatch, max_draft_tokens=lambda n: n + 1 if n else n)
+
+
+def loaded_blocks_are_shared_before_they_are_known_to_be_right(monkeypatch):
+    monkeypatch.setattr(LoadLedger, "__contains__", lambda self, request: False)
+
+
+def requests_on_lost_copies_go_on(monkeypatch):
+    original = PagedBlockManager.forget_lost
+
+    def forget_lost(self, handles):
+        original(self, handles)
+        return []
+
+    monkeypatch.setattr(PagedBlockManager, "forget_lost", forget_lost)
+
+
+def blocks_are_loaded_before_others_are_saved(monkeypatch):
+    original = simulation_runner.carry_out
+
+    def carry_out(transfers, store, memory):
+        saves, transfers.saves = transfers.saves, []
+        known = [load for load in transfers.loads if load.handle not in {save.handle for save in saves}]
+        late, transfers.loads = [load for load in transfers.loads if load not in known], known
+        lost = original(transfers, store, memory)
+        return lost + original(Transfers(saves=saves, loads=late), store, memory)
+
+    monkeypatch.setattr(simulation_runner, "carry_out", carry_out)
+
+
+def blocks_are_saved_after_they_were_written_again(monkeypatch):
+    original = SimulatedRunner.submit
+
+    def submit(self, step):
+        transfers, step.transfers = step.transfers, None
+        result = original(self, step).result()
+        if transfers:
+            result.lost += simulation_runner.carry_out(transfers, self._store, self)
+        return CompletedStep(result)
+
+    monkeypatch.setattr(SimulatedRunner, "submit", submit)
+
+
+def copies_of_aborted_requests_are_kept(monkeypatch):
+    monkeypatch.setattr(SwapSpace, "release", lambda self, request: None)
+
+
+def the_last_block_is_not_swapped_out(monkeypatch):
+    original = SwapSpace._needed
+    monkeypatch.setattr(SwapSpace, "_needed", lambda self, request: [*original(self, request)][:-1])
+
+
+def copies_are_never_demoted(monkeypatch):
+    original = TierIndex.take
+
+    def take(self):
+        transfers = original(self)
+        if transfers:
+            transfers.demotions = []
+        return transfers
+
+    monkeypatch.setattr(TierIndex, "take", take)
+
+
+def dropped_copies_are_still_found(monkeypatch):
+    original = TierIndex.take
+
+    def take(self):
+        transfers = original(self)
+        if transfers and transfers.loads:
+            transfers.drops = [load.handle for load in transfers.loads]
+        return transfers
+
+    monkeypatch.setattr(TierIndex, "take", take)
+
+
+def encoder_blocks_are_counted_in_tokens_of_the_sequence(monkeypatch):
+    monkeypatch.setattr(CrossAttentionSpec, "held_tokens", lambda self, num_tokens, num_encoder_tokens: num_tokens)
+
+
+def encoder_blocks_are_shared_without_being_found(monkeypatch):
+    original = PrefixFinder.find
+
+    def find(self, request, max_tokens):
+        prefix = original(self, request, max_tokens)
+        for group in self._encoded_groups:
+            cached = [*self._pools[group].references()][: len(prefix.block_ids[group])]
+            prefix.block_ids[group][: len(cached)] = cached
+        return prefix
+
+    monkeypatch.setattr(PrefixFinder, "find", find)
 
 
 BUGS = [

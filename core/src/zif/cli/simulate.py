@@ -108,6 +108,7 @@ def _rows(totals: "Totals") -> list[tuple[str, ...]]:
         ("tokens generated", f"{totals.num_tokens}"),
         ("prompt tokens found computed", f"{totals.num_cached_tokens}"),
         ("preemptions", f"{totals.num_preemptions}"),
+        ("blocks copied", f"{totals.num_saved_blocks} out, {totals.num_loaded_blocks} in"),
         ("guessed tokens", f"{totals.num_drafted_tokens}, of which right: {totals.num_accepted_tokens}"),
         ("faults injected", counted(totals.strikes)),
     ]

@@ -84,8 +84,8 @@ class Retention:
     """How long the blocks of some tokens should be kept for reuse, once their request has ended.
 
     It covers the tokens from `start` to `end` (None: to the last). Of unowned blocks, those of the lowest `priority`
-    (0 to 100) are reused first, among equals the least recently used. After `duration_s` since the request came the
-    default applies again (None: never). A block that two ranges touch has the higher priority.
+    (0 to 100) are reused first, among equals the least recently used. After `duration_s` since the request
+    was last admitted the default applies again (None: never). A block that two ranges touch has the higher priority.
     """
 
     priority: int

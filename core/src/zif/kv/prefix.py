@@ -108,7 +108,10 @@ class PrefixFinder:
     def _served(self, lookup: "_Lookup", num_tokens: int) -> int:
         """Return how many of `num_tokens` one group can serve."""
         size = lookup.spec.block_size
-        return lookup.spec.longest_prefix(num_tokens // size, lookup.found) * size // self._alignment * self._alignment
+        num_blocks = num_tokens // size
+        if lookup.num_run < num_blocks:
+            num_blocks = lookup.spec.longest_prefix(num_blocks, lookup.found)
+        return num_blocks * size // self._alignment * self._alignment
 
     def _settle(self, lookups: "list[_Lookup]", num_tokens: int) -> int:
         settled = len(lookups) == 1
@@ -128,7 +131,10 @@ class PrefixFinder:
 
 
 class _Lookup:
-    """Find a request's blocks in one group's index, hashing and searching each block at most once."""
+    """Find a request's blocks in one group's index, hashing and searching each block at most once.
+
+    `num_run` blocks from the first on were found at once; every kind can go on after all of them.
+    """
 
     def __init__(
         self, spec: KVSpec, pool: BlockPool, chain: PrefixChain, max_tokens: int, copies: CopyLookup | None
@@ -138,6 +144,7 @@ class _Lookup:
         self._pool = pool
         self._chain = chain
         self._blocks: dict[int, int | None] = {}
+        self.num_run = 0
         if not spec.first_needed_block(max_tokens):
             self._find_run(max_tokens // spec.block_size)
 
@@ -186,6 +193,7 @@ class _Lookup:
             contents = chain.contents(first, end)
             found = self._pool.find_run(chain.digests(first, end), contents)
             self._blocks.update(enumerate(found, first))
+        self.num_run = len(self._blocks)
 
 
 def _junction(lookups: list[_Lookup], served: list[int]) -> int | None:

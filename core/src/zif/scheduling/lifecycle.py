@@ -132,7 +132,7 @@ class Lifecycle:
     def isolate(self, request: Request) -> None:
         """Let a request run alone from an empty cache, where every slab it fills, it fills entirely."""
         self.loner = request
-        self._blocks.reset_prefix_cache()
+        self._blocks.free_cached_blocks()
 
     def step_applied(self, step: int) -> None:
         """Return the blocks that were held for steps up to this one."""
@@ -149,8 +149,8 @@ class Lifecycle:
         self.admission.give_back()
 
     def holders(self) -> list[Request]:
-        """Return the requests whose blocks are held for steps under way."""
-        return [request for _, request in self._held]
+        """Return the requests that have ended and whose blocks are held for steps under way."""
+        return [request for _, request in self._held if request.finished]
 
     def _leave(self, request: Request) -> None:
         self.running.remove(request)

@@ -161,7 +161,7 @@ class TokenBudgetScheduler(Scheduler):
     def _commit(self, request: Request) -> None:
         self._blocks.commit(request)
         if request is self._requests.loner:
-            self._blocks.reset_prefix_cache()
+            self._blocks.free_cached_blocks()
 
     def _accept(self, request: Request, num_tokens: int, sampled: list[int]) -> list[int]:
         """Apply a row with guesses: `sampled` are those that were right, and the token after them.

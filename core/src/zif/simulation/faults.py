@@ -24,9 +24,9 @@ class FaultPoint(StrEnum):
     reports a fault of one request; it ends with an error, the others go on. CRASH: the runner raises; every live
     request ends with an error and nothing leaks. DUPLICATE: a result is applied once more; nothing changes. STALE: the
     result of an earlier step arrives first; it is refused or ignored. LATE: the result comes after one more step was
-    planned than should be under way. REORDERED: that of a later step arrives first; it is refused. ABORT: a request is
-    aborted, between any two calls; so are one that is over and one that never was. CLOCK: the clock jumps ahead by a
-    day.
+    planned than should be under way. REORDERED: that of a later step arrives first; it is refused. TRANSFER: a copy of
+    a block is lost when it is to be loaded; its request computes it again. ABORT: a request is aborted, between any two
+    calls; so are one that is over and one that never was. CLOCK: the clock jumps ahead by a day.
     """
 
     ALLOCATION = "allocation"
@@ -36,6 +36,7 @@ class FaultPoint(StrEnum):
     STALE = "stale"
     LATE = "late"
     REORDERED = "reordered"
+    TRANSFER = "transfer"
     ABORT = "abort"
     CLOCK = "clock"
 

@@ -63,11 +63,17 @@ class Invariants:
         self._order = {"fcfs": _by_due_time, "priority": _by_priority}.get(config.scheduling_policy)
         self._first: Request | None = None
         self._neglected = 0
-        self._roomy = config.enable_prefix_caching and all(isinstance(spec, FullAttentionSpec) for spec in specs)
+        self._roomy = (
+            config.enable_prefix_caching
+            and not config.tenant_cache_percent
+            and all(isinstance(spec, FullAttentionSpec) for spec in specs)
+        )
 
     def admit(self, request: Request) -> None:
         """Begin to follow a request."""
-        text = ExpectedText(self._specs, self._words, request.token_ids)
+        text = ExpectedText(
+            self._specs, self._words, request.token_ids, request.cache_key.media, request.num_encoder_tokens
+        )
         named = self._computed.setdefault(request.cache_key, set())
         self._records[request.request_id] = _Record(request, text, named)
         self._first = None
@@ -163,7 +169,10 @@ class Invariants:
             start, end = plan.num_computed[row], plan.num_computed[row] + plan.num_tokens[row]
             for count, spec, table in zip(hands, self._specs, live[request_id].block_ids, strict=True):
                 first = (end - 1 if spec.keeps_checkpoints else start) // spec.block_size
-                for block in table[first : (end - 1) // spec.block_size + 1]:
+                written = table[first : (end - 1) // spec.block_size + 1]
+                if spec.counts_encoder_tokens:
+                    written = [] if start else table
+                for block in written:
                     assert block, "a step writes into the null block"
                     assert count[block] == 1, "a step writes into a block that another request holds"
 
@@ -192,7 +201,8 @@ class Invariants:
                 expected, token = text.next_token(end), token_ids[end]
                 assert token == expected, f"request {request.request_id} said {token} at {end}, must say {expected}"
                 if token in request.stop_ids:
-                    assert end + 1 == known and request.finished, "a request goes on after a stop token"
+                    assert end + 1 == known, "a request goes on after a stop token"
+                    assert request.finished, "a request goes on after a stop token"
             assert known <= request.max_total_tokens, "a request says more than it was allowed"
 
     def continuation(self, request: Request, num_tokens: int) -> list[int]:
@@ -211,6 +221,10 @@ class Invariants:
             computed, planned = request.num_computed_tokens, request.num_planned_tokens
             for spec, visible_from, table in zip(self._specs, self._visibility, request.block_ids, strict=True):
                 size = spec.block_size
+                if spec.counts_encoder_tokens:
+                    assert len(table) == -(-request.num_encoder_tokens // size), "the encoder's output has no place"
+                    assert all(table), "a block of the encoder's output was given back"
+                    continue
                 assert len(table) * size - planned < size, "slots are allocated beyond the block in use"
                 # A state is written for guesses too, but outside of the table until they are accepted.
                 assert len(table) * size >= (computed if spec.keeps_checkpoints else planned), "a token has no slot"

@@ -3,21 +3,31 @@
 from collections.abc import Callable
 
 from zif.contract import KVSpec
-from zif.simulation.words import Words, fold, visibility
+from zif.simulation.words import Words, encoder_word, fold, visibility
 
 
 class ExpectedText:
     """Follow one request: what does it see now, and which token must come next?"""
 
-    def __init__(self, specs: tuple[KVSpec, ...], words: Words, token_ids: list[int]) -> None:
+    def __init__(
+        self,
+        specs: tuple[KVSpec, ...],
+        words: Words,
+        token_ids: list[int],
+        media: tuple[str, ...] = (),
+        num_encoder_tokens: int = 0,
+    ) -> None:
         self._specs = specs
         self._states = [index for index, spec in enumerate(specs) if spec.keeps_checkpoints]
-        self._sums_of = [index for index, spec in enumerate(specs) if not spec.keeps_checkpoints]
+        encoded = [index for index, spec in enumerate(specs) if spec.counts_encoder_tokens]
+        self._sums_of = [index for index in range(len(specs)) if index not in (*self._states, *encoded)]
         self._bounded = _bounded_groups(specs)
         self._words = words
         self._token_ids = token_ids
         self._num_seen = 0
         self._sums = [0] * len(specs)
+        for index in encoded:
+            self._sums[index] = sum(encoder_word(media, position) for position in range(num_encoder_tokens))
         self._firsts = [0] * len(specs)
 
     @property
@@ -52,5 +62,5 @@ class ExpectedText:
 
 def _bounded_groups(specs: tuple[KVSpec, ...]) -> list[tuple[int, Callable[[int], int]]]:
     """Return the groups in which earlier tokens go out of sight, with the rule of each."""
-    rules = [None if spec.keeps_checkpoints else visibility(spec) for spec in specs]
+    rules = [None if spec.keeps_checkpoints or spec.counts_encoder_tokens else visibility(spec) for spec in specs]
     return [(index, rule) for index, rule in enumerate(rules) if rule is not None]

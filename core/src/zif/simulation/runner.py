@@ -9,13 +9,17 @@ State groups (`KVSpec.keeps_checkpoints`) keep one state per block: a step from 
 c - 1 and writes the block of token d - 1.
 """
 
+from array import array
+
 from zif.contract import (
+    BlockBytes,
     BlockUpdate,
     CompletedStep,
     Draft,
     KVArena,
     KVLayout,
     KVSpec,
+    KVStore,
     ModelDescription,
     ModelRunner,
     Progress,
@@ -23,8 +27,9 @@ from zif.contract import (
     StepFuture,
     StepPlan,
     StepResult,
+    carry_out,
 )
-from zif.simulation.words import Words, fold, visibility
+from zif.simulation.words import Words, encoder_word, fold, visibility
 
 WORD_BYTES = 8
 _STATE_WORDS = 3
@@ -39,11 +44,13 @@ def simulated_layout(spec: KVSpec) -> KVLayout:
 class _Sequence:
     """What the runner holds of one request. `ends[g]` is None while the sum of group g is not kept."""
 
-    __slots__ = ("ends", "epoch", "firsts", "sums", "tables", "token_ids")
+    __slots__ = ("ends", "epoch", "firsts", "media", "num_encoder_tokens", "sums", "tables", "token_ids")
 
     def __init__(self, start: RequestStart) -> None:
         self.token_ids = start.token_ids
         self.tables = start.block_ids
+        self.media = start.media
+        self.num_encoder_tokens = start.num_encoder_tokens
         self.sums = [0] * len(self.tables)
         self.firsts = [0] * len(self.tables)
         self.ends: list[int | None] = [None] * len(self.tables)
@@ -131,10 +138,12 @@ class _TokenGroup(_Group):
         return visible
 
     def forget(self, sequence: _Sequence) -> None:
-        end = sequence.ends[self.index]
+        index, stakes = self.index, self.memory.stakes
+        end = sequence.ends[index]
         if end is not None:
-            self._drop(sequence, end)
-            sequence.ends[self.index] = None
+            for slot in self._slots(sequence, sequence.firsts[index], end):
+                stakes[slot] -= 1
+            sequence.ends[index] = None
 
     def _keep(self, sequence: _Sequence, first: int, end: int) -> None:
         cells, stakes = self.memory.cells, self.memory.stakes
@@ -199,6 +208,28 @@ class _StateGroup(_Group):
         return sequence.tables[self.index][(end - 1) // self.size] * _STATE_WORDS
 
 
+class _EncoderGroup(_Group):
+    """One word per token of the encoder's input, written once and read afresh each time."""
+
+    def write(self, sequence: _Sequence, start: int, end: int) -> None:
+        if start:
+            return
+        for position, slot in enumerate(self._slots(sequence)):
+            if self.memory.stakes[slot]:
+                self.memory.epoch += 1
+            self.memory.cells[slot] = encoder_word(sequence.media, position)
+
+    def read(self, sequence: _Sequence, end: int) -> int:
+        return sum(self.memory.cells[slot] for slot in self._slots(sequence))
+
+    def forget(self, sequence: _Sequence) -> None:
+        """Nothing is kept."""
+
+    def _slots(self, sequence: _Sequence) -> list[int]:
+        table, size = sequence.tables[self.index], self.size
+        return [table[p // size] * size + p % size for p in range(sequence.num_encoder_tokens)]
+
+
 class SimulatedRunner(ModelRunner):
     """Compute nothing, faithfully and fast. The arena's layouts must come from `simulated_layout`."""
 
@@ -206,8 +237,10 @@ class SimulatedRunner(ModelRunner):
         self._words = words
         self._memory = _Memory(0, words)
         self._groups: list[_Group] = []
-        self._all_is_seen = False
+        self._only_group: _TokenGroup | None = None
         self._sequences: dict[int, _Sequence] = {}
+        self._block_words: list[int] = []
+        self._store: KVStore | None = None
 
     @property
     def num_sequences(self) -> int:
@@ -222,9 +255,10 @@ class SimulatedRunner(ModelRunner):
         self._groups = []
         for index, group in enumerate(arena.groups):
             assert group.layout == simulated_layout(group.spec), f"group {index} is not laid out for simulation"
-            kind = _StateGroup if group.spec.keeps_checkpoints else _TokenGroup
-            self._groups.append(kind(index, group.spec, self._memory))
-        self._all_is_seen = all(isinstance(g, _TokenGroup) and g.visibility is None for g in self._groups)
+            self._groups.append(_kind_of(group.spec)(index, group.spec, self._memory))
+        self._block_words = [group.layout.shape[0] for group in arena.groups]
+        only = self._groups[0] if len(self._groups) == 1 else None
+        self._only_group = only if isinstance(only, _TokenGroup) and only.visibility is None else None
 
     def submit(self, step: StepPlan) -> StepFuture:
         for request_id in step.released:
@@ -234,7 +268,28 @@ class SimulatedRunner(ModelRunner):
             self._sequences[start.request_id] = _Sequence(start)
         for update in step.block_updates:
             self._extend(update)
-        return CompletedStep(StepResult(step.step, self._compute(step)))
+        lost: list[int] = []
+        if step.transfers:
+            assert self._store is not None, "blocks are to be copied and there is no store"
+            lost = carry_out(step.transfers, self._store, self)
+        return CompletedStep(StepResult(step.step, self._compute(step), lost=lost))
+
+    def attach_store(self, store: KVStore) -> bool:
+        self._store = store
+        return True
+
+    def read_block(self, group: int, block_id: int) -> BlockBytes:
+        """Return the words of a block as bytes."""
+        words = self._block_words[group]
+        return array("Q", self._memory.cells[block_id * words : (block_id + 1) * words]).tobytes()
+
+    def write_block(self, group: int, block_id: int, data: BlockBytes) -> None:
+        """Overwrite the words of a block."""
+        first = block_id * self._block_words[group]
+        end = first + self._block_words[group]
+        if any(self._memory.stakes[first:end]):
+            self._memory.epoch += 1
+        self._memory.cells[first:end] = array("Q", bytes(data)).tolist()
 
     def close(self) -> None:
         self._sequences.clear()
@@ -244,8 +299,7 @@ class SimulatedRunner(ModelRunner):
         rows = [sequences[request_id] for request_id in step.request_ids]
         # All rows write before any reads, as a layer of a model does: a row that tramples on another shows at once.
         if step.total_tokens == len(rows) and not step.drafts and all(step.samples):
-            self._write_singles(rows, step.num_computed)
-            return [[self._sample(row, computed + 1)] for row, computed in zip(rows, step.num_computed, strict=True)]
+            return self._compute_singles(rows, step.num_computed)
         drafts = [step.drafts.get(request_id) for request_id in step.request_ids]
         columns = [*zip(rows, step.num_computed, step.num_tokens, step.samples, drafts, strict=True)]
         for sequence, computed, num_tokens, _, draft in columns:
@@ -262,34 +316,41 @@ class SimulatedRunner(ModelRunner):
                 sampled.append([self._sample(sequence, computed + num_tokens)] if samples else [])
         return sampled
 
-    def _write_singles(self, rows: list[_Sequence], positions: list[int]) -> None:
-        """Write one token of each row, as most steps do; the same as each group's `write`, without the calls."""
-        memory, groups = self._memory, self._groups
+    def _compute_singles(self, rows: list[_Sequence], positions: list[int]) -> list[list[int]]:
+        """Compute one token of each row and sample, as most steps do: `_Group.write` and `_sample` without the calls."""
+        memory, group, next_tokens = self._memory, self._only_group, self._words.next_tokens
+        if group is None:
+            for sequence, position in zip(rows, positions, strict=True):
+                for each in self._groups:
+                    each.write(sequence, position, position + 1)
+            return [[self._sample(row, position + 1)] for row, position in zip(rows, positions, strict=True)]
         cells, stakes, words, vocab_size = memory.cells, memory.stakes, self._words.by_place, self._words.vocab_size
+        size = group.size
         for sequence, position in zip(rows, positions, strict=True):
-            word = words[position * vocab_size + sequence.token_ids[position]]
-            tables, sums, ends = sequence.tables, sequence.sums, sequence.ends
-            for index, group in enumerate(groups):
-                if ends[index] != position:
-                    group.write(sequence, position, position + 1)
-                    continue
-                size = group.size
-                slot = tables[index][position // size] * size + position % size
-                if stakes[slot]:
-                    memory.epoch += 1
-                cells[slot] = word
-                stakes[slot] += 1
-                sums[index] += word
-                ends[index] = position + 1
+            if sequence.ends[0] != position:
+                group.write(sequence, position, position + 1)
+                continue
+            slot = sequence.tables[0][position // size] * size + position % size
+            if stakes[slot]:
+                memory.epoch += 1
+            stakes[slot] += 1
+            cells[slot] = word = words[position * vocab_size + sequence.token_ids[position]]
+            sequence.sums[0] += word
+            sequence.ends[0] = position + 1
+        sampled: list[list[int]] = []
+        for sequence, position in zip(rows, positions, strict=True):
+            if sequence.epoch != memory.epoch or sequence.ends[0] is None:
+                sampled.append([self._sample(sequence, position + 1)])
+                continue
+            token = next_tokens[(sequence.sums[0],)]
+            sequence.token_ids.append(token)
+            sampled.append([token])
+        return sampled
 
     def _sample(self, sequence: _Sequence, end: int) -> int:
         """Return the token after `end` tokens, known from now on."""
-        memory = self._memory
-        if self._all_is_seen and sequence.epoch == memory.epoch and None not in sequence.ends:
-            sums = tuple(sequence.sums)
-        else:
-            sums = tuple([group.read(sequence, end) for group in self._groups])
-            sequence.epoch = memory.epoch
+        sums = tuple([group.read(sequence, end) for group in self._groups])
+        sequence.epoch = self._memory.epoch
         token = self._words.next_tokens[sums]
         sequence.token_ids.append(token)
         return token
@@ -325,3 +386,9 @@ class SimulatedRunner(ModelRunner):
         if sequence is not None:
             for group in self._groups:
                 group.forget(sequence)
+
+
+def _kind_of(spec: KVSpec) -> type[_Group]:
+    if spec.counts_encoder_tokens:
+        return _EncoderGroup
+    return _StateGroup if spec.keeps_checkpoints else _TokenGroup

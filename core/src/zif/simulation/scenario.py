@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from zif.contract import (
     ChunkedLocalSpec,
+    CrossAttentionSpec,
     EngineConfig,
     FullAttentionSpec,
     KVArena,
@@ -16,6 +17,7 @@ from zif.contract import (
     SlidingWindowSpec,
     StateTensor,
 )
+from zif.kv.tiers import TierSetup
 from zif.simulation.runner import WORD_BYTES, simulated_layout
 
 VOCAB_SIZE = 97
@@ -23,6 +25,7 @@ VOCAB_SIZE = 97
 
 _TOKEN_BUDGETS = (1, 7, 16, 64)
 _DTYPE = "float32"
+_MAX_ENCODER_TOKENS = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +66,7 @@ class Scenario:
     traffic: TrafficShape
     constraints: SchedulerConstraints = field(default_factory=SchedulerConstraints)
     max_steps_in_flight: int = 1
+    tiers: TierSetup = field(default_factory=TierSetup)
 
     @property
     def specs(self) -> tuple[KVSpec, ...]:
@@ -90,13 +94,22 @@ def draw_scenario(seed: int, traffic: TrafficShape | None = None) -> Scenario:
         expected_output_percent=chance.choice((0, 0, 50, 100)),
         tenant_weights=(("a", 3),) if policy == "fair" else (),
         max_draft_tokens=chance.choice((0, 0, 0, 1, 4)),
+        tenant_cache_percent=chance.choice(((), (), (("a", 10),))),
     )
     constraints = SchedulerConstraints(
         token_alignment=min(chance.choice((1, 1, 1, 4)), config.max_num_batched_tokens),
         separate_prefill=chance.randrange(6) == 0,
     )
     arena = _draw_arena(chance, specs, config)
-    return Scenario(seed, arena, config, traffic, constraints, max_steps_in_flight=chance.choice((1, 1, 2, 3)))
+    return Scenario(
+        seed,
+        arena,
+        config,
+        traffic,
+        constraints,
+        max_steps_in_flight=chance.choice((1, 1, 2, 3)),
+        tiers=_draw_tiers(chance, arena),
+    )
 
 
 def simulated_arena(specs: tuple[KVSpec, ...], num_slabs: int, slab_words: int) -> KVArena:
@@ -123,6 +136,17 @@ def _draw_arena(chance: random.Random, specs: tuple[KVSpec, ...], config: Engine
     return simulated_arena(specs, int(least * share), slab_words)
 
 
+def _draw_tiers(chance: random.Random, arena: KVArena) -> TierSetup:
+    """Draw none, host memory, or host memory and disk, smaller or larger than the device; copying pays, or does not."""
+    host_bytes = int(arena.num_bytes * chance.choice((0, 0, 0.3, 1.0, 4.0)))
+    return TierSetup(
+        host_bytes=host_bytes,
+        disk_bytes=int(host_bytes * chance.choice((0, 0.5, 2.0))),
+        host_bytes_per_s=chance.choice((1, 1_000_000)),
+        prefill_tokens_per_s=1_000,
+    )
+
+
 def _shapes() -> list[tuple[KVSpec, ...]]:
     return [
         (_full(4),),
@@ -135,6 +159,7 @@ def _shapes() -> list[tuple[KVSpec, ...]]:
         (_sliding(7, 4),),
         (_latent(2), _chunked(6, 4), _recurrent(4)),
         (_full(8), _sliding(6, 4), _recurrent(4)),
+        (_full(4), _cross(4)),
     ]
 
 
@@ -152,6 +177,10 @@ def _chunked(chunk: int, block_size: int) -> KVSpec:
 
 def _latent(block_size: int) -> KVSpec:
     return LatentAttentionSpec((3,), 8, 4, block_size, _DTYPE)
+
+
+def _cross(block_size: int) -> KVSpec:
+    return CrossAttentionSpec((5,), 1, 8, block_size, _DTYPE, max_encoder_tokens=_MAX_ENCODER_TOKENS)
 
 
 def _recurrent(block_size: int) -> KVSpec:

@@ -18,6 +18,7 @@ from zif.simulation.faults import FaultInjector, FaultPoint, FaultSchedule
 from zif.simulation.invariants import Invariants
 from zif.simulation.runner import SimulatedRunner
 from zif.simulation.scenario import VOCAB_SIZE, Scenario
+from zif.simulation.store import SimulatedStore
 from zif.simulation.traffic import TrafficGenerator
 from zif.simulation.words import Words
 
@@ -45,6 +46,8 @@ class Totals:
     num_preemptions: int = 0
     num_drafted_tokens: int = 0
     num_accepted_tokens: int = 0
+    num_saved_blocks: int = 0
+    num_loaded_blocks: int = 0
     finished: Counter[str] = field(default_factory=Counter)
     strikes: Counter[str] = field(default_factory=Counter)
 
@@ -57,6 +60,8 @@ class Totals:
             self.num_preemptions + other.num_preemptions,
             self.num_drafted_tokens + other.num_drafted_tokens,
             self.num_accepted_tokens + other.num_accepted_tokens,
+            self.num_saved_blocks + other.num_saved_blocks,
+            self.num_loaded_blocks + other.num_loaded_blocks,
             self.finished + other.finished,
             self.strikes + other.strikes,
         )
@@ -99,7 +104,9 @@ class Simulation:
             enable_prefix_caching=config.enable_prefix_caching,
             max_step_tokens=config.max_num_batched_tokens,
             retainer=Retainer(self.clock.now, config.tenant_cache_percent),
+            tiers=scenario.tiers,
         )
+        self._store = SimulatedStore(scenario.tiers.host_bytes, scenario.tiers.disk_bytes, self.faults)
         self._blocks.faults = self.faults
         self._scheduler = TokenBudgetScheduler(config, self._blocks, scenario.constraints, self.clock.now)
         self._invariants = Invariants(scenario, self._words)
@@ -219,6 +226,8 @@ class Simulation:
             num_preemptions=sum(request.num_preemptions for request in requests),
             num_drafted_tokens=sum(request.num_drafted_tokens for request in requests),
             num_accepted_tokens=sum(request.num_accepted_tokens for request in requests),
+            num_saved_blocks=self._store.num_saved,
+            num_loaded_blocks=self._store.num_loaded,
             finished=Counter(request.finish_reason.value for request in self._ended if request.finish_reason),
             strikes=Counter({point.value: n for point in FaultPoint if (n := self.faults.num_strikes(point))}),
         )
@@ -227,6 +236,7 @@ class Simulation:
         runner = SimulatedRunner(self._words)
         runner.load(_no_model(self.scenario), lambda done, total: None)
         runner.start(self.scenario.arena)
+        runner.attach_store(self._store)
         return runner
 
     def _compute(self, plan: StepPlan) -> StepResult:

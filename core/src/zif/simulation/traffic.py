@@ -2,10 +2,12 @@
 
 import random
 
-from zif.contract import CacheKey, Request, SamplingParams
+from zif.contract import CacheKey, Request, Retention, SamplingParams
 from zif.simulation.scenario import VOCAB_SIZE, Scenario
 
 _MAX_ENDED = 8
+_MEDIA = ("", "a", "bb")
+_MEDIA_TOKENS = 5
 
 
 class TrafficGenerator:
@@ -19,6 +21,7 @@ class TrafficGenerator:
         self._stems = [self._tokens(self._shape.max_stem) for _ in range(self._shape.num_stems)]
         self._num_live = 0
         self._ended: list[Request] = []
+        self._listens = any(spec.counts_encoder_tokens for spec in scenario.specs)
 
     @property
     def exhausted(self) -> bool:
@@ -53,14 +56,20 @@ class TrafficGenerator:
             "max_total_tokens": len(prompt) + chance.randrange(1, shape.max_output + 1),
             "stop_ids": frozenset(chance.choice(((), (), (chance.randrange(VOCAB_SIZE),)))),
             "cache_key": key,
+            "num_encoder_tokens": _MEDIA_TOKENS * sum(map(len, key.media)),
             "priority": chance.randrange(shape.num_priorities),
             "tenant": chance.choice(shape.tenants),
+            "retention": chance.choice(((), (), (), (self._retention(),))),
             "deadline_s": None if patience_s is None else now_s + patience_s,
         }
         siblings = tuple(self._request(prompt, fields) for _ in range(chance.choice(shape.sample_counts)))
         for request in siblings:
             request.siblings = siblings if len(siblings) > 1 else ()
         return siblings
+
+    def _retention(self) -> Retention:
+        chance = self._random
+        return Retention(chance.randrange(101), 0, chance.choice((None, 9)), chance.choice((None, 0.1)))
 
     def _request(self, prompt: list[int], fields: dict[str, object]) -> Request:
         number = self._num_drawn
@@ -70,7 +79,8 @@ class TrafficGenerator:
     def _prompt(self) -> tuple[list[int], CacheKey]:
         """Begin with part of a stem, or with all that an earlier request said."""
         chance, shape = self._random, self._shape
-        key = CacheKey(salt=chance.choice(shape.salts))
+        media = (chance.choice(_MEDIA),) if self._listens else ()
+        key = CacheKey(salt=chance.choice(shape.salts), media=media)
         tail = self._tokens(chance.randrange(shape.max_tail + 1))
         if chance.random() < shape.continued_share and self._ended:
             earlier = chance.choice(self._ended)

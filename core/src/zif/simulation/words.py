@@ -14,7 +14,9 @@ _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 _MIX_1 = 0xBF58476D1CE4E5B9
 _MIX_2 = 0x94D049BB133111EB
-_MAX_REMEMBERED = 1 << 17
+_MAX_WORDS = 1 << 17
+_MAX_NEXT_TOKENS = 1 << 14
+"""Few, so that they stay in the processor's cache: the oracle asks for a token soon after the runner did."""
 
 Visibility = Callable[[int], int] | None
 """The first position that the token at a position sees; None where that is always the first."""
@@ -61,7 +63,8 @@ def visibility(spec: KVSpec) -> Visibility:
 class Words:
     """Words of tokens and the tokens that follow, each computed once. Share one over many simulations.
 
-    The tables compute what they lack. `by_place` is for innermost loops: its key is position * vocab_size + token id.
+    The tables compute what they lack. They are for innermost loops; a key of `by_place` is position * vocab_size +
+    token id.
     """
 
     def __init__(self, vocab_size: int) -> None:
@@ -87,10 +90,12 @@ class _WordTable(dict[int, int]):
 
     def __missing__(self, key: int) -> int:
         position, token_id = divmod(key, self._vocab_size)
-        word = mix(token_id + mix(position * _GOLDEN + _GOLDEN & _MASK) & _MASK)
-        if len(self) < _MAX_REMEMBERED:
-            self[key] = word
-        return word
+        place = mix(position * _GOLDEN + _GOLDEN & _MASK)
+        if len(self) < _MAX_WORDS:
+            # Its other tokens will be asked for too, sooner or later.
+            first = key - token_id
+            self.update((first + token, mix(token + place & _MASK)) for token in range(self._vocab_size))
+        return mix(token_id + place & _MASK)
 
 
 class _NextTokenTable(dict[Sums, int]):
@@ -108,7 +113,7 @@ class _NextTokenTable(dict[Sums, int]):
             word = (word ^ (word >> 30)) * _MIX_1 & _MASK
             word = (word ^ (word >> 27)) * _MIX_2 & _MASK
             digest = word ^ (word >> 31)
-        if len(self) >= _MAX_REMEMBERED:
+        if len(self) >= _MAX_NEXT_TOKENS:
             self.clear()
         token = self[sums] = digest % self._vocab_size
         return token
