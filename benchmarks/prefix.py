@@ -1,8 +1,8 @@
 """What finding a computed prefix costs: time of a look-up, and memory of the index per block.
 
 The physics: a prompt of N tokens has N / block_size blocks, each one SHA-256 over about 100 bytes when it is new, one
-dictionary look-up and one comparison of its content when it is not. Memory per cached block: its digest, its content,
-its entries in index and free order.
+search of the index and one comparison of its content when it is not. Memory per cached block: its content and its
+entries in the flat arrays of pool and index; `control_plane_memory.py` measures a larger cache.
 
 Floors: a 32,768-token prompt whose hashes are known is found in under 2 ms; 200 bytes a block.
 

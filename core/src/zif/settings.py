@@ -113,9 +113,9 @@ class EngineSettings:
         "order in which requests run: as they come, by priority, or in fair shares of tokens per tenant", "fcfs",
         choices=("fcfs", "priority", "fair"),
     )  # fmt: skip
-    tenant_weights: str | None = _text("shares under 'fair', as in 'alice=3,bob=1'; auto: all tenants equal", None)
+    tenant_weights: str | None = _text("shares under 'fair', as in 'chat=3,batch=1'; auto: all tenants equal", None)
     tenant_cache_percent: str | None = _text(
-        "most of the KV memory that cached prompts of a tenant may take, as in 'alice=50,bob=20'; auto: no limits", None
+        "most of the KV memory that cached prompts of a tenant may take, as in 'chat=50,batch=20'; auto: no limits", None
     )
     max_partial_prefills: int = _integer(
         "most prompts that one step computes in part", 4, minimum=1, maximum=2**16
@@ -226,13 +226,13 @@ def parse_bytes(text: str) -> int:
 
 
 def parse_tenant_weights(text: str | None) -> tuple[tuple[str, int], ...]:
-    """Read "alice=3,bob=1"; nothing when None. Raises `ConfigError` on anything else."""
-    return _parse_tenants("tenant_weights", text, range(1, 10**6), "a weight of 1 to 999999, as in 'alice=3,bob=1'")
+    """Read "chat=3,batch=1"; nothing when None. Raises `ConfigError` on anything else."""
+    return _parse_tenants("tenant_weights", text, range(1, 10**6), "a weight of 1 to 999999, as in 'chat=3,batch=1'")
 
 
 def parse_tenant_percent(text: str | None) -> tuple[tuple[str, int], ...]:
-    """Read "alice=50,bob=20"; nothing when None. Raises `ConfigError` on anything else."""
-    return _parse_tenants("tenant_cache_percent", text, range(101), "a percentage of 0 to 100, as in 'alice=50,bob=20'")
+    """Read "chat=50,batch=20"; nothing when None. Raises `ConfigError` on anything else."""
+    return _parse_tenants("tenant_cache_percent", text, range(101), "a percentage of 0 to 100, as in 'chat=50,batch=20'")
 
 
 def require_known(name: str) -> None:

@@ -234,7 +234,8 @@ class ReferenceModel:
             self._finish(request, group, start)
         prefixes = {content(request, position) for position in range(start + 1, end + 1)}
         self.computed_ever |= prefixes
-        self.computed_since_reset |= prefixes
+        if not start or content(request, start) in self.computed_since_reset:
+            self.computed_since_reset |= prefixes
         mirror.asked = [asked for asked in mirror.asked if asked > end]
 
     def _finish(self, request: Request, group: int, start: int) -> None:

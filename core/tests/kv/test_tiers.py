@@ -138,6 +138,15 @@ def test_reset_forgets_every_tier():
     assert run_one(engine, 10, PROMPTS[0]).num_cached_tokens == 0
 
 
+def test_emptying_the_device_for_one_request_leaves_the_other_tiers():
+    engine = TieredEngine(ARENAS["full"], host_bytes=1 << 20)
+    for request_id, prompt in enumerate(PROMPTS):
+        run_one(engine, request_id, prompt)
+    engine.blocks.free_cached_blocks()
+    assert not any(usage.num_cached for usage in engine.blocks.usage())
+    assert by_tier(run_one(engine, 10, PROMPTS[0])) == {"device": 0, "host": 16}
+
+
 def test_a_salted_prefix_is_not_found_by_others_in_any_tier():
     engine = TieredEngine(ARENAS["full"], host_bytes=1 << 20)
     for request_id, prompt in enumerate(PROMPTS):

@@ -20,6 +20,7 @@ from zif.contract import (
 )
 from zif.errors import ConfigError
 from zif.kv import PagedBlockManager
+from zif.kv.tiers import TierSetup
 from zif.null.platform import null_layout
 from zif.null.runner import NullRunner, expected_token
 from zif.scheduling import TokenBudgetScheduler
@@ -106,10 +107,11 @@ class TestFaults:
 @pytest.mark.parametrize("point", [*FaultPoint])
 def test_a_fault_at_any_call_fails_its_request_at_most_and_leaks_nothing(point):
     words = Words(VOCAB_SIZE)
-    undisturbed = _ends(_long_scenario(), FaultSchedule(), words)
+    scenario = _copying_scenario() if point is FaultPoint.TRANSFER else _long_scenario()
+    undisturbed = _ends(scenario, FaultSchedule(), words)
     assert {reason for _, reason in undisturbed.values()} == {FinishReason.LENGTH, FinishReason.STOP}
     for nth in range(1, 201):
-        ends = _ends(_long_scenario(), FaultSchedule(nth=((point, nth),)), words)
+        ends = _ends(scenario, FaultSchedule(nth=((point, nth),)), words)
         assert set(ends) == set(undisturbed)
         changed = {reason for number, (text, reason) in ends.items() if (text, reason) != undisturbed[number]}
         struck = [number for number, (_, reason) in ends.items() if reason in (FinishReason.ERROR, FinishReason.ABORT)]
@@ -126,6 +128,15 @@ def _long_scenario():
     """Return a scenario with a tight arena in which every point is reached more than 200 times."""
     shape = TrafficShape(num_arrivals=40, arrival_rate=0.15, continued_share=0.0, deadlines_s=(None,))
     return replace(draw_scenario(52, shape), max_steps_in_flight=2)
+
+
+def _copying_scenario():
+    """Return a scenario that loads more than 200 blocks from host memory, swapped-out requests among them."""
+    shape = TrafficShape(num_arrivals=100, arrival_rate=0.3, continued_share=0.3, deadlines_s=(None,))
+    scenario = draw_scenario(52, shape)
+    host_bytes = 4 * scenario.arena.num_bytes
+    tiers = TierSetup(host_bytes=host_bytes, host_bytes_per_s=1_000_000, prefill_tokens_per_s=1_000)
+    return replace(scenario, max_steps_in_flight=2, tiers=tiers)
 
 
 def _ends(scenario, faults, words):

@@ -82,6 +82,10 @@ class PrefixChain:
     def contents(self, first: int, end: int) -> list[bytes]:
         """Return the canonical bytes of the blocks from `first` on, before `end`, and hash those that are new."""
         digests, sha256 = self._digests, hashlib.sha256
+        if len(digests) == end == first + 1:  # The usual case: a generating request has filled one more block.
+            content = self.content(first)
+            digests.append(sha256(content).digest())
+            return [content]
         first_new = max(first, len(digests) - 1)
         self.extend(first)
         tokens = self._tokens(first, end)
@@ -96,6 +100,4 @@ class PrefixChain:
         """Encode the tokens of many blocks at once, which costs a fraction of doing so one by one."""
         size = self._block_size
         encoded = canonical_tokens(self._token_ids[first * size : max(first, end) * size])
-        if end - first == 1:
-            return (encoded,)
         return struct.unpack(f"{4 * size}s" * (len(encoded) // (4 * size)), encoded)

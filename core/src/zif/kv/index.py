@@ -70,13 +70,14 @@ class PrefixIndex:
 
     def add(self, block: int, digest: bytes, content: bytes) -> bool:
         """Make a block findable, unless it is already, or another has this digest. True if it was added."""
-        key = _key(digest)
-        slot = self._slot(key)
-        if self._table[slot] or self.contents[block] is not None:
+        table, keys, contents, mask = self._table, self._keys, self.contents, self._mask
+        key = int.from_bytes(digest[:8], "little") or 1
+        slot = key & mask
+        while (other := table[slot]) and keys[other] != key:
+            slot = (slot + 1) & mask
+        if other or contents[block] is not None:
             return False
-        self._table[slot] = block
-        self._keys[block] = key
-        self.contents[block] = content
+        table[slot], keys[block], contents[block] = block, key, content
         self._num_blocks += 1
         return True
 

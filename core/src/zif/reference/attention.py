@@ -1,7 +1,8 @@
 """Paged attention in plain torch: the executable specification of `zif.contract.attention`.
 
-Clear above fast: one request at a time, all its visible keys at once, float32 throughout. It runs on any torch device.
-Conformance compares every platform's attention with it, and a platform without its own may serve it.
+Clear above fast: one request at a time, all its visible keys at once, float32 throughout, or float64 where the
+arguments are. It runs on any torch device. Conformance compares every platform's attention with it, and a platform
+without its own may serve it.
 """
 
 from collections.abc import Sequence
@@ -87,7 +88,7 @@ def _attend_request(
     keys, values = _gather(cache, span, first_key)
     num_queries, num_heads, head_dim = query.shape
     num_kv_heads = keys.shape[1]
-    grouped = query.float().view(num_queries, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    grouped = _wide(query).view(num_queries, num_kv_heads, num_heads // num_kv_heads, head_dim)
 
     scores = torch.einsum("lkgd,skd->lkgs", grouped, keys) * params.scale
     if params.softcap is not None:
@@ -104,7 +105,7 @@ def _attend_request(
 
 
 def _gather(cache: torch.Tensor, span: RequestSpan, first_key: int) -> torch.Tensor:
-    """Return keys and values at positions `first_key` to seq_len - 1: [2, S, K, D], float32.
+    """Return keys and values at positions `first_key` to seq_len - 1: [2, S, K, D], float32 or wider.
 
     Only blocks that hold such a position are read: other entries of the block table are undefined.
     """
@@ -112,7 +113,7 @@ def _gather(cache: torch.Tensor, span: RequestSpan, first_key: int) -> torch.Ten
     first_block, last_block = first_key // block_size, -(-span.seq_len // block_size)
     blocks = cache[span.blocks[first_block:last_block]].transpose(0, 1).flatten(1, 2)
     offset = first_block * block_size
-    return blocks[:, first_key - offset : span.seq_len - offset].float()
+    return _wide(blocks[:, first_key - offset : span.seq_len - offset])
 
 
 def _softmax(scores: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
@@ -120,8 +121,13 @@ def _softmax(scores: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
     if sinks is None:
         return scores.softmax(-1)
     num_queries, num_kv_heads, group_size, _ = scores.shape
-    sink_column = sinks.float().view(1, num_kv_heads, group_size, 1).expand(num_queries, -1, -1, -1)
+    sink_column = _wide(sinks).view(1, num_kv_heads, group_size, 1).expand(num_queries, -1, -1, -1)
     return torch.cat([scores, sink_column], dim=-1).softmax(-1)[..., :-1]
+
+
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    """Return x as float32, or as it is where it is wider."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _torch_dtype(name: str) -> torch.dtype:

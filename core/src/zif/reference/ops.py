@@ -1,7 +1,8 @@
 """Executable semantics of the operators, in plain torch.
 
 The specification that platforms are held to, and the fallback that serves what a platform does not implement itself.
-Written to be read: no kernel, no caching. A NaN in a token's row stays in that row, in every operator.
+Written to be read: no kernel, no caching. A NaN in a token's row stays in that row, in every operator. What is said to
+be computed in float32 is computed in float64 when the arguments are: that is how an oracle runs it.
 """
 
 import torch
@@ -28,9 +29,9 @@ class ReferenceOps(OpTable):
         return functional.linear(x, weight, bias)
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float, weight_offset: float) -> torch.Tensor:
-        wide = x.float()
+        wide = _wide(x)
         normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-        return (normed * (weight.float() + weight_offset)).to(x.dtype)
+        return (normed * (_wide(weight) + weight_offset)).to(x.dtype)
 
     def add_rms_norm(
         self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, weight_offset: float
@@ -46,12 +47,12 @@ class ReferenceOps(OpTable):
         return RotatedHeads(rotate(query, cos, sin), rotate(key, cos, sin))
 
     def gated_activation(self, gate_up: torch.Tensor, activation: Activation) -> torch.Tensor:
-        gate, up = gate_up.float().chunk(2, dim=-1)
+        gate, up = _wide(gate_up).chunk(2, dim=-1)
         return _gated(gate, up, activation).to(gate_up.dtype)
 
     def route(self, logits: torch.Tensor, num_experts_per_token: int, routing: Routing) -> RouterOutput:
         # A stable sort, because topk leaves the order of ties open.
-        ordered, ids = logits.float().sort(dim=-1, descending=True, stable=True)
+        ordered, ids = _wide(logits).sort(dim=-1, descending=True, stable=True)
         expert_ids = ids[:, :num_experts_per_token].contiguous()
         if routing == Routing.TOPK_SOFTMAX:
             return RouterOutput(ordered[:, :num_experts_per_token].softmax(-1), expert_ids)
@@ -70,14 +71,14 @@ class ReferenceOps(OpTable):
         num_chosen = routed.expert_ids.shape[1]
         order = routed.expert_ids.flatten().argsort(stable=True)
         counts = torch.bincount(routed.expert_ids.flatten(), minlength=weights.gate_up.shape[0]).tolist()
-        total = torch.zeros(x.shape[0], weights.down.shape[1], dtype=torch.float32, device=x.device)
+        total = torch.zeros(x.shape[0], weights.down.shape[1], dtype=_wide(x[:0]).dtype, device=x.device)
         start = 0
         for expert, count in enumerate(counts):
             if count:
                 entries = order[start : start + count]
                 tokens = entries // num_chosen
                 share = routed.weights.flatten()[entries, None]
-                total.index_add_(0, tokens, self._expert(x[tokens], weights, expert, activation).float() * share)
+                total.index_add_(0, tokens, _wide(self._expert(x[tokens], weights, expert, activation)) * share)
                 start += count
         return total.to(x.dtype)
 
@@ -88,16 +89,21 @@ class ReferenceOps(OpTable):
         return self.linear(self.gated_activation(gate_up, activation), weights.down[expert], down_bias)
 
 
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    """Return x as float32, or as it is where it is wider."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def _rotate_halves(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     half = cos.shape[-1]
-    first, second = heads[..., :half].float(), heads[..., half : 2 * half].float()
+    first, second = _wide(heads[..., :half]), _wide(heads[..., half : 2 * half])
     rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
     return torch.cat((rotated.to(heads.dtype), heads[..., 2 * half :]), dim=-1)
 
 
 def _rotate_pairs(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     end = 2 * cos.shape[-1]
-    first, second = heads[..., 0:end:2].float(), heads[..., 1:end:2].float()
+    first, second = _wide(heads[..., 0:end:2]), _wide(heads[..., 1:end:2])
     rotated = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1).flatten(-2)
     return torch.cat((rotated.to(heads.dtype), heads[..., end:]), dim=-1)
 

@@ -86,11 +86,7 @@ class TokenBudgetScheduler(Scheduler):
             if request is None or request.status is not RequestStatus.RUNNING or request.first_step > step:
                 continue
             if request_id in result.faults:
-                # Not committed: nobody may find what a faulty step computed.
-                request.error = result.faults[request_id]
-                if request_id in plan.drafts:
-                    request.num_planned_tokens = request.num_computed_tokens
-                requests.end(request, FinishReason.ERROR)
+                self._fail(request, result.faults[request_id], is_draft=request_id in plan.drafts)
                 updates.append(TokenUpdate(request, []))
             elif request_id in plan.drafts:
                 updates.append(TokenUpdate(request, self._accept(request, num_tokens, sampled)))
@@ -151,6 +147,13 @@ class TokenBudgetScheduler(Scheduler):
             raise ContractError(f"step {plan.step} is to be applied before step {in_flight[0]}; runners keep the order")
         in_flight.popleft()
         return True
+
+    def _fail(self, request: Request, error: str, *, is_draft: bool) -> None:
+        """End a request whose row was faulty. Not committed: nobody may find what a faulty step computed."""
+        request.error = error
+        if is_draft:
+            request.num_planned_tokens = request.num_computed_tokens
+        self._requests.end(request, FinishReason.ERROR)
 
     def _start_over(self, result: StepResult) -> None:
         """Take back what came from copies that are lost; rows that computed on them are void."""

@@ -7,7 +7,7 @@ computed; hands are counted from the requests' tables; which blocks are needed f
 import math
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from zif.contract import (
     BlockManager,
@@ -31,12 +31,28 @@ _PATIENCE = 400
 
 
 @dataclass(slots=True)
+class _Batch:
+    """A step in which each of the same requests computes one token and samples: most steps repeat the last one.
+
+    The next row of each must begin at `ends`, which records know only when the batch has changed. `num_left` is how
+    often it can be repeated until one of them has all its tokens.
+    """
+
+    request_ids: list[int] = field(default_factory=list)
+    requests: list[Request] = field(default_factory=list)
+    ends: list[int] = field(default_factory=list)
+    num_tokens: list[int] = field(default_factory=list)
+    samples: list[bool] = field(default_factory=list)
+    num_left: int = 0
+
+
+@dataclass(slots=True)
 class _Record:
     """What the checks remember of one request.
 
     The next row must begin at `end`; the runner knows `num_known` tokens, some of which no result has brought yet.
-    `name` stands for its first `num_named` tokens, the most that it has computed; `named` has the names of all prefixes
-    that requests of its cache key have computed.
+    It has computed `num_computed` tokens at most so far; `name` stands for the first `num_named` of them, whole stretches.
+    `named` has the names of all that requests of its cache key have computed.
     """
 
     request: Request
@@ -44,6 +60,7 @@ class _Record:
     named: set[int]
     name: int = _ROOT
     num_named: int = 0
+    num_computed: int = 0
     end: int = 0
     num_known: int = 0
 
@@ -57,8 +74,10 @@ class Invariants:
         self._constraints = scenario.constraints
         self._visibility = [visibility(spec) for spec in specs]
         self._has_states = any(spec.keeps_checkpoints for spec in specs)
+        self._stretch = math.lcm(*(spec.block_size for spec in specs))
         self._words = words
         self._records: dict[int, _Record] = {}
+        self._batch = _Batch()
         self._computed: dict[CacheKey, set[int]] = {}
         self._order = {"fcfs": _by_due_time, "priority": _by_priority}.get(config.scheduling_policy)
         self._first: Request | None = None
@@ -96,18 +115,62 @@ class Invariants:
 
     def check_plan(self, plan: StepPlan, live: dict[int, Request]) -> None:
         """Check limits, rows, found prefixes, and that nobody writes where two have their hands."""
+        num_running = [request.status for request in live.values()].count(RequestStatus.RUNNING)
+        assert num_running <= self._config.max_num_seqs, "too many requests run"
+        if self._is_repeated(plan):
+            return
         rows = len(plan.request_ids)
         assert plan.total_tokens == sum(plan.num_tokens), "total_tokens is not the sum of the rows"
         assert plan.total_tokens <= self._config.max_num_batched_tokens, "the plan exceeds the token budget"
         assert rows <= self._config.max_num_seqs, "the plan holds too many requests"
         assert len(set(plan.request_ids)) == rows, "a request is planned twice"
-        num_running = sum([request.status is RequestStatus.RUNNING for request in live.values()])
-        assert num_running <= self._config.max_num_seqs, "too many requests run"
+        self._end_batch()
         for start in plan.started:
             request = live[start.request_id]
             self._check_found(request)
             record = self._records[start.request_id]
             record.end, record.num_known = request.num_computed_tokens, len(start.token_ids)
+        self._check_rows(plan)
+        if plan.total_tokens == rows and all(plan.samples) and not plan.drafts:
+            self._begin_batch(plan)
+
+    def _is_repeated(self, plan: StepPlan) -> bool:
+        """Check a plan that repeats the one before, column by column; say whether it does."""
+        batch = self._batch
+        if (
+            plan.started
+            or plan.drafts
+            or not batch.num_left
+            or plan.request_ids != batch.request_ids
+            or plan.num_computed != batch.ends
+            or plan.num_tokens != batch.num_tokens
+            or plan.samples != batch.samples
+        ):
+            return False
+        assert plan.total_tokens == len(batch.ends), "total_tokens is not the sum of the rows"
+        for request in batch.requests:
+            assert request.status is RequestStatus.RUNNING, "a request is planned that does not run"
+        batch.ends = [end + 1 for end in batch.ends]
+        batch.num_left -= 1
+        return True
+
+    def _begin_batch(self, plan: StepPlan) -> None:
+        records = [self._records[request_id] for request_id in plan.request_ids]
+        requests = [record.request for record in records]
+        # A row may sample a request's last token, but not compute it.
+        num_left = min([r.request.max_total_tokens - 1 - r.num_known for r in records], default=0)
+        ends = [record.end for record in records]
+        self._batch = _Batch(plan.request_ids.copy(), requests, ends, [1] * len(ends), [True] * len(ends), num_left)
+
+    def _end_batch(self) -> None:
+        """Write down where the requests of a batch stand."""
+        batch, self._batch = self._batch, _Batch()
+        for request_id, end in zip(batch.request_ids, batch.ends, strict=True):
+            record = self._records.get(request_id)
+            if record is not None:
+                record.end, record.num_known = end, end + 1
+
+    def _check_rows(self, plan: StepPlan) -> None:
         records, drafts, num_partial, num_chunks = self._records, plan.drafts, 0, 0
         for request_id, computed, num_tokens, samples in zip(
             plan.request_ids, plan.num_computed, plan.num_tokens, plan.samples, strict=True
@@ -194,16 +257,16 @@ class Invariants:
             request, num_new_tokens = update.request, len(update.new_token_ids)
             if not num_new_tokens:
                 continue
-            token_ids, text = request.token_ids, records[request.request_id].text
-            known = len(token_ids)
-            assert num_new_tokens <= known - request.num_prompt_tokens, "more tokens are new than generated"
+            token_ids, next_token = request.token_ids, records[request.request_id].text.next_token
+            known, stop_ids = len(token_ids), request.stop_ids
+            assert known - num_new_tokens >= request.num_prompt_tokens, "more tokens are new than generated"
+            assert known <= request.max_total_tokens, "a request says more than it was allowed"
             for end in range(known - num_new_tokens, known):
-                expected, token = text.next_token(end), token_ids[end]
+                expected, token = next_token(end), token_ids[end]
                 assert token == expected, f"request {request.request_id} said {token} at {end}, must say {expected}"
-                if token in request.stop_ids:
+                if token in stop_ids:
                     assert end + 1 == known, "a request goes on after a stop token"
                     assert request.finished, "a request goes on after a stop token"
-            assert known <= request.max_total_tokens, "a request says more than it was allowed"
 
     def continuation(self, request: Request, num_tokens: int) -> list[int]:
         """Return what the request must say next."""
@@ -238,18 +301,23 @@ class Invariants:
                 assert all(table[first // size :]), "a block that is still seen was given back"
 
     def note_computed(self, request_ids: Iterable[int]) -> None:
-        """Remember every prefix that live requests have computed, for later requests of the same key."""
-        records = self._records
+        """Remember every prefix that live requests have computed, for later requests of the same key.
+
+        Prefixes are found by stretches that end blocks in all groups, and named by them.
+        """
+        records, size = self._records, self._stretch
         for request_id in request_ids:
             record = records.get(request_id)
             if record is None:
                 continue
-            token_ids, name, named = record.request.token_ids, record.name, record.named
-            for position in range(record.num_named, record.request.num_computed_tokens):
-                name = hash((name, token_ids[position]))
-                named.add(name)
-                record.num_named = position + 1
-            record.name = name
+            computed = record.request.num_computed_tokens
+            if computed > record.num_computed:
+                record.num_computed = computed
+            while computed - record.num_named >= size:
+                end = record.num_named + size
+                record.name = hash((record.name, *record.request.token_ids[record.num_named : end]))
+                record.named.add(record.name)
+                record.num_named = end
 
     def check_census(self, blocks: BlockManager, live: list[Request], drafts: list[Draft]) -> None:
         """Check free + cached + owned = held, and hands against the tables of all requests that may hold blocks.
@@ -273,18 +341,19 @@ class Invariants:
 
     def _check_found(self, request: Request) -> None:
         """Check that no more was found computed than requests of the same key have computed, and in a roomy run all."""
-        found, known = request.num_computed_tokens, self._records[request.request_id].named
+        found, record = request.num_computed_tokens, self._records[request.request_id]
         assert found < len(request.token_ids), "no token is left to compute"
-        name, longest = _ROOT, 0
-        for end, token_id in enumerate(request.token_ids[:-1], start=1):
-            name = hash((name, token_id))
-            if name not in known:
+        token_ids, size, name, longest = request.token_ids, self._stretch, _ROOT, 0
+        for end in range(size, len(token_ids), size):
+            name = hash((name, *token_ids[end - size : end]))
+            if name not in record.named:
                 break
             longest = end
-        assert found <= longest, f"request {request.request_id}: {found} tokens found, {longest} ever computed"
+        # What a request itself had computed before it was preempted may be found up to its last token.
+        most = max(longest, record.num_computed)
+        assert found <= most, f"request {request.request_id}: {found} tokens found, {most} ever computed"
         if self._roomy and request.sampling.prompt_logprobs is None:
-            size = math.lcm(*(spec.block_size for spec in self._specs))
-            assert found == longest // size * size, f"{found} tokens found of {longest} computed and never evicted"
+            assert found == longest, f"{found} tokens found of {longest} computed and never evicted"
 
 
 def _by_due_time(request: Request) -> tuple[float, ...]:

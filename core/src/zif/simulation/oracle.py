@@ -29,6 +29,7 @@ class ExpectedText:
         for index in encoded:
             self._sums[index] = sum(encoder_word(media, position) for position in range(num_encoder_tokens))
         self._firsts = [0] * len(specs)
+        self._is_plain = len(specs) == len(self._sums_of) == 1 and not self._bounded
 
     @property
     def num_checked(self) -> int:
@@ -45,6 +46,11 @@ class ExpectedText:
         """Return the token that follows the first `num_tokens` tokens; calls must not go back."""
         words, sums, token_ids = self._words.by_place, self._sums, self._token_ids
         vocab_size = self._words.vocab_size
+        if self._is_plain and self._num_seen == num_tokens - 1:
+            # Most tokens of most simulations, without the loops below.
+            self._num_seen = num_tokens
+            sums[0] += words[num_tokens * vocab_size - vocab_size + token_ids[num_tokens - 1]]
+            return self._words.next_tokens[(sums[0],)]
         for position in range(self._num_seen, num_tokens):
             word = words[position * vocab_size + token_ids[position]]
             for index in self._sums_of:

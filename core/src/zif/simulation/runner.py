@@ -105,19 +105,21 @@ class _TokenGroup(_Group):
         memory, size, index = self.memory, self.size, self.index
         cells, stakes, words, vocab_size = memory.cells, memory.stakes, memory.words.by_place, memory.words.vocab_size
         table, token_ids = sequence.tables[index], sequence.token_ids
-        kept = sequence.ends[index]
-        if kept is not None and (end - start != 1 or kept != start):
-            self.forget(sequence)
-            kept = None
+        if sequence.ends[index] == start == end - 1:
+            slot = table[start // size] * size + start % size
+            if stakes[slot]:
+                memory.epoch += 1
+            stakes[slot] += 1
+            cells[slot] = word = words[start * vocab_size + token_ids[start]]
+            sequence.sums[index] += word
+            sequence.ends[index] = end
+            return
+        self.forget(sequence)
         for position in range(start, end):
             slot = table[position // size] * size + position % size
             if stakes[slot]:
                 memory.epoch += 1
-            cells[slot] = word = words[position * vocab_size + token_ids[position]]
-            if kept is not None:
-                stakes[slot] += 1
-                sequence.sums[index] += word
-                sequence.ends[index] = end
+            cells[slot] = words[position * vocab_size + token_ids[position]]
 
     def read(self, sequence: _Sequence, end: int) -> int:
         index, visible_from = self.index, self.visibility
@@ -155,14 +157,11 @@ class _TokenGroup(_Group):
 
     def _drop(self, sequence: _Sequence, first: int) -> None:
         """Stop including what comes before `first`."""
-        index, size, cells, stakes = self.index, self.size, self.memory.cells, self.memory.stakes
-        table, hidden = sequence.tables[index], 0
-        for position in range(sequence.firsts[index], first):
-            slot = table[position // size] * size + position % size
+        cells, stakes = self.memory.cells, self.memory.stakes
+        for slot in self._slots(sequence, sequence.firsts[self.index], first):
             stakes[slot] -= 1
-            hidden += cells[slot]
-        sequence.sums[index] -= hidden
-        sequence.firsts[index] = first
+            sequence.sums[self.index] -= cells[slot]
+        sequence.firsts[self.index] = first
 
     def _slots(self, sequence: _Sequence, first: int, end: int) -> list[int]:
         table, size = sequence.tables[self.index], self.size
@@ -377,7 +376,10 @@ class SimulatedRunner(ModelRunner):
         return sampled
 
     def _extend(self, update: BlockUpdate) -> None:
-        table = self._sequences[update.request_id].tables[update.group]
+        sequence = self._sequences[update.request_id]
+        table = sequence.tables[update.group]
+        if update.start < len(table):
+            self._groups[update.group].forget(sequence)
         assert len(table) >= update.start, f"request {update.request_id}: blocks {update.start} do not follow"
         table[update.start :] = update.block_ids
 

@@ -316,6 +316,7 @@ class Simulation:
             self._end(request)
         self._in_flight.clear()
         self._scheduler.forget_steps()
+        self._store.close()
         self._invariants.check_nothing_held(self._blocks)
         self._invariants.forget_prefixes()
         self._last = None

@@ -1,0 +1,27 @@
+"""Writes the must-pass lists anew from the suite: `python -m zif_conformance.freeze`. Only on purpose.
+
+A test that joins or leaves a list changes what a profile means; the difference of the files is what is reviewed.
+"""
+
+from pathlib import Path
+
+from zif_conformance.profiles import PROFILE_NAMES, profile_text
+from zif_conformance.supervisor import RunOptions, collect
+
+FOLDER = Path(__file__).parent / "data"
+
+
+def frozen_texts() -> dict[str, str]:
+    """Return what each list would be now, by file name."""
+    test_ids = [case.test_id for case in collect(RunOptions("null", ()))]
+    return {f"{name}.txt": profile_text(name, test_ids) for name in PROFILE_NAMES}
+
+
+def main() -> None:
+    """Write the files."""
+    for name, text in frozen_texts().items():
+        (FOLDER / name).write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

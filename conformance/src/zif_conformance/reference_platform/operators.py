@@ -1,0 +1,109 @@
+"""The operators in plain torch, each written in another way than `zif.reference` writes it.
+
+A vendor replaces those that its device is better at, derives from `zif.reference.ops.ReferenceOps` for the others, and
+names both in its plan. Computed in float32, rounded once.
+"""
+
+import math
+
+import torch
+from torch.nn import functional
+
+from zif.contract import Activation, ExpertWeights, NormOutput, OpTable, RotatedHeads, RouterOutput, Routing
+from zif_conformance.reference_platform.faults import FaultInjector
+
+_SWIGLU_LIMIT = 7.0
+_SWIGLU_ALPHA = 1.702
+
+
+class TorchOperators(OpTable):
+    """Every operator, for any strides of the first axis."""
+
+    def __init__(self, faults: FaultInjector) -> None:
+        self._faults = faults
+
+    def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        self._faults.kernel()
+        return _linear(x.float(), weight, bias).to(x.dtype)
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float, weight_offset: float) -> torch.Tensor:
+        self._faults.kernel()
+        return functional.rms_norm(x.float(), x.shape[-1:], weight.float() + weight_offset, eps).to(x.dtype)
+
+    def add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, weight_offset: float
+    ) -> NormOutput:
+        total = x + residual
+        return NormOutput(self.rms_norm(total, weight, eps, weight_offset), total)
+
+    def rotate(
+        self, query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool
+    ) -> RotatedHeads:
+        self._faults.kernel()
+        turn = torch.complex(cos.float(), sin.float())[:, None]
+        return RotatedHeads(_turned(query, turn, interleaved), _turned(key, turn, interleaved))
+
+    def gated_activation(self, gate_up: torch.Tensor, activation: Activation) -> torch.Tensor:
+        self._faults.kernel()
+        return _gated(gate_up.float(), activation).to(gate_up.dtype)
+
+    def route(self, logits: torch.Tensor, num_experts_per_token: int, routing: Routing) -> RouterOutput:
+        self._faults.kernel()
+        wide = logits.float()
+        # Stable: of equal logits the first expert goes first.
+        expert_ids = wide.argsort(dim=-1, descending=True, stable=True)[:, :num_experts_per_token]
+        if routing == Routing.TOPK_SOFTMAX:
+            return RouterOutput(wide.gather(-1, expert_ids).softmax(-1), expert_ids)
+        weights = wide.softmax(-1).gather(-1, expert_ids)
+        if routing == Routing.SOFTMAX_TOPK_NORMALIZED:
+            weights = weights / weights.sum(-1, keepdim=True)
+        return RouterOutput(weights, expert_ids)
+
+    def experts(
+        self, x: torch.Tensor, weights: ExpertWeights, routed: RouterOutput, activation: Activation
+    ) -> torch.Tensor:
+        self._faults.kernel()
+        total = x.new_zeros(len(x), weights.down.shape[1], dtype=torch.float32)
+        for expert in sorted(set(routed.expert_ids.flatten().tolist())):
+            tokens, choices = (routed.expert_ids == expert).nonzero(as_tuple=True)
+            share = routed.weights[tokens, choices].float()
+            total[tokens] += share[:, None] * _expert(x[tokens].float(), weights, expert, activation)
+        return total.to(x.dtype)
+
+
+def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    product = x @ weight.float().T
+    return product if bias is None else product + bias.float()
+
+
+def _expert(x: torch.Tensor, weights: ExpertWeights, expert: int, activation: Activation) -> torch.Tensor:
+    """Run one expert in float32. x: [N, C]. Returns [N, C]."""
+    gate_up_bias = None if weights.gate_up_bias is None else weights.gate_up_bias[expert]
+    down_bias = None if weights.down_bias is None else weights.down_bias[expert]
+    inner = _gated(_linear(x, weights.gate_up[expert], gate_up_bias), activation)
+    return _linear(inner, weights.down[expert], down_bias)
+
+
+def _turned(heads: torch.Tensor, turn: torch.Tensor, interleaved: bool) -> torch.Tensor:
+    """Rotate pairs of elements as complex numbers. turn: [T, 1, R], complex64."""
+    size = turn.shape[-1]
+    shape = (size, 2) if interleaved else (2, size)
+    pairs = heads[..., : 2 * size].float().reshape(*heads.shape[:-1], *shape)
+    axis = -1 if interleaved else -2
+    turned = torch.complex(pairs.select(axis, 0), pairs.select(axis, 1)) * turn
+    rotated = torch.stack((turned.real, turned.imag), dim=axis).flatten(-2)
+    return torch.cat((rotated.to(heads.dtype), heads[..., 2 * size :]), dim=-1)
+
+
+def _gated(gate_up: torch.Tensor, activation: Activation) -> torch.Tensor:
+    gate, up = gate_up.tensor_split(2, dim=-1)
+    match activation:
+        case Activation.SILU:
+            return gate * torch.sigmoid(gate) * up
+        case Activation.GELU:
+            return 0.5 * gate * torch.erfc(gate * -math.sqrt(0.5)) * up
+        case Activation.GELU_TANH:
+            return gate * torch.sigmoid(math.sqrt(8 / math.pi) * (gate + 0.044715 * gate**3)) * up
+        case Activation.SWIGLU_CLAMPED:
+            gate, up = gate.clamp(max=_SWIGLU_LIMIT), up.clamp(-_SWIGLU_LIMIT, _SWIGLU_LIMIT)
+            return gate * torch.sigmoid(_SWIGLU_ALPHA * gate) * (up + 1)

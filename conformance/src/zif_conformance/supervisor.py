@@ -1,0 +1,301 @@
+"""Runs the suite in child processes, so that what a platform does to a process ends one test and not the run.
+
+A child runs pytest over some of the tests. When it dies, or a test passes its deadline, that test has *crashed* and a
+new child takes the rest. Called by `zif_conformance.command`; what the outcomes mean is judged in `bundle.judge`.
+"""
+
+import os
+import queue
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from zif.errors import ConfigError, ContractError
+from zif_conformance.outcomes import Measurement, TestCase, TestOutcome, Verdict, case_from_json
+from zif_conformance.processes import Ended, TalkingProcess
+
+SUITE = Path(__file__).parent / "suite"
+_START_S = 180.0
+_SETUP_S = 60.0
+_MAX_OPENING_CRASHES = 3
+_ALONE = ("L8", "L9")
+"""Levels that measure time: nothing else runs beside them."""
+
+Listener = Callable[[TestOutcome], None]
+
+
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """What to run. `environ` is the environment that children start from."""
+
+    platform: str
+    levels: tuple[str, ...]
+    workers: int = 1
+    suite: Path = SUITE
+    environ: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
+
+
+@dataclass(slots=True)
+class Run:
+    """Where a run stands: all cases, the description of the platform, the outcomes so far."""
+
+    cases: tuple[TestCase, ...]
+    selected: tuple[TestCase, ...]
+    description: dict[str, Any]
+    outcomes: dict[str, TestOutcome] = field(default_factory=dict)
+    interrupted: str = ""
+
+    def ordered(self) -> tuple[TestOutcome, ...]:
+        """Return the outcomes in the order of collection; what has none yet was not run."""
+        reason = self.interrupted or "the run has not come to it"
+        blank = (TestOutcome(c.test_id, c.declaration, Verdict.NOT_RUN, reason) for c in self.selected)
+        return tuple(self.outcomes.get(outcome.test_id, outcome) for outcome in blank)
+
+
+class Supervisor:
+    """One run. `listen` hears each outcome as it comes."""
+
+    def __init__(self, options: RunOptions, listen: Listener) -> None:
+        self._options = options
+        self._listen = listen
+        self._lock = threading.Lock()
+        self._stopped = threading.Event()
+        self._faults: list[BaseException] = []
+        self._opening_crashes = 0
+
+    def prepare(self) -> Run:
+        """Collect the suite and describe the platform.
+
+        Raises `ConfigError` with the nearest name on an unknown platform, `ContractError` on a broken suite.
+        """
+        description = self._describe()
+        if "unknown" in description:
+            raise ConfigError(description["unknown"])
+        cases = collect(self._options)
+        selected = tuple(case for case in cases if case.declaration.level in self._options.levels)
+        return Run(cases, selected, description)
+
+    def execute(self, run: Run) -> None:
+        """Run what is selected; `run` fills as outcomes come. KeyboardInterrupt stops all children and is raised."""
+        self._excuse(run, [case for case in run.selected if _needs_platform(case)], _why_not(run.description))
+        open_cases = [case for case in run.selected if case.test_id not in run.outcomes]
+        together = [case for case in open_cases if case.declaration.level not in _ALONE]
+        alone = [case for case in open_cases if case.declaration.level in _ALONE]
+        try:
+            self._run_all(run, _portions(together, self._options.workers), self._options.workers)
+            self._run_all(run, _portions(alone, 1), 1)
+        except BaseException as error:
+            self._stopped.set()
+            run.interrupted = f"the run was interrupted ({type(error).__name__})"
+            raise
+
+    def _run_all(self, run: Run, portions: Iterable[list[TestCase]], workers: int) -> None:
+        waiting: queue.SimpleQueue[list[TestCase]] = queue.SimpleQueue()
+        for portion in portions:
+            waiting.put(portion)
+        threads = [threading.Thread(target=self._work, args=(run, waiting)) for _ in range(workers)]
+        for thread in threads:
+            thread.start()
+        try:
+            for thread in threads:
+                while thread.is_alive():
+                    thread.join(0.2)
+        except BaseException:
+            self._stopped.set()
+            for thread in threads:
+                thread.join()
+            raise
+        if self._faults:
+            raise self._faults[0]
+
+    def _work(self, run: Run, waiting: "queue.SimpleQueue[list[TestCase]]") -> None:
+        try:
+            while not self._stopped.is_set():
+                try:
+                    portion = waiting.get_nowait()
+                except queue.Empty:
+                    return
+                self._run_portion(run, portion)
+        except BaseException as error:
+            self._faults.append(error)
+            self._stopped.set()
+
+    def _run_portion(self, run: Run, portion: list[TestCase]) -> None:
+        """Run tests in one child after another until each has an outcome."""
+        left = portion
+        while left and not self._stopped.is_set():
+            if self._opening_crashes >= _MAX_OPENING_CRASHES:
+                self._excuse(run, [c for c in left if c.needs_device], "opening the device crashed three times in a row")
+            left = [case for case in left if case.test_id not in run.outcomes]
+            if left:
+                self._run_child(run, left)
+            left = [case for case in left if case.test_id not in run.outcomes]
+
+    def _run_child(self, run: Run, cases: Sequence[TestCase]) -> None:
+        by_id = {case.test_id: case for case in cases}
+        with tempfile.TemporaryDirectory(prefix="zif-conform-") as folder:
+            asked = Path(folder) / "tests.txt"
+            asked.write_text("\n".join(by_id), encoding="utf-8")
+            process = _start_pytest(self._options, cases, ["--zif-tests", str(asked), "--basetemp", f"{folder}/pytest"])
+            follower = _Follower(process, by_id, self._stopped)
+            for outcome in follower.outcomes():
+                self._note(run, outcome)
+            ended = follower.end()
+        if self._stopped.is_set() and follower.running is None:
+            return
+        self._account(run, follower, cases, ended)
+
+    def _account(self, run: Run, follower: "_Follower", cases: Sequence[TestCase], ended: Ended) -> None:
+        """Say what became of the test that the child ended in, or of all when it never began."""
+        if self._stopped.is_set():
+            return
+        detail = f"{ended.how}\n{ended.log_tail}"
+        if follower.running is not None:
+            self._opening_crashes += 1 if follower.in_setup and follower.running.needs_device else 0
+            seconds = time.monotonic() - follower.since
+            self._note(run, _outcome(follower.running, Verdict.CRASHED, detail, seconds))
+        elif not follower.num_finished:
+            for case in cases:
+                self._note(run, _outcome(case, Verdict.CRASHED, f"no test of the process began: {detail}"))
+        if follower.num_called:
+            self._opening_crashes = 0
+
+    def _excuse(self, run: Run, cases: Iterable[TestCase], why: str) -> None:
+        for case in cases if why else ():
+            self._note(run, _outcome(case, Verdict.NOT_RUN, why))
+
+    def _note(self, run: Run, outcome: TestOutcome) -> None:
+        with self._lock:
+            if outcome.test_id not in run.outcomes:
+                run.outcomes[outcome.test_id] = outcome
+                self._listen(outcome)
+
+    def _describe(self) -> dict[str, Any]:
+        """Gather what the describing process says before it ends, dies or is killed."""
+        arguments = ["--platform", self._options.platform, "--descriptor", "{events}", "--lifeline", "{lifeline}"]
+        process = TalkingProcess("zif_conformance.describe", arguments, self._options.environ)
+        gathered: dict[str, Any] = {}
+        deadline = time.monotonic() + _START_S
+        while part := process.read(deadline):
+            gathered |= part
+        ended = process.finish() if process.at_end else process.kill(f"did not end within {_START_S:.0f} s")
+        if not ended.clean:
+            gathered.setdefault("error", f"the describing process {ended.how}: {ended.log_tail}")
+        return gathered
+
+
+def collect(options: RunOptions) -> tuple[TestCase, ...]:
+    """Return all tests of the suite. Raises `ContractError` when it cannot be collected."""
+    process = _start_pytest(options, (), ["--collect-only", "-q"])
+    event = process.read(time.monotonic() + _START_S)
+    ended = process.finish() if event else process.kill("collection did not end")
+    if event is None or not ended.clean:
+        raise ContractError(f"the suite could not be collected: {ended.how}\n{ended.log_tail}")
+    return tuple(map(case_from_json, event["cases"]))
+
+
+def _start_pytest(options: RunOptions, cases: Sequence[TestCase], more: Sequence[str]) -> TalkingProcess:
+    files = sorted({case.node_id.partition("::")[0] for case in cases})
+    paths = [str(options.suite / file) for file in files] or [str(options.suite)]
+    fixed = ["-c", str(SUITE / "pytest.ini"), "--rootdir", str(options.suite), "-p", "zif_conformance.plugin"]
+    events = ["--zif-events", "{events}", "--zif-platform", options.platform]
+    return TalkingProcess("zif_conformance.child", ["{lifeline}", *fixed, *events, *more, *paths], options.environ)
+
+
+class _Follower:
+    """Reads a child's events up to its end, or kills it at a deadline."""
+
+    def __init__(self, process: TalkingProcess, cases: Mapping[str, TestCase], stopped: threading.Event) -> None:
+        self._process = process
+        self._cases = cases
+        self._stopped = stopped
+        self._late = False
+        self.running: TestCase | None = None
+        self.in_setup = True
+        self.since = time.monotonic()
+        self.num_called = 0
+        self.num_finished = 0
+
+    def outcomes(self) -> Iterable[TestOutcome]:
+        """Yield outcomes as tests finish, until the child says no more or a deadline passes."""
+        limit_s = _START_S
+        deadline = time.monotonic() + limit_s
+        while not self._stopped.is_set():
+            event = self._process.read(min(deadline, time.monotonic() + 0.5))
+            if event is None:
+                if not self._process.at_end and time.monotonic() < deadline:
+                    continue
+                self._late = not self._process.at_end
+                return
+            limit_s = self._take(event)
+            deadline = time.monotonic() + limit_s
+            if event["event"] == "finished":
+                yield finished_outcome(self._cases[event["id"]], event)
+
+    def end(self) -> Ended:
+        """Wait for the child, or kill it when it is late or the run is stopped."""
+        if self._stopped.is_set():
+            return self._process.kill("stopped with the run")
+        if self._late:
+            seconds = time.monotonic() - self.since
+            return self._process.kill(f"no end after {seconds:.0f} s, past the deadline: the process was killed")
+        return self._process.finish()
+
+    def _take(self, event: dict[str, Any]) -> float:
+        """Take in one event; return how long the next may take."""
+        kind = event["event"]
+        if kind == "started":
+            self.running, self.in_setup, self.since = self._cases[event["id"]], True, time.monotonic()
+            return max(_SETUP_S, self.running.declaration.deadline_s)
+        if kind == "called" and self.running is not None:
+            self.in_setup = False
+            self.num_called += 1
+            return self.running.declaration.deadline_s
+        if kind == "finished":
+            self.running = None
+            self.num_finished += 1
+            return _SETUP_S
+        return _START_S
+
+
+def _portions(cases: Sequence[TestCase], workers: int) -> list[list[TestCase]]:
+    """Cut tests into what one child runs: a level, or a file when several children run; isolated tests alone."""
+    portions: dict[str, list[TestCase]] = {}
+    for case in cases:
+        shared = case.declaration.level if workers == 1 else case.node_id.partition("::")[0]
+        portions.setdefault(case.test_id if case.declaration.isolated else shared, []).append(case)
+    return list(portions.values())
+
+
+def _needs_platform(case: TestCase) -> bool:
+    return case.declaration.level != "L0"
+
+
+def _why_not(description: Mapping[str, Any]) -> str:
+    """Return why no test beyond L0 can run, or nothing."""
+    if "device" in description:
+        return ""
+    return f"the platform could not be described: {description.get('error', 'no reason was given')}"
+
+
+def _outcome(case: TestCase, verdict: Verdict, detail: str, seconds: float = 0.0) -> TestOutcome:
+    return TestOutcome(case.test_id, case.declaration, verdict, detail, seconds)
+
+
+def finished_outcome(case: TestCase, event: Mapping[str, Any]) -> TestOutcome:
+    """Return the outcome that a child's "finished" event tells."""
+    measurements = tuple(Measurement(m["gate"], m["error"], m["limit"], m["what"]) for m in event["measurements"])
+    return TestOutcome(
+        case.test_id,
+        case.declaration,
+        Verdict(event["outcome"]),
+        event["detail"],
+        event["duration_s"],
+        tuple(event["missing"]),
+        tuple(event["proven"]),
+        measurements,
+    )
