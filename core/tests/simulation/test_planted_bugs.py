@@ -261,9 +261,9 @@ def the_runner_is_not_told_of_new_blocks(monkeypatch):
 def chunks_sample_before_the_prompt_ends(monkeypatch):
     original = planner.append_row
 
-    def append_row(plan, request, end):
-        original(plan, request, end)
-        plan.samples[-1] = True
+    def append_row(draft, request, end):
+        original(draft, request, end)
+        draft.plan.samples[-1] = True
 
     monkeypatch.setattr(planner, "append_row", append_row)
 
@@ -429,14 +429,14 @@ def steps_under_way_are_forgotten_when_a_request_is_preempted(monkeypatch):
 
 
 def tokens_that_steps_under_way_sample_are_not_counted(monkeypatch):
-    original = planner.count_planned
+    original = planner.append_single_rows
 
-    def count_planned(plan, requests):
+    def append_single_rows(plan, requests):
         original(plan, requests)
-        for request_id in plan.request_ids:
-            requests[request_id].num_pending_tokens = 0
+        for request in requests:
+            request.num_pending_tokens = 0
 
-    monkeypatch.setattr(planner, "count_planned", count_planned)
+    monkeypatch.setattr(planner, "append_single_rows", append_single_rows)
 
 
 def refused_guesses_count_as_computed(monkeypatch):

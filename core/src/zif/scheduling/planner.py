@@ -50,7 +50,7 @@ class StepPlanner:
         else:
             self._add_prompts(draft, self._add_decodes(draft))
         plan.total_tokens = sum(plan.num_tokens)
-        count_planned(plan, self._requests.requests)
+        count_planned(plan, draft.rows)
 
     def _fill_with_one_sort(self, draft: StepDraft) -> None:
         """Plan either prompts or decodes, in turns when there are both."""
@@ -84,11 +84,11 @@ class StepPlanner:
                     left -= self._catch_up(draft, request, lacking)
                 else:
                     prompts.append(request)
-            elif lacking < 1 or (request.num_pending_tokens and planned + 1 >= request.max_total_tokens):
+            elif lacking < 1 or not left or planned + 1 >= request.max_total_tokens:
                 continue
-            elif left and request.draft_token_ids and (num_rows := self._guess(draft, request, left)):
-                left -= num_rows
-            elif left and (planned < request.capacity or self._make_room(draft, request, planned + 1)):
+            elif request.draft_token_ids and (num_tokens := self._guess(draft, request, left)):
+                left -= num_tokens
+            elif planned < request.capacity or self._make_room(draft, request, planned + 1):
                 singles.append(request)
                 left -= 1
             elif self._stalled:
@@ -104,7 +104,7 @@ class StepPlanner:
         end = request.num_planned_tokens + num_lacking
         if not self._make_room(draft, request, end):
             return 0
-        append_row(draft.plan, request, end)
+        append_row(draft, request, end)
         return num_lacking
 
     def _guess(self, draft: StepDraft, request: Request, max_tokens: int) -> int:
@@ -120,7 +120,7 @@ class StepPlanner:
             return 0
         append_block_updates(draft.plan, request, held)
         draft.plan.drafts[request.request_id] = Draft(guesses[:count], state_blocks)
-        append_row(draft.plan, request, known + count)
+        append_row(draft, request, known + count)
         return count + 1
 
     def _add_prompts(self, draft: StepDraft, chunks: list[Request]) -> None:
@@ -151,7 +151,7 @@ class StepPlanner:
         draft.num_tokens_left -= end - request.num_planned_tokens
         draft.num_partial += end < request.num_tokens
         draft.prompts.append(request)
-        append_row(draft.plan, request, end)
+        append_row(draft, request, end)
 
     def _extend(self, draft: StepDraft, request: Request) -> None:
         """Give a planned prompt what the others left over, if there are free blocks for it."""
@@ -193,7 +193,7 @@ class StepPlanner:
                 draft.num_tokens_left = 0
                 return False
             victim = self._requests.running[-1]
-            remove_row(draft.plan, victim)
+            remove_row(draft, victim)
             self._preempt(victim)
             if victim is request:
                 return False

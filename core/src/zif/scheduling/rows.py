@@ -11,32 +11,40 @@ class StepDraft:
     """A plan in the making.
 
     `max_chunk_tokens` is one prompt's share; `num_partial` of the planned `prompts` stay unfinished; `admits` says
-    whether waiting requests may still start.
+    whether waiting requests may still start. `rows` are the requests whose rows are not counted as planned yet.
     """
 
     plan: StepPlan
     num_tokens_left: int
     max_chunk_tokens: int
     prompts: list[Request] = field(default_factory=list)
+    rows: dict[int, Request] = field(default_factory=dict)
     num_partial: int = 0
     admits: bool = True
 
 
-def append_row(plan: StepPlan, request: Request, end: int) -> None:
+def append_row(draft: StepDraft, request: Request, end: int) -> None:
     """Plan a request's tokens up to `end`; guesses lie beyond the known ones."""
-    start = request.num_planned_tokens
+    start, plan = request.num_planned_tokens, draft.plan
     plan.request_ids.append(request.request_id)
     plan.num_computed.append(start)
     plan.num_tokens.append(end - start)
     plan.samples.append(end >= len(request.token_ids))
+    draft.rows[request.request_id] = request
 
 
 def append_single_rows(plan: StepPlan, requests: list[Request]) -> None:
-    """Append a row of one token, which samples, for each request: column by column, as most steps are only this."""
+    """Append a row of one token, which samples, for each request, and count it.
+
+    Column by column, as most steps are only this.
+    """
     plan.request_ids += [request.request_id for request in requests]
     plan.num_computed += [request.num_planned_tokens for request in requests]
     plan.num_tokens += [1] * len(requests)
     plan.samples += [True] * len(requests)
+    for request in requests:
+        request.num_planned_tokens += 1
+        request.num_pending_tokens += 1
 
 
 def extend_row(plan: StepPlan, request: Request, end: int) -> None:
@@ -46,24 +54,27 @@ def extend_row(plan: StepPlan, request: Request, end: int) -> None:
     plan.samples[row] = end == len(request.token_ids)
 
 
-def count_planned(plan: StepPlan, requests: Mapping[int, Request]) -> None:
-    """Count a finished plan's tokens as planned, and those that it will sample as pending."""
-    drafts = plan.drafts
+def count_planned(plan: StepPlan, rows: Mapping[int, Request]) -> None:
+    """Count the tokens of a finished plan's `rows` as planned, and those that it will sample as pending."""
+    if not rows:
+        return
     for request_id, num_tokens, samples in zip(plan.request_ids, plan.num_tokens, plan.samples, strict=True):
-        request = requests[request_id]
-        request.num_planned_tokens += num_tokens
-        if samples and request_id not in drafts:
-            request.num_pending_tokens += 1
+        request = rows.get(request_id)
+        if request is not None:
+            request.num_planned_tokens += num_tokens
+            request.num_pending_tokens += samples and request_id not in plan.drafts
 
 
-def remove_row(plan: StepPlan, request: Request) -> None:
-    """Take a request that was planned in this very step out of the plan again."""
+def remove_row(draft: StepDraft, request: Request) -> None:
+    """Take a request that was planned in this very step, and loses its blocks, out of the plan again."""
+    plan = draft.plan
     plan.block_updates = [u for u in plan.block_updates if u.request_id != request.request_id]
     if request.request_id in plan.request_ids:
         row = plan.request_ids.index(request.request_id)
         for column in (plan.request_ids, plan.num_computed, plan.num_tokens, plan.samples):
             del column[row]
         plan.drafts.pop(request.request_id, None)
+        draft.rows.pop(request.request_id, None)
 
 
 def append_block_updates(plan: StepPlan, request: Request, num_held: list[int]) -> None:

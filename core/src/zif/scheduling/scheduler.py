@@ -80,15 +80,15 @@ class TokenBudgetScheduler(Scheduler):
         requests = self._requests
         updates, requests.ended_early = requests.ended_early, []
         num_ended = requests.num_ended
-        known, step = requests.requests, plan.step
+        known, step, drafts, faults = requests.requests, plan.step, plan.drafts, result.faults
         for request_id, num_tokens, sampled in zip(plan.request_ids, plan.num_tokens, result.sampled, strict=True):
             request = known.get(request_id)
             if request is None or request.status is not RequestStatus.RUNNING or request.first_step > step:
                 continue
-            if request_id in result.faults:
-                self._fail(request, result.faults[request_id], is_draft=request_id in plan.drafts)
+            if faults and request_id in faults:
+                self._fail(request, faults[request_id], is_draft=request_id in drafts)
                 updates.append(TokenUpdate(request, []))
-            elif request_id in plan.drafts:
+            elif drafts and request_id in drafts:
                 updates.append(TokenUpdate(request, self._accept(request, num_tokens, sampled)))
             else:
                 request.num_computed_tokens += num_tokens
@@ -188,6 +188,10 @@ class TokenBudgetScheduler(Scheduler):
 
     def _append_tokens(self, request: Request, sampled: list[int]) -> list[int]:
         """Append sampled tokens up to the one that ends the request; return those appended."""
+        token_ids = request.token_ids
+        if len(sampled) == 1 and sampled[0] not in request.stop_ids and len(token_ids) + 1 < request.max_total_tokens:
+            token_ids.append(sampled[0])
+            return sampled
         new, reason = self._cut(request, sampled)
         request.token_ids += new
         if reason is not None:

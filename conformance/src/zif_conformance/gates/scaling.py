@@ -1,0 +1,36 @@
+"""G5, scaling: what has a length keeps its gate at every length, and its error grows like the square root at most."""
+
+import math
+from collections.abc import Mapping
+
+from zif_conformance.gates.result import GateResult
+
+_GROWTH = 4.0
+
+
+def borders(block: int, longest: int) -> tuple[int, ...]:
+    """Return the lengths at which things go wrong, up to `longest`: around one and two blocks, and powers of two."""
+    powers = (2**k for k in range(longest.bit_length()))
+    around = (1, block - 1, block, block + 1, 2 * block - 1, 2 * block, 2 * block + 1, longest - 1, longest)
+    return tuple(sorted({length for length in (*around, *powers) if 1 <= length <= longest}))
+
+
+def scaling(results: Mapping[int, GateResult]) -> GateResult:
+    """Judge the same comparison at several lengths. Raises `ValueError` on fewer than two.
+
+    Measured is the share of the gate that the worst length uses, or the growth of the error against the square root of
+    the length, whichever is worse; either may be 1. Growth counts from the first length's own limit.
+    """
+    if len(results) < 2:
+        raise ValueError(f"{len(results)} lengths say nothing about growth; give at least two")
+    shortest = min(results)
+    start = results[shortest].limit
+    measured, where = 0.0, ""
+    for length, result in sorted(results.items()):
+        used = result.measured / result.limit if result.limit else math.inf * (result.measured > 0 or math.nan)
+        used = 0.0 if math.isnan(used) and result.measured == 0 else used
+        grown = result.measured / (_GROWTH * math.sqrt(length / shortest) * max(start, result.limit / _GROWTH, 1e-300))
+        share = max(used, grown)
+        if not share <= measured:
+            measured, where = share, f"length {length}: {result.where}"
+    return GateResult("G5", measured, 1.0, where or "every length")
