@@ -1,5 +1,6 @@
 """Speculation through the whole engine: the text is that without it, also under preemption, and the counts add up."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -60,3 +61,21 @@ def test_speculation_changes_no_token(family: str, root: Path, monkeypatch: pyte
 @pytest.mark.parametrize("family", ["llama3", "qwen3_next"])
 def test_greedy_tokens_equal_transformers(family: str, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert_greedy_parity(family, root, monkeypatch, speculation="ngram", max_num_batched_tokens=64)
+
+
+def test_a_stop_string_among_accepted_guesses_ends_the_request_at_its_token(root: Path) -> None:
+    """One row may bring more tokens than the request may say."""
+    model = checkpoint("llama3", root)
+    greedy = SamplingParams(temperature=0.0, max_tokens=48, ignore_eos=True, logprobs=0, logit_bias={7: 9.0, 8: 9.0})
+    prompt = {"prompt_token_ids": list(prompts()[2][:8] * 4)}
+    ends = []
+    for speculation in ("off", "ngram"):
+        with LLM.from_settings(settings(model, speculation=speculation)) as llm:
+            text = llm.generate([prompt], greedy, use_tqdm=False)[0].outputs[0].text
+            stops = sorted({text[i : i + 3] for i in range(6, 40, 3)} - {""})
+            options = [replace(greedy, stop=[stop]) for stop in stops]
+            outputs = [output.outputs[0] for output in llm.generate([prompt] * len(stops), options, use_tqdm=False)]
+        ends.append([(o.text, o.token_ids, o.finish_reason, o.stop_reason, len(o.logprobs or ())) for o in outputs])
+    assert ends[0] == ends[1]
+    assert all(reason == "stop" for _, _, reason, _, _ in ends[0])
+    assert all(len(tokens) == num_logprobs < 48 for _, tokens, _, _, num_logprobs in ends[0])
