@@ -5,6 +5,8 @@
 #   make check   format, lint, types, import contracts, house rules and fast tests: under a minute
 #   make simulate  two million steps of the control plane under random traffic and faults: some minutes
 #   make bench   throughput and latency on the model in examples/
+#   make conform  prove the CPU platform with the conformance suite and write the bundle to build/conformance-cpu
+#   make freeze  regenerate the must-pass lists of the conformance profiles
 #   make lock    regenerate the lock file of the contract's public surface
 #   make clean   remove the environment and what tools left behind
 
@@ -19,13 +21,13 @@ SEED ?= 1
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
-PROJECTS := core plugins/cpu
-SOURCES := core plugins examples
-TYPED := core/src plugins/cpu/src
+PROJECTS := core plugins/cpu conformance
+SOURCES := core plugins conformance examples
+TYPED := core/src plugins/cpu/src conformance/src
 TESTS := core/tests $(wildcard plugins/cpu/tests) $(wildcard conformance/tests)
-FAST := $(addprefix core/tests/,contract house settings scheduling kv null simulation text cli)
+FAST := $(addprefix core/tests/,contract house settings scheduling kv null simulation text cli) conformance/tests
 
-.PHONY: run test check simulate bench lock clean environment
+.PHONY: run test check simulate bench conform freeze lock clean environment
 
 run: $(INSTALLED)
 	$(BIN)/zif generate $(MODEL) --prompt "$(PROMPT)" --max-tokens 128 --temperature 0.6 --top-p 0.9 --request-seed 1
@@ -47,6 +49,12 @@ bench: $(INSTALLED)
 	$(BIN)/zif bench throughput $(MODEL) --num-prompts 64 --input-len 128 --output-len 128
 	$(BIN)/zif bench latency $(MODEL) --batch-size 1 --input-len 128 --output-len 128 --repeats 5
 
+conform: $(INSTALLED)
+	$(BIN)/zif conform --platform cpu --profile core --bundle build/conformance-cpu --workers $(WORKERS)
+
+freeze: $(INSTALLED)
+	$(BIN)/python -m zif_conformance.freeze
+
 lock: $(INSTALLED)
 	$(BIN)/python -m zif.contract.surface
 
@@ -64,5 +72,5 @@ $(INSTALLED_DEV): $(INSTALLED)
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
-	find core plugins -name __pycache__ -prune -exec rm -rf {} +
-	find core plugins -name '*.egg-info' -prune -exec rm -rf {} +
+	find core plugins conformance -name __pycache__ -prune -exec rm -rf {} +
+	find core plugins conformance -name '*.egg-info' -prune -exec rm -rf {} +

@@ -25,7 +25,9 @@ def register(commands: Any) -> None:
     parser.add_argument("--profile", metavar="NAME", help="core (default), serving or distributed")
     parser.add_argument("--level", metavar="L0,L3", help="run these levels only; gives no verdict")
     parser.add_argument("--bundle", metavar="DIR", type=Path, help="write the bundle into this folder")
-    parser.add_argument("--workers", metavar="N", type=_positive, default=1, help="processes beside each other (default: 1)")
+    parser.add_argument(
+        "--workers", metavar="N", type=_positive, default=1, help="processes beside each other (default: 1)"
+    )
     parser.set_defaults(run=run_suite)
     actions = parser.add_subparsers(title="actions", metavar="ACTION")
     _add_verify(actions)

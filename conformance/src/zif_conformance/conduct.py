@@ -16,7 +16,7 @@ from typing import Any
 
 from zif_conformance.bundle.result import RunFacts, build_result
 from zif_conformance.bundle.writing import claim_folder, write_bundle
-from zif_conformance.outcomes import TestOutcome, Verdict
+from zif_conformance.outcomes import TestOutcome, Verdict, reason_line
 from zif_conformance.profiles import Profile
 from zif_conformance.supervisor import Run, RunOptions, Supervisor
 
@@ -41,8 +41,11 @@ class Progress:
         now, live = time.monotonic(), sys.stderr.isatty()
         if outcome.verdict in _SHOWN:
             self.bad += 1
-            last = (outcome.detail.strip().splitlines() or [""])[-1]
-            print(f"{_clear(live)}{outcome.verdict.value}: {outcome.test_id}: {last[:200]}", file=sys.stderr, flush=True)
+            print(
+                f"{_clear(live)}{outcome.verdict.value}: {outcome.test_id}: {reason_line(outcome.detail)[:200]}",
+                file=sys.stderr,
+                flush=True,
+            )
         if live or now - self.shown_s >= _SHOW_EVERY_S:
             self.shown_s = now
             print(f"{_clear(live)}{self.line(now)}", end="" if live else "\n", file=sys.stderr, flush=True)
@@ -98,9 +101,7 @@ class Conductor:
         """Build the result as it stands, and write it."""
         self._saved_s = time.monotonic()
         finished = datetime.datetime.now(datetime.UTC)
-        facts = RunFacts(
-            self._options.platform, self._options.levels, self._profile, self._started, finished, partial
-        )
+        facts = RunFacts(self._options.platform, self._options.levels, self._profile, self._started, finished, partial)
         result = build_result(self._standing, facts)
         if self._bundle is None:
             return result

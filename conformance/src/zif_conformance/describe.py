@@ -22,6 +22,7 @@ from zif.errors import ContractError, PlatformNotFoundError
 from zif.plugins import PlatformRegistry
 from zif_conformance.child import watch_parent
 from zif_conformance.claims import capabilities_json
+from zif_conformance.package.names import plugin_package
 from zif_conformance.subject import Subject
 from zif_conformance.waivers import FILE_NAME, read_waivers, waiver_json
 
@@ -75,7 +76,7 @@ def _describe_subject(subject: Subject) -> Iterator[dict[str, Any]]:
 
 
 def _platform_part(subject: Subject) -> dict[str, Any]:
-    package = _package(subject)
+    package = plugin_package(subject.plugin)
     return {
         "name": str(subject.name),
         "vendor": str(subject.platform.vendor),
@@ -143,13 +144,8 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _package(subject: Subject) -> str:
-    module = getattr(subject.plugin, "__name__", "") or type(subject.plugin).__module__
-    return str(module).partition(".")[0]
-
-
 def _waiver_text(subject: Subject) -> str:
-    package = _package(subject)
+    package = plugin_package(subject.plugin)
     try:
         file = resources.files(package).joinpath(FILE_NAME)
         return file.read_text(encoding="utf-8") if file.is_file() else ""

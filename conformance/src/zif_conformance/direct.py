@@ -1,4 +1,4 @@
-"""The bundle of a run under plain pytest: always partial, because no other process stood by to see a crash or a hang."""
+"""The bundle of a run under plain pytest: always partial, because no other process stood by to see a crash."""
 
 import datetime
 from collections.abc import Iterable

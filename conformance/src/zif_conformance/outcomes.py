@@ -64,6 +64,13 @@ class TestOutcome:
     measurements: tuple[Measurement, ...] = field(default=())
 
 
+def reason_line(detail: str) -> str:
+    """Return the line of a test's detail that says most: pytest's first line of an error, else the last line."""
+    lines = [line.strip() for line in detail.splitlines() if line.strip()]
+    errors = [line.removeprefix("E ").strip() for line in lines if line.startswith("E ")]
+    return (errors or lines[-1:] or [""])[0]
+
+
 def case_from_json(data: dict[str, Any]) -> TestCase:
     """Rebuild a case from `case_json`."""
     return TestCase(data["test_id"], data["node_id"], declaration_from_json(data["declaration"]), data["needs_device"])

@@ -30,7 +30,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--zif-platform", metavar="NAME", help="platform under test, as `zif platforms` names it")
     group.addoption("--zif-profile", metavar="NAME", help="run the levels of this profile only")
     group.addoption("--zif-level", metavar="L0,L3", help="run these levels only")
-    group.addoption("--zif-bundle", metavar="DIR", type=Path, help="write a bundle (without a verdict: see zif conform)")
+    group.addoption(
+        "--zif-bundle", metavar="DIR", type=Path, help="write a bundle (without a verdict: see zif conform)"
+    )
     group.addoption("--zif-tests", metavar="FILE", type=Path, help="run the test ids in this file, one per line")
     group.addoption("--zif-events", metavar="FD", type=int, help="file descriptor for what happens, as JSON lines")
 
@@ -49,7 +51,8 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Give each test of a suite its id, and keep those that were asked for."""
     levels, asked = _levels(config), _asked_ids(config)
-    kept, dropped = [], []
+    kept: list[pytest.Item] = []
+    dropped: list[pytest.Item] = []
     for item in items:
         case = _case(item)
         if case is None:

@@ -18,7 +18,9 @@ from typing import Any
 
 _ABORT_WAIT_S = 2.0
 _EXIT_WAIT_S = 20.0
-_TAIL_BYTES = 3000
+_TAIL_BYTES = 16_000
+_SHOWN = 6000
+_STACKS = "Fatal Python error"
 _DROPPED_VARIABLES = ("PYTEST_ADDOPTS", "PYTEST_PLUGINS", "PYTEST_CURRENT_TEST", "PYTEST_XDIST_WORKER")
 
 
@@ -39,7 +41,7 @@ class TalkingProcess:
         lifeline, self._lifeline = os.pipe()
         self._events, self._buffer = read_end, b""
         self.at_end = False
-        self._log = tempfile.TemporaryFile()
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed in _closed
         named = {"{events}": str(write_end), "{lifeline}": str(lifeline)}
         command = [sys.executable, "-m", module, *(named.get(argument, argument) for argument in arguments)]
         self._process = subprocess.Popen(
@@ -99,15 +101,20 @@ class TalkingProcess:
                 os.close(descriptor)
         self._log.seek(0, os.SEEK_END)
         self._log.seek(max(0, self._log.tell() - _TAIL_BYTES))
-        tail = self._log.read().decode(errors="replace")
+        text = self._log.read().decode(errors="replace")
         self._log.close()
-        return Ended(how, tail, clean)
+        return Ended(how, _telling_part(text), clean)
 
 
 def clean_environment(environ: Mapping[str, str]) -> dict[str, str]:
     """Return an environment in which the caller's pytest settings and other pytest plugins have no say."""
     kept = {name: value for name, value in environ.items() if name not in _DROPPED_VARIABLES}
     return {**kept, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONFAULTHANDLER": "1", "PYTHONHASHSEED": "0"}
+
+
+def _telling_part(log: str) -> str:
+    """Return the stacks of a process that was aborted, from the innermost call on, or else the last lines."""
+    return log[log.rindex(_STACKS) :][:_SHOWN] if _STACKS in log else log[-_SHOWN:]
 
 
 def _how(code: int) -> str:

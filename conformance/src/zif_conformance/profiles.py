@@ -60,7 +60,9 @@ def parse_levels(text: str) -> tuple[str, ...]:
         first, dash, last = part.partition("-")
         for level in (first, last) if dash else (first,):
             if level not in LEVELS:
-                raise ConfigError(f"unknown level {level!r}; {_hint(level, LEVELS)}levels: L0 to L9, as in L0,L3 or L0-L3")
+                raise ConfigError(
+                    f"unknown level {level!r}; {_hint(level, LEVELS)}levels: L0 to L9, as in L0,L3 or L0-L3"
+                )
         chosen += LEVELS[LEVELS.index(first) : LEVELS.index(last or first) + 1]
     return tuple(dict.fromkeys(chosen))
 

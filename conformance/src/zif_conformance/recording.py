@@ -120,7 +120,9 @@ def _values(running: _Running, name: str) -> list[Any]:
 
 def _worst(measurements: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Keep the measurements nearest to their gate."""
-    nearest = sorted(measurements, key=lambda m: m["limit"] - m["error"] if m["limit"] == 0 else -m["error"] / m["limit"])
+    nearest = sorted(
+        measurements, key=lambda m: m["limit"] - m["error"] if m["limit"] == 0 else -m["error"] / m["limit"]
+    )
     return nearest[:_MAX_MEASUREMENTS]
 
 

@@ -24,7 +24,7 @@ from zif.contract import (
     SlidingWindowSpec,
     Workload,
 )
-from zif.errors import ContractError, PlatformUnavailableError, PlanRefusedError
+from zif.errors import ContractError, PlanRefusedError, PlatformUnavailableError
 from zif.plugins import PlatformRegistry
 
 _MIB = 1 << 20

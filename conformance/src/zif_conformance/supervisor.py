@@ -19,8 +19,6 @@ from zif_conformance.outcomes import Measurement, TestCase, TestOutcome, Verdict
 from zif_conformance.processes import Ended, TalkingProcess
 
 SUITE = Path(__file__).parent / "suite"
-_START_S = 180.0
-_SETUP_S = 60.0
 _MAX_OPENING_CRASHES = 3
 _ALONE = ("L8", "L9")
 """Levels that measure time: nothing else runs beside them."""
@@ -30,13 +28,18 @@ Listener = Callable[[TestOutcome], None]
 
 @dataclass(frozen=True, slots=True)
 class RunOptions:
-    """What to run. `environ` is the environment that children start from."""
+    """What to run. `environ` is the environment that children start from.
+
+    A child must begin its first test within `start_s`, and fixtures of a test must stand within `setup_s`.
+    """
 
     platform: str
     levels: tuple[str, ...]
     workers: int = 1
     suite: Path = SUITE
     environ: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
+    start_s: float = 180.0
+    setup_s: float = 60.0
 
 
 @dataclass(slots=True)
@@ -129,7 +132,9 @@ class Supervisor:
         left = portion
         while left and not self._stopped.is_set():
             if self._opening_crashes >= _MAX_OPENING_CRASHES:
-                self._excuse(run, [c for c in left if c.needs_device], "opening the device crashed three times in a row")
+                self._excuse(
+                    run, [c for c in left if c.needs_device], "opening the device crashed three times in a row"
+                )
             left = [case for case in left if case.test_id not in run.outcomes]
             if left:
                 self._run_child(run, left)
@@ -141,7 +146,7 @@ class Supervisor:
             asked = Path(folder) / "tests.txt"
             asked.write_text("\n".join(by_id), encoding="utf-8")
             process = _start_pytest(self._options, cases, ["--zif-tests", str(asked), "--basetemp", f"{folder}/pytest"])
-            follower = _Follower(process, by_id, self._stopped)
+            follower = _Follower(process, by_id, self._options, self._stopped)
             for outcome in follower.outcomes():
                 self._note(run, outcome)
             ended = follower.end()
@@ -179,10 +184,12 @@ class Supervisor:
         arguments = ["--platform", self._options.platform, "--descriptor", "{events}", "--lifeline", "{lifeline}"]
         process = TalkingProcess("zif_conformance.describe", arguments, self._options.environ)
         gathered: dict[str, Any] = {}
-        deadline = time.monotonic() + _START_S
+        deadline = time.monotonic() + self._options.start_s
         while part := process.read(deadline):
             gathered |= part
-        ended = process.finish() if process.at_end else process.kill(f"did not end within {_START_S:.0f} s")
+        ended = (
+            process.finish() if process.at_end else process.kill(f"did not end within {self._options.start_s:.0f} s")
+        )
         if not ended.clean:
             gathered.setdefault("error", f"the describing process {ended.how}: {ended.log_tail}")
         return gathered
@@ -191,7 +198,7 @@ class Supervisor:
 def collect(options: RunOptions) -> tuple[TestCase, ...]:
     """Return all tests of the suite. Raises `ContractError` when it cannot be collected."""
     process = _start_pytest(options, (), ["--collect-only", "-q"])
-    event = process.read(time.monotonic() + _START_S)
+    event = process.read(time.monotonic() + options.start_s)
     ended = process.finish() if event else process.kill("collection did not end")
     if event is None or not ended.clean:
         raise ContractError(f"the suite could not be collected: {ended.how}\n{ended.log_tail}")
@@ -209,8 +216,15 @@ def _start_pytest(options: RunOptions, cases: Sequence[TestCase], more: Sequence
 class _Follower:
     """Reads a child's events up to its end, or kills it at a deadline."""
 
-    def __init__(self, process: TalkingProcess, cases: Mapping[str, TestCase], stopped: threading.Event) -> None:
+    def __init__(
+        self,
+        process: TalkingProcess,
+        cases: Mapping[str, TestCase],
+        options: RunOptions,
+        stopped: threading.Event,
+    ) -> None:
         self._process = process
+        self._options = options
         self._cases = cases
         self._stopped = stopped
         self._late = False
@@ -222,8 +236,7 @@ class _Follower:
 
     def outcomes(self) -> Iterable[TestOutcome]:
         """Yield outcomes as tests finish, until the child says no more or a deadline passes."""
-        limit_s = _START_S
-        deadline = time.monotonic() + limit_s
+        deadline = time.monotonic() + self._options.start_s
         while not self._stopped.is_set():
             event = self._process.read(min(deadline, time.monotonic() + 0.5))
             if event is None:
@@ -231,8 +244,7 @@ class _Follower:
                     continue
                 self._late = not self._process.at_end
                 return
-            limit_s = self._take(event)
-            deadline = time.monotonic() + limit_s
+            deadline = time.monotonic() + self._take(event)
             if event["event"] == "finished":
                 yield finished_outcome(self._cases[event["id"]], event)
 
@@ -250,7 +262,7 @@ class _Follower:
         kind = event["event"]
         if kind == "started":
             self.running, self.in_setup, self.since = self._cases[event["id"]], True, time.monotonic()
-            return max(_SETUP_S, self.running.declaration.deadline_s)
+            return max(self._options.setup_s, self.running.declaration.deadline_s)
         if kind == "called" and self.running is not None:
             self.in_setup = False
             self.num_called += 1
@@ -258,8 +270,8 @@ class _Follower:
         if kind == "finished":
             self.running = None
             self.num_finished += 1
-            return _SETUP_S
-        return _START_S
+            return self._options.setup_s
+        return self._options.start_s
 
 
 def _portions(cases: Sequence[TestCase], workers: int) -> list[list[TestCase]]:

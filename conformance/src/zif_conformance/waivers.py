@@ -8,7 +8,7 @@ The file is `conformance_waivers.toml` in the plugin's package:
     link = "https://example.org/issues/7"
     expires = 2027-01-31
 
-Applied by `zif_conformance.bundle.judge`. A waiver that is stale, expired, out of place or no longer needed is an error.
+Applied by `zif_conformance.bundle.result`. A waiver that is stale, expired, out of place or unneeded is an error.
 """
 
 import datetime

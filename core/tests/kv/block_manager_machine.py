@@ -5,6 +5,7 @@ A rule for a new feature is one more method, here or in a subclass: call the man
 name the request that was spoken of in `self.changed`. `all_is_well` follows every rule.
 """
 
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -16,6 +17,15 @@ from zif.kv import PagedBlockManager
 MAX_STEP_TOKENS = 9
 MAX_STEPS_IN_FLIGHT = 2
 MAX_LIVE = 6
+SETTINGS = settings(
+    max_examples=150,
+    stateful_step_count=40,
+    derandomize=True,
+    database=None,
+    deadline=None,
+    report_multiple_bugs=False,
+    suppress_health_check=list(HealthCheck),
+)
 KEYS = (CacheKey(), CacheKey(salt="tenant"), CacheKey(adapter="weights"), CacheKey(media=("picture",)))
 LENGTHS = st.sampled_from([1, 4, 5, 8, 9, 12, 13, 14, 17, 20, 22, 25, 28, 30])
 BRANCHES = st.sampled_from([30, 30, 30, 20, 12, 8, 0])
@@ -38,12 +48,12 @@ ARENAS = {
         cut((latent(2), recurrent(4), sliding(3, 2)), 11),
     ],
     "roomy": [
-        cut((full(4),), 400),
-        cut((sliding(6, 4), chunked(5, 2)), 400),
-        cut((latent(4), sliding(5, 2), chunked(8, 4)), 600),
-        cut((full(4), recurrent(4)), 600),
-        cut((full(6), recurrent(12), sliding(5, 2)), 600),
-        cut((full(2), recurrent(4)), 600),
+        cut((full(4),), 150),
+        cut((sliding(6, 4), chunked(5, 2)), 150),
+        cut((latent(4), sliding(5, 2), chunked(8, 4)), 150),
+        cut((full(4), recurrent(4)), 150),
+        cut((full(6), recurrent(12), sliding(5, 2)), 150),
+        cut((full(2), recurrent(4)), 150),
     ],
 }
 """Arenas by what they are for; "tight" ones mix groups and are too small for all that comes."""
@@ -64,6 +74,9 @@ class BlockManagerMachine(RuleBasedStateMachine):
         self.manager = self.manager_of(arena, caching)
         self.model = ReferenceModel(arena, caching=caching, max_step_tokens=MAX_STEP_TOKENS)
         self.is_single = len(arena.groups) == 1
+        if self.is_single:
+            for length in range(1, 64):
+                self.model.said_to_fit(length, self.manager.fits(length))
         self.live: list[Request] = []
         self.waiting: list[Request] = []
         self.planned: dict[Request, list[int]] = {}
@@ -238,8 +251,6 @@ class BlockManagerMachine(RuleBasedStateMachine):
             self._stop(request)
         self._reset()
         fits = self.manager.fits(length)
-        if self.is_single:
-            self.model.said_to_fit(length, fits)
         request = self._new([3] * length, KEYS[0], SamplingParams())
         self._begin(request)
         while fits and request.num_computed_tokens < length:
@@ -250,13 +261,15 @@ class BlockManagerMachine(RuleBasedStateMachine):
     @invariant()
     def all_is_well(self):
         if self.checks_integrity:
-            self.manager.check_integrity(self.live)
+            self.manager.check_integrity(self.live + self.waiting)
         self.model.check(self.manager.usage(), self.changed)
         self.changed = None
 
     def teardown(self):
         for request in tuple(self.live):
             self._stop(request)
+        while self.waiting:
+            self.manager.release(self.waiting.pop())
         self._reset()
         self.all_is_well()
         held = [count.num_free + count.num_owned for count in self.manager.usage()]

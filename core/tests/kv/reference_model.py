@@ -349,10 +349,12 @@ class ReferenceModel:
             reasons.add(PrefixMiss.CACHING_OFF)
         if reasons:
             return reasons
-        # Behind a window a longer prefix may be missed than the next; between states nothing leaves a trace.
+        # Behind a window, a longer prefix may be missed than the next. Where all groups keep states, what was computed
+        # between two of them leaves no trace. What was evicted is remembered as far as the memory for it goes.
         next_end = limit if self.has_windows else found + self.unit
         was_begun = content(request, found + 1) in self.computed_ever
-        if all(self.states) or content(request, next_end) not in self.computed_since_reset:
+        is_known = self.has_room and content(request, next_end) in self.computed_since_reset
+        if all(self.states) or not is_known:
             reasons.add(PrefixMiss.NOT_SEEN)
         if was_begun and not self.has_room:
             reasons.add(PrefixMiss.EVICTED)

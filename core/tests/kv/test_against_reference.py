@@ -1,14 +1,9 @@
 """The real block manager against the reference model, on arenas of every kind of layer group and mixtures of them."""
 
 import pytest
-from hypothesis import HealthCheck, settings
 from hypothesis.stateful import run_state_machine_as_test
 
-from kv.block_manager_machine import ARENAS, BlockManagerMachine
-
-SETTINGS = settings(
-    max_examples=150, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
-)
+from kv.block_manager_machine import ARENAS, SETTINGS, BlockManagerMachine
 
 
 @pytest.mark.parametrize("family", ARENAS)

@@ -132,8 +132,8 @@ def _long_scenario():
 
 def _copying_scenario():
     """Return a scenario that loads more than 200 blocks from host memory, swapped-out requests among them."""
-    shape = TrafficShape(num_arrivals=100, arrival_rate=0.3, continued_share=0.3, deadlines_s=(None,))
-    scenario = draw_scenario(52, shape)
+    shape = TrafficShape(num_arrivals=130, arrival_rate=0.3, continued_share=0.0, deadlines_s=(None,))
+    scenario = draw_scenario(57, shape)
     host_bytes = 4 * scenario.arena.num_bytes
     tiers = TierSetup(host_bytes=host_bytes, host_bytes_per_s=1_000_000, prefill_tokens_per_s=1_000)
     return replace(scenario, max_steps_in_flight=2, tiers=tiers)

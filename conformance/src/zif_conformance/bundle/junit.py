@@ -5,6 +5,8 @@ import xml.etree.ElementTree as ET
 from collections.abc import Mapping
 from typing import Any
 
+from zif_conformance.outcomes import reason_line
+
 _SKIPPED = ("unsupported", "waived", "not run")
 _ILLEGAL = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 """Characters that XML 1.0 has no spelling for."""
@@ -35,7 +37,7 @@ def _add_case(suite: ET.Element, test: Mapping[str, Any]) -> None:
     outcome, detail = test["outcome"], _ILLEGAL.sub("\ufffd", test["detail"])
     tag = {"failed": "failure", "crashed": "error", **dict.fromkeys(_SKIPPED, "skipped")}.get(outcome)
     if tag:
-        message = f"{outcome}: {detail.strip().splitlines()[-1] if detail.strip() else ''}"
+        message = f"{outcome}: {reason_line(detail)}"
         ET.SubElement(case, tag, message=message).text = detail
 
 

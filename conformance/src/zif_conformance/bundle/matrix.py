@@ -53,7 +53,9 @@ def support_table(results: Sequence[Mapping[str, Any]]) -> str:
     rows += [["tests passed", *(_passed_cell(result) for result in results)]]
     rows += [["device", *(_flat((result["device"] or {}).get("name", "none")) for result in results)]]
     for kind in ("feature", "dtype", "collective"):
-        rows += [[name, *(_claim_cell(result, f"{kind}:{name}") for result in results)] for name in _names(results, kind)]
+        rows += [
+            [name, *(_claim_cell(result, f"{kind}:{name}") for result in results)] for name in _names(results, kind)
+        ]
     return _table(head, rows)
 
 

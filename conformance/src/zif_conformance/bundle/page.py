@@ -13,14 +13,15 @@ from zif_conformance.bundle.plots import duration_plot, headroom_plot
 from zif_conformance.outcomes import Verdict
 
 _WORDS = tuple(verdict.value for verdict in Verdict)
+_HEADROOM_NOTE = "How far each result stayed from its gate: limit / error. Right is better; left of 1x a test fails."
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 _FILTER = """
 const rows = [...document.querySelectorAll("#tests tbody tr")];
 const word = document.getElementById("word"), text = document.getElementById("text");
 function show() {
   for (const row of rows) {
-    const fits = (!word.value || row.dataset.outcome === word.value) && row.dataset.id.includes(text.value.toLowerCase());
-    row.hidden = !fits;
+    const wordFits = !word.value || row.dataset.outcome === word.value;
+    row.hidden = !(wordFits && row.dataset.id.includes(text.value.toLowerCase()));
   }
 }
 word.addEventListener("change", show);
@@ -36,11 +37,10 @@ def report_page(result: Mapping[str, Any]) -> str:
         _errors(result),
         _matrix(result),
         _claims(result),
-        _section("Head-room per gate", headroom_plot(result["tests"]), "How far each result stayed from its gate: limit / "
-                 "error. Right is better; left of 1x a test fails."),
+        _section("Head-room per gate", headroom_plot(result["tests"]), _HEADROOM_NOTE),
         _section("Slowest tests", duration_plot(result["tests"]), ""),
         _tests(result),
-    )  # fmt: skip
+    )
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
@@ -83,13 +83,17 @@ def _errors(result: Mapping[str, Any]) -> str:
 def _matrix(result: Mapping[str, Any]) -> str:
     head = "".join(f'<th class="n">{word}</th>' for word in _WORDS)
     rows = "".join(_matrix_row(name, counts) for name, counts in subject_counts(result))
-    return _section("Matrix", f"<table><thead><tr><th>tests</th><th></th>{head}</tr></thead><tbody>{rows}</tbody></table>", "")
+    return _section(
+        "Matrix", f"<table><thead><tr><th>tests</th><th></th>{head}</tr></thead><tbody>{rows}</tbody></table>", ""
+    )
 
 
 def _matrix_row(name: str, counts: Mapping[str, int]) -> str:
     total = sum(counts.values())
     bar = "".join(
-        f'<i class="{_class(word)}" style="width:{100 * counts[word] / total:.2f}%"></i>' for word in _WORDS if counts[word]
+        f'<i class="{_class(word)}" style="width:{100 * counts[word] / total:.2f}%"></i>'
+        for word in _WORDS
+        if counts[word]
     )
     cells = "".join(f'<td class="n{"" if counts[word] else " zero"}">{counts[word]}</td>' for word in _WORDS)
     return f'<tr><td><code>{_text(name)}</code></td><td><div class="bar">{bar}</div></td>{cells}</tr>'
@@ -102,16 +106,20 @@ def _claims(result: Mapping[str, Any]) -> str:
         title = f"{claim['outcome']}, {len(claim['tests'])} tests"
         chip = f'<span class="chip {_class(claim["outcome"])}" title="{title}">{_text(value or kind)}</span>'
         kinds.setdefault(kind if value else "flags", []).append(chip)
-    body = "".join(f'<div>{_text(kind)}</div><div class="chips">{"".join(chips)}</div>' for kind, chips in kinds.items())
-    note = "Green: a test that exercises the claim passed. Grey: only levels that were not run exercise it. Red: unproven."
+    body = "".join(
+        f'<div>{_text(kind)}</div><div class="chips">{"".join(chips)}</div>' for kind, chips in kinds.items()
+    )
+    note = (
+        "Green: a test that exercises the claim passed. Grey: only levels that were not run exercise it. Red: unproven."
+    )
     return _section("Claims", body, note) if body else ""
 
 
 def _tests(result: Mapping[str, Any]) -> str:
     options = "".join(f'<option value="{word}">{word}</option>' for word in _WORDS)
     filters = (
-        f'<div class="filters"><input id="text" type="search" placeholder="part of a test id" aria-label="part of a test '
-        f'id"><select id="word" aria-label="outcome"><option value="">all outcomes</option>{options}</select></div>'
+        '<div class="filters"><input id="text" type="search" placeholder="part of a test id" aria-label="test id">'
+        f'<select id="word" aria-label="outcome"><option value="">all outcomes</option>{options}</select></div>'
     )
     rows = "".join(map(_test_row, result["tests"]))
     head = '<tr><th>test</th><th>gate</th><th>clauses</th><th>outcome</th><th class="n">seconds</th></tr>'
@@ -146,5 +154,3 @@ def _duration(seconds: float) -> str:
 
 def _text(value: object) -> str:
     return html.escape(str(value), quote=True)
-
-

@@ -1,4 +1,4 @@
-"""The two plots of the report page, as SVG text: head-room by gate, and the slowest tests. Drawn from the result alone."""
+"""The two plots of the report page, as SVG text: head-room by gate, and the slowest tests."""
 
 import html
 import math

@@ -137,7 +137,7 @@ def _ids(outcomes: Sequence[TestOutcome]) -> list[str]:
     return [outcome.test_id for outcome in outcomes]
 
 
-def _profile_of(result: Mapping[str, Any]) -> Profile | None | str:
+def _profile_of(result: Mapping[str, Any]) -> Profile | str | None:
     """Return the profile as this suite has it, or why it cannot be compared."""
     if result["profile"] is None:
         return None

@@ -24,13 +24,19 @@ def scaling(results: Mapping[int, GateResult]) -> GateResult:
     if len(results) < 2:
         raise ValueError(f"{len(results)} lengths say nothing about growth; give at least two")
     shortest = min(results)
-    start = results[shortest].limit
-    measured, where = 0.0, ""
+    start = results[shortest]
+    base = max(start.measured, start.limit)
+    measured, where = 0.0, "every length"
     for length, result in sorted(results.items()):
-        used = result.measured / result.limit if result.limit else math.inf * (result.measured > 0 or math.nan)
-        used = 0.0 if math.isnan(used) and result.measured == 0 else used
-        grown = result.measured / (_GROWTH * math.sqrt(length / shortest) * max(start, result.limit / _GROWTH, 1e-300))
-        share = max(used, grown)
+        growth_limit = _GROWTH * math.sqrt(length / shortest) * max(base, result.limit / _GROWTH)
+        share = max(_share(result.measured, result.limit), _share(result.measured, growth_limit))
         if not share <= measured:
             measured, where = share, f"length {length}: {result.where}"
-    return GateResult("G5", measured, 1.0, where or "every length")
+    return GateResult("G5", measured, 1.0, where)
+
+
+def _share(measured: float, limit: float) -> float:
+    """Return how much of a limit is used."""
+    if measured == 0:
+        return 0.0
+    return measured / limit if limit else math.inf

@@ -34,6 +34,7 @@ def prove(
     correct: torch.Tensor, declared: Sequence[torch.Tensor], dtype: torch.dtype, faulty: Mapping[str, torch.Tensor]
 ) -> GateResult:
     """Make the proof with G3's tolerance. Raises `AssertionError` when a fault could stay unseen."""
+    assert faulty, "a proof needs at least one fault"
     result = proof(correct, tolerance(correct, declared, dtype), faulty)
-    assert result.passed and faulty, f"the input proves nothing: {result.message}"
+    assert result.passed, f"the input proves nothing: {result.message}"
     return result

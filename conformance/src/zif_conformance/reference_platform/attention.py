@@ -122,7 +122,9 @@ def _attend_capped(
     keys, values = keys.repeat_interleave(repeats, 0), values.repeat_interleave(repeats, 0)
     scores = torch.tanh(query @ keys.mT * (params.scale / params.softcap)) * params.softcap
     scores = torch.where(visible, scores, -torch.inf)
-    total = scores.logsumexp(-1, keepdim=True)
+    highest = scores.amax(-1, keepdim=True)
+    weights = torch.exp(scores - highest)
+    total = weights.sum(-1, keepdim=True)
     if params.sinks is not None:
-        total = torch.logaddexp(total, params.sinks.float()[:, None, None])
-    return (scores - total).exp() @ values
+        total = total + torch.exp(params.sinks.float()[:, None, None] - highest)
+    return weights @ values / total

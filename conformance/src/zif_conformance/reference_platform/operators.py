@@ -64,6 +64,8 @@ class TorchOperators(OpTable):
     ) -> torch.Tensor:
         self._faults.kernel()
         total = x.new_zeros(len(x), weights.down.shape[1], dtype=torch.float32)
+        if ((routed.expert_ids < 0) | (routed.expert_ids >= len(weights.gate_up))).any():
+            raise ValueError(f"expert ids must be from 0 to {len(weights.gate_up) - 1}: {routed.expert_ids!r}")
         for expert in sorted(set(routed.expert_ids.flatten().tolist())):
             tokens, choices = (routed.expert_ids == expert).nonzero(as_tuple=True)
             share = routed.weights[tokens, choices].float()

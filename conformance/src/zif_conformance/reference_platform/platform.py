@@ -84,9 +84,9 @@ class ReferencePlatform(Platform):
         try:
             settings = self._settings()
         except ConfigError as error:
-            return Probe((), str(error))
+            return Probe((), str(error), ("settings: refused",))
         if importlib.util.find_spec("torch") is None:
-            return Probe((), "torch is not installed; install torch")
+            return Probe((), "torch is not installed; install torch", ("torch: not installed",))
         devices = tuple(_device_info(index, settings) for index in range(settings.num_devices))
         return Probe(devices, steps=(f"{settings.num_devices} virtual devices by setting",))
 

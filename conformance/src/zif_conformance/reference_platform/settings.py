@@ -1,7 +1,7 @@
 """The settings of this platform: the one place of the package that reads the environment.
 
     ZIF_REFERENCE_DEVICES       number of virtual devices, 2 by default
-    ZIF_REFERENCE_MEMORY_BYTES  memory of each device, 4 GiB by default
+    ZIF_REFERENCE_MEMORY_BYTES  memory of each device, 24 GiB by default
     ZIF_REFERENCE_FAULTS        faults to inject, as `zif_conformance.reference_platform.faults` reads them
 
 Called by the platform when it probes and opens.
@@ -22,7 +22,7 @@ class Settings:
     """`memory_bytes` is the memory of each of `num_devices` devices; `faults` are injected into every opened device."""
 
     num_devices: int = 2
-    memory_bytes: int = 4 << 30
+    memory_bytes: int = 24 << 30
     faults: Faults = field(default_factory=Faults)
 
 

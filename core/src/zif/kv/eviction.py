@@ -16,6 +16,7 @@ from bisect import insort
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import chain
 
 from zif.contract.request import DEFAULT_RETENTION_PRIORITY
 from zif.kv.lists import BlockLists
@@ -171,7 +172,8 @@ class EvictionOrder:
         self._let_fall()
         for priority in self._priorities:
             lines = [line for line in self._lines if line.is_live and line.keep.priority == priority]
-            yield from heapq.merge(*(self._lists.blocks(line.anchor) for line in lines), key=self._stamp)
+            in_line = [self._lists.blocks(line.anchor) for line in lines]
+            yield from heapq.merge(*in_line, key=self._stamp) if len(in_line) > 1 else chain(*in_line)
 
     def check_integrity(self, cached: list[int], findable: set[int]) -> None:
         """Assert that lines and tenants count their blocks right and that `cached`, the order, misses no line."""
@@ -179,7 +181,7 @@ class EvictionOrder:
         assert findable.issuperset(cached), "a block is cached that cannot be found"
         lengths = {line: sum(1 for _ in self._lists.blocks(line.anchor)) for line in self._lines if line.is_live}
         assert sum(lengths.values()) == len(cached), "the order of eviction misses a line"
-        numbers = Counter(self._line_of[block] for block in findable)
+        numbers = Counter(map(self._line_of.__getitem__, findable))
         for number, line in enumerate(self._lines):
             assert line.num_blocks == numbers[number], f"line {number}: number of blocks drifted"
             assert line.queued or not lengths.get(line), f"line {number} is not in order"

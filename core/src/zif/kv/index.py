@@ -14,6 +14,7 @@ itself is not kept; it is the hash of the content. Costs 20 to 28 bytes a cell, 
 import sys
 from array import array
 from collections.abc import Iterator, Sequence
+from itertools import compress, count
 
 _DIGEST_BYTES = 32
 _NUM_EVICTED = 4096
@@ -98,18 +99,18 @@ class PrefixIndex:
 
     def blocks(self) -> Iterator[int]:
         """Go through the findable blocks."""
-        return (block for block, content in enumerate(self.contents) if content is not None)
+        return compress(count(), self.contents)
 
     def check_integrity(self) -> None:
         """Assert that exactly the blocks with content are in the table, each where a search ends."""
         indexed = set(self.blocks())
-        placed = [block for block in self._table if block]
+        placed = [*filter(None, self._table)]
         assert len(placed) == len(indexed) == self._num_blocks, "the number of indexed blocks drifted"
         assert set(placed) == indexed, "the table holds other blocks than those with content"
-        for block in placed:
-            assert self._table[self._slot(self._keys[block])] == block, f"indexed block {block} cannot be found"
-        with_key = {block for block, key in enumerate(self._keys) if key}
-        assert with_key == indexed, "a block that is not indexed has a key"
+        table, keys, mask = self._table, self._keys, self._mask
+        for block in [block for block in placed if table[keys[block] & mask] != block]:
+            assert table[self._slot(keys[block])] == block, f"indexed block {block} cannot be found"
+        assert set(compress(count(), keys)) == indexed, "a block that is not indexed has a key"
 
     def _slot(self, key: int) -> int:
         """Return the slot of the block with this key, or the empty one where it would be put."""

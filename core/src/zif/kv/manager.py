@@ -11,6 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
+from itertools import chain
 
 from zif.contract import BlockManager, KVArena, KVSpec, KVUsage, PrefixMiss, PrefixReport, Request, Transfers
 from zif.kv.checkpoints import CheckpointKeeper
@@ -267,7 +268,8 @@ class PagedBlockManager(BlockManager):
         held = []
         for index, pool in enumerate(self._pools):
             pool.check_integrity()
-            hands = Counter(block for r in live if r.block_ids for block in r.block_ids[index] if block)
+            tables = [request.block_ids[index] for request in live if request.block_ids]
+            hands = Counter(filter(None, chain.from_iterable(tables)))
             hands.update(self._drafts.hands(index))
             assert hands == pool.references(), f"group {index}: reference counts differ from the requests' tables"
             held.append(set(hands))

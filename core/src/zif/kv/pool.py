@@ -12,6 +12,7 @@ It knows nothing of requests or tokens; `manager.py` calls it. Everything it not
 import time
 from array import array
 from collections.abc import Callable, Collection, Iterable, Mapping
+from itertools import chain, compress, count
 
 from zif.contract import KVUsage
 from zif.kv.eviction import EvictionOrder
@@ -179,15 +180,16 @@ class BlockPool:
 
     def references(self) -> dict[int, int]:
         """Return the reference counts above zero, for integrity checks."""
-        return {block: count for block, count in enumerate(self._references) if count}
+        return dict(compress(enumerate(self._references), self._references))
 
     def check_integrity(self) -> None:
         """Assert that every block held is in exactly one state and that index and order are consistent."""
         self._index.check_integrity()
         findable = {*self._index.blocks()}
-        free, cached, owned = [*self._lists.blocks(self._free)], [*self._order.in_order()], {*self.references()}
+        free, cached = [*self._lists.blocks(self._free)], [*self._order.in_order()]
+        owned = {*compress(count(), self._references)}
         self._order.check_integrity(cached, findable)
-        held = [block for slab in self.slabs for block in self._lender.arena.slab_blocks(self._group, slab)]
+        held = [*chain.from_iterable(self._slabs.blocks())]
         assert 0 not in held, f"group {self._group}: the null block was lent"
         assert len(held) == len(set(held)), f"group {self._group}: slabs overlap"
         assert {*held} == {*free, *cached, *owned}, f"group {self._group}: blocks lost or foreign"
@@ -195,7 +197,7 @@ class BlockPool:
         assert len(free) == self._num_free, f"group {self._group}: free count drifted"
         assert len(owned) == self._num_owned, f"group {self._group}: owned count drifted"
         assert findable.isdisjoint(free), f"group {self._group}: a free block is findable"
-        self._slabs.check_integrity({*free}, owned)
+        self._slabs.check_integrity(free, owned)
 
     def _take_free(self) -> int:
         block = self._lists.pop(self._free)

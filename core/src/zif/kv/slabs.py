@@ -5,7 +5,8 @@
 
 from abc import ABC, abstractmethod
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import compress, count
 from typing import Protocol
 
 from zif.contract import KVArena
@@ -85,7 +86,14 @@ class HeldSlabs(ABC):
 
     def held(self) -> list[int]:
         """Return the slabs that the group holds."""
-        return [slab for slab, is_held in enumerate(self._is_held) if is_held]
+        return [*compress(count(), self._is_held)]
+
+    def blocks(self) -> list[range]:
+        """Return the blocks of every slab that the group holds."""
+        slab_bytes, block_bytes = self._arena.slab_bytes, self._arena.groups[self._group].layout.block_bytes
+        return [
+            range(-(-slab * slab_bytes // block_bytes), (slab + 1) * slab_bytes // block_bytes) for slab in self.held()
+        ]
 
     @abstractmethod
     def slab_of(self, block: int) -> int:
@@ -104,7 +112,7 @@ class HeldSlabs(ABC):
         """Count the slabs that could surely be given up at the cost of `num_spare_blocks` unowned blocks."""
 
     @abstractmethod
-    def check_integrity(self, free: set[int], owned: set[int]) -> None:
+    def check_integrity(self, free: Iterable[int], owned: Iterable[int]) -> None:
         """Assert that what was counted matches the blocks in each state."""
 
 
@@ -134,7 +142,7 @@ class OneBlockSlabs(HeldSlabs):
     def num_spare(self, num_spare_blocks: int) -> int:
         return num_spare_blocks
 
-    def check_integrity(self, free: set[int], owned: set[int]) -> None:
+    def check_integrity(self, free: Iterable[int], owned: Iterable[int]) -> None:
         pass
 
 
@@ -188,13 +196,20 @@ class ManyBlockSlabs(HeldSlabs):
     def num_spare(self, num_spare_blocks: int) -> int:
         return min(self._num_unowned, num_spare_blocks // (self._slab_bytes // self._block_bytes))
 
-    def check_integrity(self, free: set[int], owned: set[int]) -> None:
-        num_unowned = 0
-        for slab in self.held():
-            blocks = self._arena.slab_blocks(self._group, slab)
-            num_free, num_owned = len(free.intersection(blocks)), len(owned.intersection(blocks))
-            assert self._num_owned[slab] == num_owned, f"slab {slab}: owned count drifted"
-            assert self._num_used[slab] == len(blocks) - num_free, f"slab {slab}: used count drifted"
-            assert (slab in self._idle) == (num_free == len(blocks)), f"slab {slab}: wrongly idle or busy"
-            num_unowned += not num_owned
+    def check_integrity(self, free: Iterable[int], owned: Iterable[int]) -> None:
+        num_free, num_owned = self._count(free), self._count(owned)
+        assert self._num_owned == num_owned, "owned counts of slabs drifted"
+        slabs = self.held()
+        num_used = [len(blocks) - num_free[slab] for slab, blocks in zip(slabs, self.blocks(), strict=True)]
+        assert [self._num_used[slab] for slab in slabs] == num_used, "used counts of slabs drifted"
+        idle = {slab for slab, used in zip(slabs, num_used, strict=True) if not used}
+        assert self._idle.keys() == idle, f"slabs {self._idle.keys() ^ idle} are wrongly idle or busy"
+        num_unowned = [num_owned[slab] for slab in slabs].count(0)
         assert num_unowned == self._num_unowned, "the number of slabs without owned blocks drifted"
+
+    def _count(self, blocks: Iterable[int]) -> "array[int]":
+        """Count blocks by slab."""
+        counts, slab_bytes, block_bytes = array("i", bytes(4 * len(self._is_held))), self._slab_bytes, self._block_bytes
+        for block in blocks:
+            counts[block * block_bytes // slab_bytes] += 1
+        return counts

@@ -67,7 +67,9 @@ class ReferenceOps(OpTable):
         """Run each chosen expert once, on all its tokens together.
 
         The sum over experts is in float32 and in the order of expert ids, so it does not depend on the other tokens.
+        Raises `ValueError` on an expert that does not exist.
         """
+        _check_experts(routed.expert_ids, weights.gate_up.shape[0])
         num_chosen = routed.expert_ids.shape[1]
         order = routed.expert_ids.flatten().argsort(stable=True)
         counts = torch.bincount(routed.expert_ids.flatten(), minlength=weights.gate_up.shape[0]).tolist()
@@ -87,6 +89,13 @@ class ReferenceOps(OpTable):
         down_bias = None if weights.down_bias is None else weights.down_bias[expert]
         gate_up = self.linear(x, weights.gate_up[expert], gate_up_bias)
         return self.linear(self.gated_activation(gate_up, activation), weights.down[expert], down_bias)
+
+
+def _check_experts(expert_ids: torch.Tensor, num_experts: int) -> None:
+    if expert_ids.numel():
+        lowest, highest = (int(bound) for bound in expert_ids.aminmax())
+        if lowest < 0 or highest >= num_experts:
+            raise ValueError(f"expert ids from {lowest!r} to {highest!r} must be from 0 to {num_experts - 1}")
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:

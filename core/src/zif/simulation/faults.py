@@ -75,7 +75,7 @@ class FaultSchedule:
 
 
 class FaultInjector:
-    """Count the calls of every point and say which of them fail."""
+    """Count the calls of every point at which faults are due, and say which of them fail."""
 
     def __init__(self, schedule: FaultSchedule, seed: int) -> None:
         self._nth = frozenset(schedule.nth)
@@ -87,10 +87,10 @@ class FaultInjector:
         self._armed = {*self._rates, *self._lasting, *(point for point, _ in self._nth)}
 
     def strikes(self, point: FaultPoint) -> bool:
-        """Count one call of `point`; say whether it fails."""
-        calls = self._calls[point] = self._calls[point] + 1
+        """Say whether this call of `point` fails."""
         if point not in self._armed:
             return False
+        calls = self._calls[point] = self._calls[point] + 1
         rate = self._rates.get(point)
         lasting = self._lasting.get(point)
         if not (
@@ -101,10 +101,6 @@ class FaultInjector:
             return False
         self._strikes[point] += 1
         return True
-
-    def num_calls(self, point: FaultPoint) -> int:
-        """Count the calls of a point so far."""
-        return self._calls[point]
 
     def num_strikes(self, point: FaultPoint) -> int:
         """Count the faults injected at a point so far."""

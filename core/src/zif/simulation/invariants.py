@@ -1,19 +1,17 @@
 """What must hold after every step, whatever the traffic and the faults. Each check is independent of what it checks.
 
 Texts come from an oracle without blocks; found prefixes are compared with what requests of the same cache key have
-computed; hands are counted from the requests' tables; which blocks are needed follows from the kinds' definitions.
+computed. `census.py` checks who holds which blocks.
 """
 
 import math
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from zif.contract import (
-    BlockManager,
     CacheKey,
-    Draft,
     FullAttentionSpec,
+    KVUsage,
     Request,
     RequestStatus,
     StepPlan,
@@ -22,10 +20,9 @@ from zif.contract import (
 )
 from zif.simulation.oracle import ExpectedText
 from zif.simulation.scenario import Scenario
-from zif.simulation.words import Words, visibility
+from zif.simulation.words import Words
 
 _ROOT = 0
-_MAX_STATE_BLOCKS = 2
 _PATIENCE = 400
 """Steps after which the first request in line must have been scheduled: more than any request of a scenario takes."""
 
@@ -51,8 +48,8 @@ class _Record:
     """What the checks remember of one request.
 
     The next row must begin at `end`; the runner knows `num_known` tokens, some of which no result has brought yet.
-    It has computed `num_computed` tokens at most so far; `name` stands for the first `num_named` of them, whole stretches.
-    `named` has the names of all that requests of its cache key have computed.
+    It has computed `num_computed` tokens at most so far; `name` stands for the first `num_named` of them, whole
+    stretches. `named` has the names of all that requests of its cache key have computed.
     """
 
     request: Request
@@ -72,7 +69,6 @@ class Invariants:
         self._specs = specs = scenario.specs
         self._config = config = scenario.config
         self._constraints = scenario.constraints
-        self._visibility = [visibility(spec) for spec in specs]
         self._has_states = any(spec.keeps_checkpoints for spec in specs)
         self._stretch = math.lcm(*(spec.block_size for spec in specs))
         self._words = words
@@ -108,6 +104,10 @@ class Invariants:
         for named in self._computed.values():
             named.clear()
         self._roomy = False
+
+    def note_usage(self, usage: Iterable[KVUsage]) -> None:
+        """Hear what memory is left: when none can be lent, prefixes may be forgotten."""
+        self._roomy = self._roomy and all(group.num_lendable for group in usage)
 
     def expect_evictions(self) -> None:
         """Hear that prefixes may be forgotten although there is room: after a failed allocation."""
@@ -148,8 +148,9 @@ class Invariants:
         ):
             return False
         assert plan.total_tokens == len(batch.ends), "total_tokens is not the sum of the rows"
+        running = RequestStatus.RUNNING
         for request in batch.requests:
-            assert request.status is RequestStatus.RUNNING, "a request is planned that does not run"
+            assert request.status is running, "a request is planned that does not run"
         batch.ends = [end + 1 for end in batch.ends]
         batch.num_left -= 1
         return True
@@ -217,27 +218,11 @@ class Invariants:
 
     def check_victims(self, ran: list[Request]) -> None:
         """Check that of the requests that ran before a plan was made, those preempted for it are the last in order."""
-        preempted = [request.order for request in ran if request.status is RequestStatus.PREEMPTED]
+        lost = RequestStatus.PREEMPTED
+        preempted = [request.order for request in ran if request.status is lost]
         if preempted:
             kept = max((request.order for request in ran if request.status is RequestStatus.RUNNING), default=())
             assert min(preempted) > kept, "a request was preempted that is not the last in order"
-
-    def check_writes(self, plan: StepPlan, live: dict[int, Request], held: list[Request]) -> None:
-        """Check that every block that the step writes is in one hand; those in `held` have ended, not their steps."""
-        hands = [Counter[int]() for _ in self._specs]
-        for request in [*live.values(), *held]:
-            for count, table in zip(hands, request.block_ids, strict=False):
-                count.update(table)
-        for row, request_id in enumerate(plan.request_ids):
-            start, end = plan.num_computed[row], plan.num_computed[row] + plan.num_tokens[row]
-            for count, spec, table in zip(hands, self._specs, live[request_id].block_ids, strict=True):
-                first = (end - 1 if spec.keeps_checkpoints else start) // spec.block_size
-                written = table[first : (end - 1) // spec.block_size + 1]
-                if spec.counts_encoder_tokens:
-                    written = [] if start else table
-                for block in written:
-                    assert block, "a step writes into the null block"
-                    assert count[block] == 1, "a step writes into a block that another request holds"
 
     def check_progress(self, plan: StepPlan, live: dict[int, Request]) -> None:
         """Check that the request that is first in line is served within bounded steps."""
@@ -276,30 +261,6 @@ class Invariants:
             tokens.append(text.next_token(len(tokens)))
         return tokens[request.num_tokens :]
 
-    def check_blocks(self, requests: list[Request], num_in_flight: int) -> None:
-        """Check, after a step, that running requests hold what they need and waste less than a block at either end."""
-        for request in requests:
-            if request.status is not RequestStatus.RUNNING:
-                continue
-            computed, planned = request.num_computed_tokens, request.num_planned_tokens
-            for spec, visible_from, table in zip(self._specs, self._visibility, request.block_ids, strict=True):
-                size = spec.block_size
-                if spec.counts_encoder_tokens:
-                    assert len(table) == -(-request.num_encoder_tokens // size), "the encoder's output has no place"
-                    assert all(table), "a block of the encoder's output was given back"
-                    continue
-                assert len(table) * size - planned < size, "slots are allocated beyond the block in use"
-                # A state is written for guesses too, but outside of the table until they are accepted.
-                assert len(table) * size >= (computed if spec.keeps_checkpoints else planned), "a token has no slot"
-                if spec.keeps_checkpoints:
-                    num_states = len(table) - table.count(0)
-                    assert num_states <= _MAX_STATE_BLOCKS + num_in_flight, "more than two states are held"
-                    assert computed == 0 or table[(computed - 1) // size], "the state in use was given back"
-                    continue
-                first = visible_from(computed) if visible_from else 0
-                assert first < size or not table[first // size - 1], "a block that nobody sees is held"
-                assert all(table[first // size :]), "a block that is still seen was given back"
-
     def note_computed(self, request_ids: Iterable[int]) -> None:
         """Remember every prefix that live requests have computed, for later requests of the same key.
 
@@ -318,26 +279,6 @@ class Invariants:
                 record.name = hash((record.name, *record.request.token_ids[record.num_named : end]))
                 record.named.add(record.name)
                 record.num_named = end
-
-    def check_census(self, blocks: BlockManager, live: list[Request], drafts: list[Draft]) -> None:
-        """Check free + cached + owned = held, and hands against the tables of all requests that may hold blocks.
-
-        `drafts` are those under way.
-        """
-        blocks.check_integrity(live)
-        usage = blocks.usage()
-        self._roomy = self._roomy and all(group.num_lendable for group in usage)
-        for index, group in enumerate(usage):
-            owned = {b for request in live for table in request.block_ids[index : index + 1] for b in table if b}
-            owned.update(draft.state_blocks[index] for draft in drafts if draft.state_blocks[index])
-            assert group.num_owned == len(owned), f"group {index}: {group.num_owned} owned, {len(owned)} in tables"
-
-    def check_nothing_held(self, blocks: BlockManager) -> None:
-        """Check that without requests nothing is owned, and without prefixes nothing is held at all."""
-        assert not any(group.num_owned for group in blocks.usage()), "blocks are owned and no request is live"
-        blocks.reset_prefix_cache()
-        blocks.check_integrity([])
-        assert not any(group.num_free + group.num_cached for group in blocks.usage()), "a slab is held for nothing"
 
     def _check_found(self, request: Request) -> None:
         """Check that no more was found computed than requests of the same key have computed, and in a roomy run all."""

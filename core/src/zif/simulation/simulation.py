@@ -13,6 +13,7 @@ from zif.contract import Draft, FinishReason, ModelDescription, Request, Request
 from zif.errors import EngineError, ZifError
 from zif.kv import PagedBlockManager, Retainer
 from zif.scheduling import TokenBudgetScheduler
+from zif.simulation.census import Census
 from zif.simulation.clock import SimulatedClock
 from zif.simulation.faults import FaultInjector, FaultPoint, FaultSchedule
 from zif.simulation.invariants import Invariants
@@ -30,9 +31,13 @@ _GUESS_SHARE = 0.5
 
 @dataclass(frozen=True, slots=True)
 class CheckIntervals:
-    """How often, in steps, the checks run that look at everything: hands, census, and each request's blocks."""
+    """How often, in steps, the checks run that look at everything; the others run at every step in every row.
+
+    `everything`: hands, census, and each request's blocks. `integrity`: the block manager's own structures, rebuilt.
+    """
 
     everything: int = 1
+    integrity: int = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +115,7 @@ class Simulation:
         self._blocks.faults = self.faults
         self._scheduler = TokenBudgetScheduler(config, self._blocks, scenario.constraints, self.clock.now)
         self._invariants = Invariants(scenario, self._words)
+        self._census = Census(scenario.specs)
         self._live: dict[int, Request] = {}
         self._ended: list[Request] = []
         self._doomed: dict[int, FinishReason] = {}
@@ -164,19 +170,26 @@ class Simulation:
 
     def _plan(self) -> StepPlan | None:
         """Plan a step and check the plan."""
-        running = [request for request in self._live.values() if request.status is RequestStatus.RUNNING]
+        running = self._running()
         plan = self._scheduler.schedule()
         if plan is None:
             return None
         if self.faults.num_strikes(FaultPoint.ALLOCATION):
             self._invariants.expect_evictions()
+        if plan.started:
+            self._invariants.note_usage(self._blocks.usage())
         self._invariants.check_plan(plan, self._live)
         self._invariants.check_victims(running)
         self._check_deadlines()
-        if self._is_thorough:
-            self._invariants.check_writes(plan, self._live, self._scheduler.holders())
+        if self.num_steps % self._intervals.everything == 0:
+            self._census.count([*self._live.values(), *self._scheduler.holders()])
+            self._census.check_writes(plan, self._live)
         self._invariants.check_progress(plan, self._live)
         return plan
+
+    def _running(self) -> list[Request]:
+        running = RequestStatus.RUNNING
+        return [request for request in self._live.values() if request.status is running]
 
     def _submit(self, plan: StepPlan) -> bool:
         """Compute a step, whose result is yet to come. False when it crashed."""
@@ -197,18 +210,23 @@ class Simulation:
         if len(self._in_flight) > 1 and self.faults.strikes(FaultPoint.REORDERED):
             self._apply_wrongly(*self._in_flight[1])
         self._apply(*self._in_flight.popleft())
-        if self._is_thorough:
-            live = list(self._live.values())
-            self._invariants.check_blocks(live, len(self._in_flight))
-            holders = self._scheduler.holders()
+        if self.num_steps % self._intervals.everything == 0:
+            self._check_census()
+        if self.num_steps % self._intervals.integrity == 0:
+            self._blocks.check_integrity([*self._live.values(), *self._scheduler.holders()])
+
+    def _check_census(self) -> None:
+        """Check hands and counts against the tables of all requests that may hold blocks, and the drafts under way."""
+        holders = self._scheduler.holders()
+        if self._drafts:
             under_way = {number for plan, _ in self._in_flight for number in plan.drafts}
             under_way.update(request.request_id for request in holders)
             self._drafts = {number: draft for number, draft in self._drafts.items() if number in under_way}
-            self._invariants.check_census(self._blocks, live + holders, [*self._drafts.values()])
-
-    @property
-    def _is_thorough(self) -> bool:
-        return self.num_steps % self._intervals.everything == 0
+        self._census.count([*self._live.values(), *holders])
+        self._census.check_needs(self._live.values(), len(self._in_flight))
+        usage = self._blocks.usage()
+        self._census.check_owned(usage, self._drafts.values())
+        self._invariants.note_usage(usage)
 
     @property
     def requests(self) -> list[Request]:
@@ -242,7 +260,7 @@ class Simulation:
     def _compute(self, plan: StepPlan) -> StepResult:
         if self.faults.strikes(FaultPoint.CRASH):
             raise _CrashError("injected: the step failed")
-        num_running = sum([request.status is RequestStatus.RUNNING for request in self._live.values()])
+        num_running = len(self._running())
         result = self._runner.submit(plan).result()
         assert self._runner.num_sequences >= num_running, "the runner was not told of a running request"
         assert self._runner.num_sequences <= self.scenario.config.max_num_seqs, "the runner still holds ended requests"
@@ -262,9 +280,9 @@ class Simulation:
         computed = [number for number in plan.request_ids if number not in faults] if faults else plan.request_ids
         self._invariants.note_computed(computed)
         self._invariants.check_tokens(updates)
-        for update in updates:
-            request = update.request
-            if request.status is RequestStatus.FINISHED and request.request_id in self._live:
+        over = RequestStatus.FINISHED
+        for request in [update.request for update in updates if update.request.status is over]:
+            if request.request_id in self._live:
                 self._end(request)
         if self.faults.strikes(FaultPoint.DUPLICATE):
             self._apply_wrongly(plan, result)
@@ -317,7 +335,7 @@ class Simulation:
         self._in_flight.clear()
         self._scheduler.forget_steps()
         self._store.close()
-        self._invariants.check_nothing_held(self._blocks)
+        self._census.check_nothing_held(self._blocks)
         self._invariants.forget_prefixes()
         self._last = None
         self._runner = self._start_runner()
@@ -353,8 +371,8 @@ class Simulation:
     def _check_deadlines(self) -> None:
         now_s = self.clock.now()
         for request in self._live.values():
-            overdue = request.deadline_s is not None and request.deadline_s <= now_s
-            assert not overdue or request.finished, f"request {request.request_id} outlives its deadline"
+            if request.deadline_s is not None and request.deadline_s <= now_s:
+                assert request.finished, f"request {request.request_id} outlives its deadline"
 
     def _check_idle(self) -> None:
         """Check that nothing to do means that there is nothing."""
@@ -363,7 +381,7 @@ class Simulation:
 
     def _check_end(self) -> None:
         assert len(self._ended) >= self.scenario.traffic.num_arrivals, "a request was lost"
-        self._invariants.check_nothing_held(self._blocks)
+        self._census.check_nothing_held(self._blocks)
 
 
 def _no_model(scenario: Scenario) -> ModelDescription:

@@ -106,6 +106,8 @@ class CpuPlatform(Platform):
         return negotiate(workload, offer)
 
     def open(self, plan: Plan, rank: int) -> Device:
+        if rank < 0:
+            raise PlatformUnavailableError(f"rank {rank!r} does not exist; ranks are counted from 0")
         probe = self.probe()
         if not probe.devices:
             raise PlatformUnavailableError(probe.reason)

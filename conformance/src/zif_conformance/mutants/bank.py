@@ -1,0 +1,57 @@
+"""What a mutant and a variant are, and the list of all. Applies and runs nothing.
+
+`level` is the level of the suite that decides about it. A fault in how the package is found, imported or probed is
+seen by fresh interpreters only: such a mutant is `fresh`, and gets a copy of the package with the fault in its source.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Edit:
+    """In `file` of the reference platform, `before` stands exactly once; the mutant has `after` there."""
+
+    file: str
+    before: str
+    after: str
+
+
+@dataclass(frozen=True, slots=True)
+class Mutant:
+    """One fault. `broken` says what is wrong; `origin` names the class of reports that it is taken from."""
+
+    name: str
+    level: str
+    broken: str
+    origin: str
+    edits: tuple[Edit, ...]
+    fresh: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """Another way to keep the contract: the whole level must pass."""
+
+    name: str
+    level: str
+    other: str
+    edits: tuple[Edit, ...]
+
+
+Subject = Mutant | Variant
+"""What a trial is about."""
+
+
+def all_mutants() -> tuple[Mutant, ...]:
+    """Return the bank."""
+    from zif_conformance.mutants import attention, collectives, memory, operators, package, planning, tables
+
+    rooms = (package, planning, memory, operators, attention, tables, collectives)
+    return tuple(mutant for room in rooms for mutant in room.MUTANTS)
+
+
+def all_variants() -> tuple[Variant, ...]:
+    """Return the legitimate variants."""
+    from zif_conformance.mutants.variants import VARIANTS
+
+    return VARIANTS

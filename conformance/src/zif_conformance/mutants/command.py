@@ -1,0 +1,70 @@
+"""`zif conform self-test`: try the suite on its bank of mutants and variants. Exit code 0: all killed, no false alarm."""
+
+import argparse
+import time
+from typing import Any
+
+from zif.errors import ConfigError
+
+
+def register(actions: Any) -> None:
+    """Add the action to those of `zif conform`."""
+    parser = actions.add_parser("self-test", help="test the suite on seeded faults", allow_abbrev=False)
+    parser.add_argument("--workers", metavar="N", type=int, default=1, help="processes beside each other (default: 1)")
+    parser.add_argument("--mutant", metavar="NAME", action="append", help="try this mutant or variant only")
+    parser.add_argument("--level", metavar="L3", action="append", help="try the mutants and variants of this level only")
+    parser.add_argument("--quick", action="store_true", help="mutants only, each with the test that is known to kill it")
+    parser.add_argument("--freeze", action="store_true", help="write down which test killed which mutant")
+    parser.set_defaults(run=run_self_test)
+
+
+def run_self_test(arguments: argparse.Namespace) -> int:
+    """Run it and print both rates."""
+    from zif_conformance.mutants.bank import all_mutants, all_variants
+    from zif_conformance.mutants.selftest import KILLERS, SelfTest, killers_text
+
+    if arguments.workers < 1:
+        raise ConfigError(f"--workers {arguments.workers!r} must be at least 1")
+    mutants = _chosen(all_mutants(), arguments)
+    variants = () if arguments.quick else _chosen(all_variants(), arguments)
+    if not mutants and not variants:
+        raise ConfigError(f"no mutant or variant has name {arguments.mutant!r} and level {arguments.level!r}")
+    start = time.monotonic()
+    test = SelfTest(mutants, variants, _print_trial, arguments.workers, arguments.quick)
+    test.run()
+    killed, alarms = len(mutants) - len(test.survivors), len(test.false_alarms)
+    broken = sum(map(len, test.broken.values()))
+    if broken:
+        print(f"{broken} tests fail on the platform as it is and were left out")
+    print(f"killed: {killed} of {len(mutants)} mutants ({_percent(killed, len(mutants))})")
+    print(f"false alarms: {alarms} of {len(variants)} variants ({_percent(alarms, len(variants))})")
+    print(f"{time.monotonic() - start:.0f} s")
+    if arguments.freeze:
+        KILLERS.write_text(killers_text([test.trials[mutant.name] for mutant in mutants]), encoding="utf-8")
+    return 1 if test.survivors or alarms or broken else 0
+
+
+def _chosen(subjects: Any, arguments: argparse.Namespace) -> tuple[Any, ...]:
+    return tuple(
+        subject
+        for subject in subjects
+        if (not arguments.mutant or subject.name in arguments.mutant)
+        and (not arguments.level or subject.level in arguments.level)
+    )
+
+
+def _print_trial(subject: Any, trial: Any) -> None:
+    from zif_conformance.mutants.bank import Mutant
+
+    if isinstance(subject, Mutant):
+        how = "killed" if trial.noticed else "SURVIVED"
+    elif subject is None:
+        how = f"{len(trial.failed)} failed" if trial.noticed else "passed"
+    else:
+        how = "FALSE ALARM" if trial.noticed else "passed"
+    by = trial.crash or ", ".join(test.rpartition("::")[2] for test in trial.failed[:3])
+    print(f"{how:11} {trial.name}: {by or f'{trial.num_tests} tests passed'}", flush=True)
+
+
+def _percent(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.0f} %" if whole else "none tried"

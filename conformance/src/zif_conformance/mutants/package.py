@@ -1,0 +1,5 @@
+"""Faults."""
+
+from zif_conformance.mutants.bank import Mutant
+
+MUTANTS: tuple[Mutant, ...] = ()

@@ -1,0 +1,5 @@
+"""V."""
+
+from zif_conformance.mutants.bank import Variant
+
+VARIANTS: tuple[Variant, ...] = ()

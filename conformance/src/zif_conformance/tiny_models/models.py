@@ -1,0 +1,102 @@
+"""The tiny models of one run of the suite: made once, opened through `zif.LLM` on the platform under test."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from zif import LLM, RequestOutput, SamplingParams
+from zif.errors import PlanRefusedError
+from zif_conformance.gates.result import Record
+from zif_conformance.marks import exercises
+from zif_conformance.subject import Subject, block_size, preferred_dtype
+from zif_conformance.tiny_models.checkpoints import FAMILIES, write_checkpoint
+from zif_conformance.tiny_models.truth import Truth
+
+MAX_MODEL_LEN = 96
+_KV_BYTES = 16 << 20
+_SMALLEST_KV_BYTES = 4096
+
+
+class TinyModels:
+    """Checkpoints under `root`, shaped by the claims of the platform under test."""
+
+    def __init__(self, root: Path, subject: Subject) -> None:
+        self._root = root
+        self._subject = subject
+        self.capabilities = subject.device_info().capabilities
+        self.dtype = preferred_dtype(self.capabilities)
+        self.block_size = block_size(self.capabilities, 8)
+        self._truths: dict[str, Truth] = {}
+
+    def folder(self, family: str) -> Path:
+        """Return the family's checkpoint."""
+        folder = self._root / family
+        return folder if folder.exists() else write_checkpoint(family, folder, self.capabilities)
+
+    def truth(self, family: str) -> Truth:
+        """Return what Transformers makes of the family."""
+        if family not in self._truths:
+            self._truths[family] = Truth.of(self.folder(family), self.dtype)
+        return self._truths[family]
+
+    def settings(self, model: Path, **changes: Any) -> dict[str, Any]:
+        """Return the settings of a small engine."""
+        small = {
+            "model": str(model),
+            "platform": self._subject.name,
+            "dtype": self.dtype,
+            "max_model_len": MAX_MODEL_LEN,
+            "max_num_seqs": 8,
+            "max_num_batched_tokens": 64,
+            "block_size": self.block_size,
+            "kv_bytes": _KV_BYTES,
+        }
+        return small | changes
+
+    def open(self, family: str, **changes: Any) -> LLM:
+        """Open the family's model on the platform under test."""
+        return LLM(**self.settings(self.folder(family), **changes))
+
+    def open_cramped(self, family: str, **changes: Any) -> LLM:
+        """Open the model with hardly more KV memory than one longest request needs; refused plans cost little."""
+        kv_bytes = _SMALLEST_KV_BYTES
+        while True:
+            try:
+                return self.open(family, kv_bytes=kv_bytes, **changes)
+            except PlanRefusedError:
+                if kv_bytes > _KV_BYTES:
+                    raise
+                kv_bytes += kv_bytes // 4
+
+
+def families(*names: str) -> list[Any]:
+    """Return parameters of a test, one per family (none named: all), that run where its features are claimed."""
+    chosen = names or tuple(FAMILIES)
+    return [pytest.param(name, marks=exercises(*FAMILIES[name].features), id=name) for name in chosen]
+
+
+def prompt_tokens(length: int, number: int = 0) -> list[int]:
+    """Return the token ids of prompt `number`; different numbers begin differently."""
+    return [(17 + 41 * number + 37 * i + i * i * (3 + number)) % 256 for i in range(length)]
+
+
+def greedy(max_tokens: int, **options: Any) -> SamplingParams:
+    """Return options that always take the best token and never end early."""
+    return SamplingParams(**{"temperature": 0.0, "max_tokens": max_tokens, "ignore_eos": True, **options})
+
+
+def answer(llm: LLM, prompts: Sequence[Sequence[int]], sampling: SamplingParams) -> list[RequestOutput]:
+    """Answer prompts of tokens, all at once, and check that no block was lost."""
+    outputs = llm.generate([{"prompt_token_ids": list(tokens)} for tokens in prompts], sampling, use_tqdm=False)
+    llm.engine.check_integrity()
+    return outputs
+
+
+def hold_answers(truth: Truth, record: Record, outputs: Sequence[RequestOutput], length: int) -> None:
+    """Assert that every sample has `length` tokens and is what the model says."""
+    for output in outputs:
+        for sample in output.outputs:
+            assert (sample.finish_reason, len(sample.token_ids)) == ("length", length), sample
+            truth.hold_tokens(record, output.prompt_token_ids, sample.token_ids)

@@ -1,0 +1,60 @@
+"""What Transformers computes with a tiny model: logits in float64 and in the declared dtype, of given tokens.
+
+Outputs are judged by teacher forcing: at each token that the platform chose, was it the best one of the exact model,
+wherever that is decided? Two right answers may then differ after a tie, and a wrong one cannot hide behind it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from zif_conformance.gates.model import model_divergence, model_top1
+from zif_conformance.gates.result import Record, hold
+from zif_conformance.oracle.inputs import torch_dtype
+from zif_conformance.tiny_models.checkpoints import VOCAB_SIZE
+
+
+@dataclass(frozen=True, slots=True)
+class Truth:
+    """One tiny model in float64 and in the dtype that the platform runs it in."""
+
+    folder: Path
+    exact_model: Any
+    declared_model: Any
+
+    @classmethod
+    def of(cls, folder: Path, dtype: str) -> "Truth":
+        """Load the checkpoint twice."""
+        return cls(folder, _load(folder, torch.float64), _load(folder, torch_dtype(dtype)))
+
+    def hold_tokens(self, record: Record, prompt: Sequence[int], output: Sequence[int]) -> None:
+        """Assert gate G7 for greedy tokens: each is the best after the tokens before it, where that is decided."""
+        assert output, f"no token after a prompt of {len(prompt)}"
+        chosen = torch.nn.functional.one_hot(torch.tensor(list(output)), VOCAB_SIZE).float()
+        exact, declared = self._logits([*prompt, *output[:-1]], len(output))
+        hold(record, model_top1(chosen, exact, declared))
+
+    def hold_logprobs(self, record: Record, token_ids: Sequence[int], logprobs: torch.Tensor) -> None:
+        """Assert gate G7 for log-probabilities [T, V] of what follows each of the last T of `token_ids`."""
+        exact, declared = self._logits(token_ids, len(logprobs))
+        hold(record, model_top1(logprobs, exact, declared), model_divergence(logprobs, exact, declared))
+
+    def _logits(self, token_ids: Sequence[int], num_last: int) -> tuple[torch.Tensor, torch.Tensor]:
+        ids = torch.tensor([list(token_ids)])
+        with torch.inference_mode():
+            exact, declared = (
+                model(ids, use_cache=False).logits[0, -num_last:].double()
+                for model in (self.exact_model, self.declared_model)
+            )
+        return exact, declared
+
+
+def _load(folder: Path, dtype: torch.dtype) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, attn_implementation="eager", experts_implementation="eager"
+    ).eval()
