@@ -162,12 +162,14 @@ class ReferenceModel:
     def began(self, request: Request, source: Request | None) -> None:
         """Check what `begin` gave, once the transfers that it asked for are done."""
         found, limit = request.num_computed_tokens, (request.num_tokens - 1) // self.unit * self.unit
+        mirror = self.live[request] = Mirror(found, found, tables_of(request))
         is_asked = request.sampling.prompt_logprobs is not None
         is_looked_up = self.caching and not is_asked
         demand(0 <= found < request.num_tokens, f"{found} of {request.num_tokens} known tokens are found computed")
         demand(found <= request.capacity < found + self.unit, f"capacity {request.capacity} with {found} tokens found")
-        demand(not (is_asked or not (self.caching or source)) or not found, "a prefix was reused that must not be")
-        mirror = self.live[request] = Mirror(found, found, tables_of(request))
+        # What was copied out when a request was preempted is its own, and comes back whatever the settings.
+        may_reuse = not is_asked and (self.caching or source)
+        demand(may_reuse or request.num_preemptions or not found, "a prefix was reused that must not be")
         self._check_tables(request)
         if not request.num_preemptions:
             self._check_origin(request, source)

@@ -43,7 +43,7 @@ def test_no_container_grows_with_the_number_of_requests():
 
 def test_what_grows_is_named(monkeypatch):
     monkeypatch.setattr(Deadlines, "remove", lambda self, request: None)
-    first, second = halves(Churn(), 3000)
+    first, second = halves(Churn(), 2000)
     assert any("_deadlines._heap:" in line for line in grown(first, second))
 
 

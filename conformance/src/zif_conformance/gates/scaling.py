@@ -18,8 +18,8 @@ def borders(block: int, longest: int) -> tuple[int, ...]:
 def scaling(results: Mapping[int, GateResult]) -> GateResult:
     """Judge the same comparison at several lengths. Raises `ValueError` on fewer than two.
 
-    Measured is the share of the gate that the worst length uses, or the growth of the error against the square root of
-    the length, whichever is worse; either may be 1. Growth counts from the first length's own limit.
+    Measured is the share of the gate that the worst length uses, or of 4 times the square root of the length times the
+    error that the shortest was allowed, whichever is more; either may be 1.
     """
     if len(results) < 2:
         raise ValueError(f"{len(results)} lengths say nothing about growth; give at least two")
@@ -28,7 +28,7 @@ def scaling(results: Mapping[int, GateResult]) -> GateResult:
     base = max(start.measured, start.limit)
     measured, where = 0.0, "every length"
     for length, result in sorted(results.items()):
-        growth_limit = _GROWTH * math.sqrt(length / shortest) * max(base, result.limit / _GROWTH)
+        growth_limit = _GROWTH * math.sqrt(length / shortest) * base
         share = max(_share(result.measured, result.limit), _share(result.measured, growth_limit))
         if not share <= measured:
             measured, where = share, f"length {length}: {result.where}"

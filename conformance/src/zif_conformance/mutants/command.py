@@ -12,8 +12,12 @@ def register(actions: Any) -> None:
     parser = actions.add_parser("self-test", help="test the suite on seeded faults", allow_abbrev=False)
     parser.add_argument("--workers", metavar="N", type=int, default=1, help="processes beside each other (default: 1)")
     parser.add_argument("--mutant", metavar="NAME", action="append", help="try this mutant or variant only")
-    parser.add_argument("--level", metavar="L3", action="append", help="try the mutants and variants of this level only")
-    parser.add_argument("--quick", action="store_true", help="mutants only, each with the test that is known to kill it")
+    parser.add_argument(
+        "--level", metavar="L3", action="append", help="try the mutants and variants of this level only"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="mutants only, each with the test that is known to kill it"
+    )
     parser.add_argument("--freeze", action="store_true", help="write down which test killed which mutant")
     parser.set_defaults(run=run_self_test)
 

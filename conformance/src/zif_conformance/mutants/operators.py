@@ -26,7 +26,13 @@ _NORMS = (
         "wide = x.float()\n        root = wide.square().mean(-1, keepdim=True).sqrt() + eps\n"
         "        return (wide / root * (weight.float() + weight_offset)).to(x.dtype)",
     ),
-    _fault("norm-eps-missing", "Epsilon is left out.", "division by zero on padded rows", _NORM, _NORM.replace("eps", "0.0")),
+    _fault(
+        "norm-eps-missing",
+        "Epsilon is left out.",
+        "division by zero on padded rows",
+        _NORM,
+        _NORM.replace("eps", "0.0"),
+    ),
     _fault(
         "norm-eps-fixed",
         "The model's epsilon is ignored for 1e-5.",
@@ -470,7 +476,7 @@ _EXPERTS = (
         "experts-unknown-id-ignored",
         "Tokens of an expert that does not exist come back as 0 instead of being refused.",
         "out-of-range expert ids",
-        "raise ValueError(f\"expert ids must be from 0 to {len(weights.gate_up) - 1}: {routed.expert_ids!r}\")",
+        'raise ValueError(f"expert ids must be from 0 to {len(weights.gate_up) - 1}: {routed.expert_ids!r}")',
         "return total.to(x.dtype)",
     ),
     _fault(

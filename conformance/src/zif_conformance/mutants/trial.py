@@ -92,7 +92,9 @@ def main(arguments: Sequence[str]) -> int:
     options = ["-p", "zif_conformance.plugin", "-p", "no:cacheprovider", "--tb=line", "--zif-platform=reference"]
     # Fewer tests to collect: a file is of one level, and says so in its name.
     files = sorted(str(file) for file in SUITE.glob(f"test_{order['level'].lower()}_*.py"))
-    return int(pytest.main([*options, "-c", str(SUITE / "pytest.ini"), *files], plugins=[TrialLoop(order, int(events))]))
+    return int(
+        pytest.main([*options, "-c", str(SUITE / "pytest.ini"), *files], plugins=[TrialLoop(order, int(events))])
+    )
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ def strided(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def moved(arguments: tuple[object, ...], change: Callable[[torch.Tensor], torch.Tensor]) -> tuple[object, ...]:
-    """Return arguments of an operator with `change` made to every tensor, also to those inside values of the contract."""
+    """Return arguments of an operator with `change` made to every tensor, also to those inside other values."""
     return tuple(_moved(argument, change) for argument in arguments)
 
 

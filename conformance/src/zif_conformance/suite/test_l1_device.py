@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from zif.contract import Buffer, Device, Health
+from zif.contract import Buffer, Device, Health, Refusal
 from zif.errors import OutOfMemoryError
 from zif_conformance.gates import GateResult, hold
 from zif_conformance.marks import Safety, conforms
@@ -289,7 +289,7 @@ def test_copies_between_host_and_device_keep_every_byte(device: Device, dtype: s
 @conforms(level="L1", clause=("4.3", "6.2"), negative=True)
 def test_more_memory_than_there_is_is_refused_at_plan_time(subject: Subject) -> None:
     answer = subject.platform.plan(replace(subject.workload(), weight_bytes=2**60))
-    assert type(answer).__name__ == "Refusal", "2**60 bytes of weights were planned"
+    assert isinstance(answer, Refusal), "2**60 bytes of weights were planned"
     assert any("weights" in reason for reason in answer.reasons), answer.reasons
 
 

@@ -378,7 +378,7 @@ def _sequence(case: AttentionCase, group: int, token_ids: list[int], first: int)
     """Make the queries from `first` on, and all keys and values, of a history of tokens."""
     rows = [_row(case, group, token_ids[: position + 1]) for position in range(len(token_ids))]
     heads = torch.stack(rows).to(torch_dtype(case.dtype))
-    query, key, value = heads.split((case.num_heads, case.num_kv_heads, case.num_kv_heads), dim=1)
+    query, key, value = torch.split(heads, [case.num_heads, case.num_kv_heads, case.num_kv_heads], dim=1)
     return Sequence(query[first:], key, value)
 
 

@@ -35,11 +35,11 @@ from zif.simulation.scenario import simulated_arena
 _MAX_LEN = 48
 _NUM_PLACES = 32
 _NUM_WAITING = 4
-_NUM_SLABS = 40
+_NUM_SLABS = 20
 _NUM_REMEMBERED = 16
 _VOCAB_SIZE = 50_000
 _STEP_S = 0.01
-_ATOMS = (int, float, str, bytes, range, type(None))
+_ATOMS = (int, float, str, bytes, range, type, type(None))
 _CONTAINERS = (list, tuple, set, frozenset, deque, array, bytearray)
 
 
@@ -102,16 +102,13 @@ class Churn:
     def _add(self) -> None:
         chance, number = self._chance, self.num_requests
         self.num_requests += 1
-        tokens, key = (
-            [chance.randrange(_VOCAB_SIZE) for _ in range(chance.randrange(1, 13))],
-            CacheKey(salt=f"{number}"),
-        )
+        tokens = [chance.randrange(_VOCAB_SIZE) for _ in range(chance.randrange(1, 13))]
+        key = CacheKey(salt=f"{number}")
         if self._ended and chance.random() < 0.5:
             earlier = chance.choice(self._ended)
             tokens, key = earlier.token_ids[: _MAX_LEN // 2] + tokens, earlier.cache_key
-        wish = Retention(
-            chance.choice((0, 10, 60, 100)), 0, chance.choice((None, 4)), chance.choice((None, chance.random()))
-        )
+        duration_s = chance.choice((None, chance.random()))
+        wish = Retention(chance.choice((0, 10, 60, 100)), 0, chance.choice((None, 4)), duration_s)
         request = Request(
             number,
             tokens,
@@ -149,7 +146,7 @@ def container_sizes(roots: Mapping[str, object]) -> dict[str, int]:
     coming = deque(roots.items())
     while coming:
         way, value = coming.popleft()
-        if isinstance(value, _ATOMS) or isinstance(value, type) or id(value) in seen:
+        if isinstance(value, _ATOMS) or id(value) in seen:
             continue
         seen.add(id(value))
         if isinstance(value, dict):
@@ -164,7 +161,7 @@ def container_sizes(roots: Mapping[str, object]) -> dict[str, int]:
 
 
 def grown(first: Mapping[str, int], second: Mapping[str, int], slack: float = 0.25, allowance: int = 64) -> list[str]:
-    """Name the ways whose largest size in the second half of a run exceeds that of the first by more than is allowed."""
+    """Name the ways whose largest size in the second half of a run is above that in the first by more than allowed."""
     return [
         f"{way}: {first.get(way, 0)}, then {size}"
         for way, size in sorted(second.items())

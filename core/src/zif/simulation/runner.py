@@ -316,7 +316,7 @@ class SimulatedRunner(ModelRunner):
         return sampled
 
     def _compute_singles(self, rows: list[_Sequence], positions: list[int]) -> list[list[int]]:
-        """Compute one token of each row and sample, as most steps do: what `write` and `_sample` do, with fewer calls."""
+        """Compute one token of each row and sample, as most steps do: `write` and `_sample`, with fewer calls."""
         memory, group, next_tokens = self._memory, self._only_group, self._words.next_tokens
         if group is None:
             for sequence, position in zip(rows, positions, strict=True):
