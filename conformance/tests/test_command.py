@@ -153,13 +153,14 @@ def test_plain_pytest_says_what_is_wrong(lab, tmp_path, options, reason):
     assert reason in done.stdout + done.stderr
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def cases():
     return collect(RunOptions("null", LEVELS))
 
 
-def test_the_lists_are_what_the_suite_holds():
-    for name, text in frozen_texts().items():
+@pytest.mark.slow
+def test_the_lists_are_what_the_suite_holds(cases):
+    for name, text in frozen_texts([case.test_id for case in cases]).items():
         assert (FOLDER / name).read_text() == text, f"{name} differs: run `make freeze`, read the difference, commit it"
 
 
@@ -168,10 +169,12 @@ def test_larger_profiles_hold_the_smaller_ones():
     assert core <= serving <= distributed
 
 
+@pytest.mark.slow
 def test_at_least_half_of_all_tests_are_negative(cases):
     assert 2 * sum(case.declaration.negative for case in cases) >= len(cases)
 
 
+@pytest.mark.slow
 def test_every_clause_of_a_test_exists(cases):
     contract = (Path(__file__).parents[2] / "docs" / "contract.md").read_text()
     clauses = {clause for case in cases for clause in case.declaration.clauses}

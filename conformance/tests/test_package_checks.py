@@ -5,6 +5,8 @@ import pytest
 from zif_conformance.package.fresh import run_fresh
 from zif_conformance.package.source import PackageSource
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def _on_path(lab, monkeypatch):

@@ -60,6 +60,7 @@ def test_a_teardown_that_fails_fails_its_test(lab):
     assert "still busy" in outcome.detail
 
 
+@pytest.mark.slow
 def test_a_device_that_never_opens_is_tried_three_times(lab):
     lab.plugin("def _open(self, plan, rank):\n    import threading; threading.Event().wait()\nToyPlatform.open = _open")
     opening = "".join(
@@ -159,6 +160,7 @@ def test_measurements_reach_the_outcome(lab):
     assert 0 <= far.headroom < 1e-300
 
 
+@pytest.mark.slow
 def test_workers_and_isolated_tests_come_to_the_same(lab):
     lab.plugin()
     for name in ("one", "two", "three"):

@@ -107,8 +107,14 @@ class TalkingProcess:
 
 
 def clean_environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return an environment in which the caller's pytest settings and other pytest plugins have no say."""
+    """Return an environment in which the caller's pytest settings and other pytest plugins have no say.
+
+    Idle OpenMP threads sleep soon unless the caller says otherwise: spinning beside busy neighbours turns seconds into
+    minutes, and tests would miss their deadlines for it (libgomp manual, GOMP_SPINCOUNT).
+    """
     kept = {name: value for name, value in environ.items() if name not in _DROPPED_VARIABLES}
+    if "OMP_WAIT_POLICY" not in kept:
+        kept.setdefault("GOMP_SPINCOUNT", "1000")
     return {**kept, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONFAULTHANDLER": "1", "PYTHONHASHSEED": "0"}
 
 

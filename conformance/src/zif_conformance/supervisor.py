@@ -10,7 +10,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -197,7 +197,9 @@ class Supervisor:
 
 def collect(options: RunOptions) -> tuple[TestCase, ...]:
     """Return all tests of the suite. Raises `ContractError` when it cannot be collected."""
-    process = _start_pytest(options, (), ["--collect-only", "-q"])
+    # Collection computes a little, on the reference alone: one thread, whatever the machine does besides.
+    quiet = replace(options, environ={**options.environ, "OMP_NUM_THREADS": "1"})
+    process = _start_pytest(quiet, (), ["--collect-only", "-q"])
     event = process.read(time.monotonic() + options.start_s)
     ended = process.finish() if event else process.kill("collection did not end")
     if event is None or not ended.clean:

@@ -115,7 +115,8 @@ class EngineSettings:
     )  # fmt: skip
     tenant_weights: str | None = _text("shares under 'fair', as in 'chat=3,batch=1'; auto: all tenants equal", None)
     tenant_cache_percent: str | None = _text(
-        "most of the KV memory that cached prompts of a tenant may take, as in 'chat=50,batch=20'; auto: no limits", None
+        "most of the KV memory that cached prompts of a tenant may take, as in 'chat=50,batch=20'; auto: no limits",
+        None,
     )
     max_partial_prefills: int = _integer(
         "most prompts that one step computes in part", 4, minimum=1, maximum=2**16
@@ -232,7 +233,9 @@ def parse_tenant_weights(text: str | None) -> tuple[tuple[str, int], ...]:
 
 def parse_tenant_percent(text: str | None) -> tuple[tuple[str, int], ...]:
     """Read "chat=50,batch=20"; nothing when None. Raises `ConfigError` on anything else."""
-    return _parse_tenants("tenant_cache_percent", text, range(101), "a percentage of 0 to 100, as in 'chat=50,batch=20'")
+    return _parse_tenants(
+        "tenant_cache_percent", text, range(101), "a percentage of 0 to 100, as in 'chat=50,batch=20'"
+    )
 
 
 def require_known(name: str) -> None:

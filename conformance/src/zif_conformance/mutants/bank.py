@@ -4,6 +4,7 @@
 seen by fresh interpreters only: such a mutant is `fresh`, and gets a copy of the package with the fault in its source.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 
@@ -40,6 +41,12 @@ class Variant:
 
 Subject = Mutant | Variant
 """What a trial is about."""
+
+
+def by_name(mutants: Iterable[Mutant], variants: Iterable[Variant]) -> dict[str, Subject]:
+    """Return all of them by their names."""
+    subjects: list[Subject] = [*mutants, *variants]
+    return {subject.name: subject for subject in subjects}
 
 
 def all_mutants() -> tuple[Mutant, ...]:

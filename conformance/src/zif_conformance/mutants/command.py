@@ -1,4 +1,4 @@
-"""`zif conform self-test`: try the suite on its bank of mutants and variants. Exit code 0: all killed, no false alarm."""
+"""`zif conform self-test`: try the suite on its bank of mutants and variants. 0: all killed, no alarm."""
 
 import argparse
 import time

@@ -170,7 +170,8 @@ MUTANTS = (
         _FREE,
         _method(
             "def allocate(self, num_bytes: int, tag: str, alignment: int = 64) -> Buffer[torch.Tensor]:\n"
-            "        if self.__dict__.get('poisoned'):\n            raise OutOfMemoryError(f'{num_bytes} bytes: broken')\n"
+            "        if self.__dict__.get('poisoned'):\n"
+            "            raise OutOfMemoryError(f'{num_bytes} bytes: broken')\n"
             "        try:\n            return super().allocate(num_bytes, tag, alignment)\n"
             "        except OutOfMemoryError:\n            self.__dict__['poisoned'] = True\n            raise"
         ),
@@ -255,7 +256,8 @@ MUTANTS = (
         _FREE,
         _method(
             "def free_tag(self, tag: str) -> None:\n"
-            "        for buffer in [b for b in self._live.values() if b.tag.startswith(tag)]:\n            self.free(buffer)"
+            "        for buffer in [b for b in self._live.values() if b.tag.startswith(tag)]:\n"
+            "            self.free(buffer)"
         ),
     ),
     _fault(

@@ -106,7 +106,8 @@ _NORMS = (
         "All rows are scaled by the first row's root.",
         "a reduction shared between rows of one tile",
         _NORM,
-        "wide = x.float()\n        mean = wide.square().mean(-1, keepdim=True)\n        mean = mean[:1].expand_as(mean)\n"
+        "wide = x.float()\n        mean = wide.square().mean(-1, keepdim=True)\n"
+        "        mean = mean[:1].expand_as(mean)\n"
         "        return (wide * torch.rsqrt(mean + eps) * (weight.float() + weight_offset)).to(x.dtype)",
     ),
     _fault(

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from zif_conformance.mutants.bank import Mutant, Subject, Variant
+from zif_conformance.mutants.bank import Mutant, Subject, Variant, by_name
 from zif_conformance.mutants.patching import edited_copy
 from zif_conformance.processes import TalkingProcess
 
@@ -40,7 +40,7 @@ class Order:
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """How one subject fared: the tests that failed, by pytest's id, and how many ran. `crash` is how a process ended."""
+    """How one subject fared: the tests that failed, by pytest's id, and how many ran. `crash`: how it ended."""
 
     name: str
     failed: tuple[str, ...]
@@ -79,7 +79,7 @@ class SelfTest:
 
     def run(self) -> None:
         """Try the platform as it is, then all subjects. Raises what a worker raised."""
-        levels = sorted({subject.level for subject in (*self.mutants, *self.variants)})
+        levels = sorted({mutant.level for mutant in self.mutants} | {variant.level for variant in self.variants})
         if not self.quick:
             self._work([self._baseline(level) for level in levels])
         self._work(list(self._orders()))
@@ -142,7 +142,7 @@ class SelfTest:
         return next(mutant for mutant in self.mutants if mutant.name == order.subjects[0])
 
     def _take_in(self, order: Order, trial: Trial) -> None:
-        known = {subject.name: subject for subject in (*self.mutants, *self.variants)}
+        known = by_name(self.mutants, self.variants)
         self.trials[trial.name] = trial
         if trial.name not in known:
             self.broken[order.level] = trial.failed

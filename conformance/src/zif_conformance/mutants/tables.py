@@ -98,7 +98,8 @@ _READS = (
         _WRITE,
         "flat = cache.stride(0)\n"
         "        blocks = (written.blocks * flat + 2**31) % 2**32 - 2**31\n"
-        "        blocks = (blocks // flat).clamp(min=0) if bool((blocks != written.blocks * flat).any()) else written.blocks\n"
+        "        changed = bool((blocks != written.blocks * flat).any())\n"
+        "        blocks = (blocks // flat).clamp(min=0) if changed else written.blocks\n"
         "        cache[blocks, written.offsets] = torch.stack((key, value), dim=1).to(cache.dtype)",
     ),
     _fault(
@@ -130,7 +131,8 @@ _WRITES = (
         "The last slot of a block is written to the first of the next block.",
         "block borders",
         _WRITTEN,
-        "_places((slots + (slots % batch.block_size == batch.block_size - 1)) // batch.block_size % (slots.max() // batch.block_size + 1), slots % batch.block_size)",
+        "_places((slots + (slots % batch.block_size == batch.block_size - 1)) // batch.block_size"
+        " % (slots.max() // batch.block_size + 1), slots % batch.block_size)",
     ),
     _fault(
         "last-token-not-written",

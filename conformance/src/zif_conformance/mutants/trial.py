@@ -1,4 +1,4 @@
-"""Runs one level of the suite against one mutant after the other, in one process: `python -m zif_conformance.mutants.trial`.
+"""Runs one level against one mutant after the other in one process: `python -m zif_conformance.mutants.trial`.
 
 A pytest session collects the level once. Its loop applies a mutant, runs the test that is known to kill it, then all
 others, stops at the first failure, and takes the mutant back. What happens is said as JSON lines on a descriptor.
@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from zif_conformance.child import watch_parent
-from zif_conformance.mutants.bank import Subject, Variant, all_mutants, all_variants
+from zif_conformance.mutants.bank import Subject, Variant, all_mutants, all_variants, by_name
 from zif_conformance.mutants.patching import applied
 
 SUITE = Path(__file__).parents[1] / "suite"
@@ -36,7 +36,7 @@ class TrialLoop:
         """Try every subject of the order."""
         if session.testsfailed:
             raise session.Interrupted(f"{session.testsfailed} files could not be collected")
-        known = {subject.name: subject for subject in (*all_mutants(), *all_variants())}
+        known = by_name(all_mutants(), all_variants())
         items = [item for item in session.items if item.nodeid not in self._order["excluded"]]
         for name in self._order["subjects"]:
             self._say({"event": "started", "name": name})

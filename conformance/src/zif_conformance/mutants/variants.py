@@ -252,7 +252,9 @@ _ATTENTION = (
         "L3",
         "Tokens are written one by one, values first.",
         _WRITE,
-        "for token, (block, offset) in enumerate(zip(written.blocks.tolist(), written.offsets.tolist(), strict=True)):\n"
+        "for token, (block, offset) in enumerate(\n"
+        "            zip(written.blocks.tolist(), written.offsets.tolist(), strict=True)\n"
+        "        ):\n"
         "            cache[block, offset, 1] = value[token].to(cache.dtype)\n"
         "            cache[block, offset, 0] = key[token].to(cache.dtype)",
         file="attention.py",
