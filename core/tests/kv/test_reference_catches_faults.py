@@ -328,7 +328,7 @@ def must_be_caught(family, manager_class):
             """Leave a manager alone whose books are wrong."""
 
     with pytest.raises(Disagreement):
-        run_state_machine_as_test(Machine, settings=settings(SETTINGS, phases=[Phase.generate]))
+        run_state_machine_as_test(Machine, settings=settings(SETTINGS, phases=[Phase.generate], max_examples=2000))
 
 
 @pytest.mark.parametrize(("fault", "family"), FAULTY_MANAGERS, ids=lambda value: getattr(value, "__name__", value))

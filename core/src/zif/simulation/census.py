@@ -37,6 +37,7 @@ class Census:
         self._hands: list[dict[int, int]] = [{} for _ in specs]
         self._tables: dict[int, Tables] = {}
         self._nothing: Tables = tuple([] for _ in specs)
+        self._under_way: dict[int, list[dict[int, int]]] = {}
 
     def count(self, holders: Collection[Request]) -> None:
         """Count the hands of all requests that may hold blocks."""
@@ -50,10 +51,15 @@ class Census:
                 self._recount(number, ())
 
     def check_writes(self, plan: StepPlan, live: dict[int, Request]) -> None:
-        """Check that every block that the step writes is in one hand."""
+        """Check that every block that the step writes is in one hand, and that no step under way fills it for another.
+
+        The step is then under way itself, until it is `applied`.
+        """
+        writers: list[dict[int, int]] = [{} for _ in self._kinds]
         for request_id, start, num_tokens in zip(plan.request_ids, plan.num_computed, plan.num_tokens, strict=True):
             last_token = start + num_tokens - 1
-            for hands, kind, table in zip(self._hands, self._kinds, live[request_id].block_ids, strict=True):
+            tables = live[request_id].block_ids
+            for hands, kind, table, owner in zip(self._hands, self._kinds, tables, writers, strict=True):
                 last = last_token // kind.size
                 first = last if kind.is_state else start // kind.size
                 written = table[first : last + 1]
@@ -62,6 +68,20 @@ class Census:
                 for block in written:
                     assert block, "a step writes into the null block"
                     assert hands[block] == 1, "a step writes into a block that another request holds"
+                    owner[block] = request_id
+        for earlier in self._under_way.values():
+            for old, new in zip(earlier, writers, strict=True):
+                for block in old.keys() & new.keys():
+                    assert old[block] == new[block], "a step writes into a block that a step under way writes to"
+        self._under_way[plan.step] = writers
+
+    def applied(self, step: int) -> None:
+        """Hear that a step is over."""
+        self._under_way.pop(step, None)
+
+    def restart(self) -> None:
+        """Hear that no step is under way any more."""
+        self._under_way.clear()
 
     def check_owned(self, usage: Iterable[KVUsage], drafts: Collection[Draft]) -> None:
         """Check that the block manager counts as owned what requests, and drafts under way, hold."""

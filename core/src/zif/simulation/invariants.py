@@ -25,6 +25,8 @@ from zif.simulation.words import Words
 _ROOT = 0
 _PATIENCE = 400
 """Steps after which the first request in line must have been scheduled: more than any request of a scenario takes."""
+_MAX_STEPS_WITHOUT_TOKEN = 1_000
+"""Steps after which some request must have said a token or ended, however often others had to begin anew."""
 
 
 @dataclass(slots=True)
@@ -78,6 +80,7 @@ class Invariants:
         self._order = {"fcfs": _by_due_time, "priority": _by_priority}.get(config.scheduling_policy)
         self._first: Request | None = None
         self._neglected = 0
+        self._num_silent_steps = 0
         self._roomy = (
             config.enable_prefix_caching
             and not config.tenant_cache_percent
@@ -96,6 +99,7 @@ class Invariants:
     def forget(self, request: Request) -> None:
         """Stop following a request that has ended."""
         self._records.pop(request.request_id, None)
+        self._num_silent_steps = 0
         if request is self._first:
             self._first = None
 
@@ -225,7 +229,9 @@ class Invariants:
             assert min(preempted) > kept, "a request was preempted that is not the last in order"
 
     def check_progress(self, plan: StepPlan, live: dict[int, Request]) -> None:
-        """Check that the request that is first in line is served within bounded steps."""
+        """Check that tokens come, and that the request that is first in line is served, within bounded steps."""
+        self._num_silent_steps += 1
+        assert self._num_silent_steps < _MAX_STEPS_WITHOUT_TOKEN, "requests are computed and none gets on"
         if self._order is None:
             return
         if self._first is None:
@@ -242,6 +248,7 @@ class Invariants:
             request, num_new_tokens = update.request, len(update.new_token_ids)
             if not num_new_tokens:
                 continue
+            self._num_silent_steps = 0
             token_ids, next_token = request.token_ids, records[request.request_id].text.next_token
             known, stop_ids = len(token_ids), request.stop_ids
             assert known - num_new_tokens >= request.num_prompt_tokens, "more tokens are new than generated"

@@ -77,7 +77,7 @@ class Scenario:
 def draw_scenario(seed: int, traffic: TrafficShape | None = None) -> Scenario:
     """Draw a scenario: seeds next to each other differ in kinds, budget, policy and caching."""
     chance = random.Random(f"scenario:{seed}")
-    traffic = traffic or TrafficShape()
+    traffic = traffic or _draw_traffic(chance)
     shapes = _shapes()
     specs = shapes[seed % len(shapes)]
     policy = chance.choice(("fcfs", "priority", "fair"))
@@ -123,6 +123,11 @@ def num_slabs_for(specs: tuple[KVSpec, ...], slab_words: int, num_tokens: int, m
     arena = simulated_arena(specs, 1, slab_words)
     needs = (spec.peak_blocks(num_tokens, max_step_tokens) for spec in specs)
     return sum(-(-need // arena.min_slab_blocks(group)) for group, need in enumerate(needs))
+
+
+def _draw_traffic(chance: random.Random) -> TrafficShape:
+    """Draw mixed traffic, or mostly conversations that go on with several samples of each turn."""
+    return chance.choice((TrafficShape(),) * 2 + (TrafficShape(continued_share=0.75, sample_counts=(1, 3, 3)),))
 
 
 def _draw_arena(chance: random.Random, specs: tuple[KVSpec, ...], config: EngineConfig) -> KVArena:

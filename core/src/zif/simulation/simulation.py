@@ -6,6 +6,7 @@ submitted before the first of them is applied. Between any two of them a request
 
 import random
 from collections import Counter, deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -272,11 +273,15 @@ class Simulation:
     def _apply(self, plan: StepPlan, result: StepResult) -> None:
         if self._last is not None and self.faults.strikes(FaultPoint.STALE):
             self._apply_wrongly(plan, self._last[1])
-        for struck in result.faults:
-            if struck in self._live and self._live[struck].status is RequestStatus.RUNNING:
-                self._doomed[struck] = FinishReason.ERROR
-        updates = self._scheduler.update(plan, result)
         faults = result.faults
+        struck = self._struck(plan, faults) if faults else []
+        updates = self._scheduler.update(plan, result)
+        self._census.applied(plan.step)
+        for request in struck:
+            if request.status is RequestStatus.PREEMPTED:
+                assert result.lost, f"request {request.request_id} starts over instead of failing"
+            else:
+                self._doomed[request.request_id] = FinishReason.ERROR
         computed = [number for number in plan.request_ids if number not in faults] if faults else plan.request_ids
         self._invariants.note_computed(computed)
         self._invariants.check_tokens(updates)
@@ -287,6 +292,11 @@ class Simulation:
         if self.faults.strikes(FaultPoint.DUPLICATE):
             self._apply_wrongly(plan, result)
         self._last = (plan, result)
+
+    def _struck(self, plan: StepPlan, faults: Mapping[int, str]) -> list[Request]:
+        """Return the requests whose rows failed. Rows of one that has ended or started over since then are void."""
+        known = [self._live[number] for number in faults if number in self._live]
+        return [r for r in known if r.status is RequestStatus.RUNNING and r.first_step <= plan.step]
 
     def _apply_wrongly(self, plan: StepPlan, result: StepResult) -> None:
         """Hand the scheduler a result that is not due: it must refuse or ignore it, and change nothing."""
@@ -333,6 +343,7 @@ class Simulation:
             assert ended is (None if over else request), "a live request is unknown"
             self._end(request)
         self._in_flight.clear()
+        self._census.restart()
         self._scheduler.forget_steps()
         self._store.close()
         self._census.check_nothing_held(self._blocks)
