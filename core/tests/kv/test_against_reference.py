@@ -5,6 +5,8 @@ from hypothesis.stateful import run_state_machine_as_test
 
 from kv.block_manager_machine import ARENAS, SETTINGS, BlockManagerMachine
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("family", ARENAS)
 def test_the_manager_answers_as_the_model_says(family):

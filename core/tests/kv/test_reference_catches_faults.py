@@ -24,6 +24,8 @@ from zif.contract import (
 )
 from zif.kv import PagedBlockManager
 
+pytestmark = pytest.mark.slow
+
 
 class Manager(PagedBlockManager):
     """The real manager, remembering who holds blocks."""

@@ -6,6 +6,8 @@ from zif.scheduling import policies
 from zif.scheduling.deadlines import Deadlines
 from zif.simulation.growth import Churn, container_sizes, grown
 
+pytestmark = pytest.mark.slow
+
 NUM_REQUESTS = 20_000
 NUM_SAMPLES = 20
 

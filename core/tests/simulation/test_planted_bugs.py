@@ -38,6 +38,8 @@ from zif.scheduling.scheduler import TokenBudgetScheduler
 from zif.simulation import Campaign, SimulatedRunner, SimulationFailure, run_scenarios
 from zif.simulation import runner as simulation_runner
 
+pytestmark = pytest.mark.slow
+
 MAX_STEPS = 200_000
 
 

@@ -38,7 +38,7 @@ class CheckIntervals:
     """
 
     everything: int = 1
-    integrity: int = 16
+    integrity: int = 32
 
 
 @dataclass(frozen=True, slots=True)
