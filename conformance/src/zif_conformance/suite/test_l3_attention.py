@@ -69,6 +69,19 @@ def test_group_ratios(
     hold(record_gate, _judge(device, fitted(kind.of(case), capabilities)))
 
 
+@conforms(
+    level="L3", gate="G3", clause="8.3", negative=True, claims=(Feature.ATTENTION_FULL, Feature.ATTENTION_SOFTCAP)
+)
+@by_dtype
+@pytest.mark.parametrize("softcap", [0.5, 2.0, 30.0])
+def test_small_soft_caps(
+    device: Device, capabilities: Capabilities, dtype: str, softcap: float, record_gate: Any
+) -> None:
+    """A hidden key that is capped after it was masked has a score of minus the cap: near all others."""
+    case = replace(fitted(AttentionCase(MIXED, dtype=dtype), capabilities), softcap=softcap)
+    hold(record_gate, _judge(device, case))
+
+
 @conforms(level="L3", gate="G3", clause="8.3", claims=(Feature.ATTENTION_FULL,))
 @by_dtype
 @pytest.mark.parametrize("size", cases("head_size", *HEAD_SIZES))

@@ -205,7 +205,7 @@ def test_random_traffic(
     draw = np.random.default_rng(seed)
     prompts = [draw.integers(0, 1000, 70).tolist() for _ in range(2)]
     with Serving(device, _case(capabilities, dtype), windows, poisons=False) as serving:
-        hits = sum(_act(serving, draw, prompts, number) for number in range(100))
+        hits = sum(_act(serving, draw, prompts, number) for number in range(160))
         assert hits, "the traffic hit no prefix"
         assert len(serving.checked) > 30, "the traffic computed next to nothing"
         for request_id in sorted(serving.live):
