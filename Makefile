@@ -6,7 +6,7 @@
 #   make simulate  two million steps of the control plane under random traffic and faults: some minutes
 #   make bench   throughput and latency on the model in examples/
 #   make conform  prove the CPU platform with the conformance suite and write the bundle to build/conformance-cpu
-#   make freeze  regenerate the must-pass lists of the conformance profiles
+#   make freeze  regenerate the must-pass lists of the conformance profiles, and the list of clauses and tests
 #   make lock    regenerate the lock file of the contract's public surface
 #   make clean   remove the environment and what tools left behind
 
@@ -54,6 +54,7 @@ conform: $(INSTALLED)
 
 freeze: $(INSTALLED)
 	$(BIN)/python -m zif_conformance.freeze
+	$(BIN)/python -m zif_conformance.clauses docs/contract.md docs/contract-tests.md
 
 lock: $(INSTALLED)
 	$(BIN)/python -m zif.contract.surface

@@ -4,6 +4,7 @@ import datetime
 import html.parser
 import json
 import xml.etree.ElementTree as ET
+from pathlib import Path
 
 import pytest
 
@@ -12,7 +13,15 @@ from zif.null.platform import NullPlatform
 from zif_conformance.bundle.compare import compare_results
 from zif_conformance.bundle.page import report_page
 from zif_conformance.bundle.result import RunFacts, build_result, digest_of
-from zif_conformance.bundle.support import BEGIN, END, support_matrix, write_between_markers
+from zif_conformance.bundle.support import (
+    BEGIN,
+    END,
+    keep_summaries,
+    kept_matrix,
+    support_matrix,
+    text_between_markers,
+    write_between_markers,
+)
 from zif_conformance.bundle.verify import read_result, verify_bundle
 from zif_conformance.bundle.writing import claim_folder, write_bundle
 from zif_conformance.describe import device_json
@@ -307,3 +316,26 @@ def test_the_support_matrix_takes_no_bundle_that_does_not_verify(tmp_path):
     _write(tmp_path, _result(partial="killed"))
     with pytest.raises(ConfigError, match="does not verify"):
         support_matrix([tmp_path])
+
+
+def test_kept_summaries_draw_the_same_table_and_prove_nothing_alone(tmp_path):
+    bundle, kept = tmp_path / "bundle", tmp_path / "kept"
+    bundle.mkdir()
+    _write(bundle, _result(_outcome(_ids()[3], Verdict.FAILED)))
+    keep_summaries([bundle], kept)
+    assert kept_matrix(kept) == support_matrix([bundle])
+    assert (kept / "toy.json").stat().st_size < 4096
+    (kept / "toy.json").rename(kept / "result.json")
+    assert verify_bundle(kept) != []
+
+
+def test_the_matrix_of_the_readme_is_that_of_the_kept_bundles():
+    root = Path(__file__).parents[2]
+    table = text_between_markers((root / "README.md").read_text(encoding="utf-8"))
+    assert table == kept_matrix(root / "docs" / "bundles"), "written by `zif conform matrix`, not by hand"
+
+
+def test_a_bundle_of_another_suite_is_not_judged(tmp_path, monkeypatch):
+    _write(tmp_path, _result())
+    monkeypatch.setattr("zif_conformance.bundle.verify.metadata.version", lambda name: "9.9")
+    assert "with that version" in verify_bundle(tmp_path)[0]

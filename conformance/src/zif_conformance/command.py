@@ -103,13 +103,16 @@ def run_list(arguments: argparse.Namespace) -> int:
 
 def run_matrix(arguments: argparse.Namespace) -> int:
     """Print the support matrix of bundles, or write it between the markers of a file."""
-    from zif_conformance.bundle.support import support_matrix, write_between_markers
+    from zif_conformance.bundle.support import keep_summaries, kept_matrix, support_matrix, write_between_markers
 
     text = support_matrix(arguments.folders)
-    if arguments.into is None:
+    if arguments.keep is not None:
+        keep_summaries(arguments.folders, arguments.keep)
+        text = kept_matrix(arguments.keep)
+    if arguments.readme is None:
         print(text)
     else:
-        write_between_markers(arguments.into, text)
+        write_between_markers(arguments.readme, text)
     return 0
 
 
@@ -135,7 +138,10 @@ def _add_list(actions: Any) -> None:
 def _add_matrix(actions: Any) -> None:
     parser = actions.add_parser("matrix", help="draw the support matrix from bundles", allow_abbrev=False)
     parser.add_argument("folders", metavar="DIR", nargs="+", type=Path)
-    parser.add_argument("--into", metavar="FILE", type=Path, help="write between the markers of this Markdown file")
+    parser.add_argument("--readme", metavar="FILE", type=Path, help="write between the markers of this Markdown file")
+    parser.add_argument(
+        "--keep", metavar="DIR", type=Path, help="keep a summary of each bundle there, and draw all that are kept"
+    )
     parser.set_defaults(run=run_matrix)
 
 

@@ -22,6 +22,7 @@ from zif_conformance.supervisor import Run, RunOptions, Supervisor
 
 _SAVE_EVERY_S = 15.0
 _SHOW_EVERY_S = 10.0
+_SETTLED_S, _SETTLED_TESTS = 3.0, 5
 _SHOWN = (Verdict.FAILED, Verdict.CRASHED)
 
 
@@ -52,9 +53,16 @@ class Progress:
 
     def line(self, now: float) -> str:
         """Return what is done and how long the rest takes if it goes on like this."""
-        left = (now - self.begin_s) / max(self.done, 1) * (self.total - self.done)
         bad = f", {self.bad} failed" if self.bad else ""
-        return f"{self.done} of {self.total} tests{bad}, about {left / 60:.0f} min {left % 60:.0f} s left"
+        return f"{self.done} of {self.total} tests{bad}, {self._left(now)}"
+
+    def _left(self, now: float) -> str:
+        """Say how long the rest takes. The first seconds are start-up and tell nothing."""
+        passed = now - self.begin_s
+        if passed < _SETTLED_S or self.done < _SETTLED_TESTS:
+            return "time left not known yet"
+        seconds = round(passed / self.done * (self.total - self.done))
+        return f"about {seconds // 60} min {seconds % 60} s left" if seconds >= 60 else f"about {seconds} s left"
 
     def end(self) -> None:
         """Leave the line that renews itself."""

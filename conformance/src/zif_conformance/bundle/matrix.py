@@ -48,10 +48,10 @@ def subject_of(test_id: str) -> str:
 
 def support_table(results: Sequence[Mapping[str, Any]]) -> str:
     """Return what bundles say about features, dtypes and profiles, one column for each platform."""
-    head = ["", *(f"{result['platform']['name']}" for result in results)]
+    head = ["", *(f"`{result['platform']['name']}`" for result in results)]
     rows = [["profile", *(_profile_cell(result) for result in results)]]
     rows += [["tests passed", *(_passed_cell(result) for result in results)]]
-    rows += [["device", *(_flat((result["device"] or {}).get("name", "none")) for result in results)]]
+    rows += [["device", *(_flat((result["device"] or {}).get("architecture", "none")) for result in results)]]
     for kind in ("feature", "dtype", "collective"):
         rows += [
             [name, *(_claim_cell(result, f"{kind}:{name}") for result in results)] for name in _names(results, kind)
@@ -72,7 +72,7 @@ def _profile_cell(result: Mapping[str, Any]) -> str:
 
 def _passed_cell(result: Mapping[str, Any]) -> str:
     counts = result["counts"]
-    return f"{counts['passed']} of {len(result['tests']) - counts['unsupported']}"
+    return f"{counts['passed']} of {sum(counts.values()) - counts['unsupported']}"
 
 
 def _claim_cell(result: Mapping[str, Any], claim: str) -> str:

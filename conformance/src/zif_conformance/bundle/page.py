@@ -10,10 +10,12 @@ from typing import Any
 
 from zif_conformance.bundle.matrix import headline, subject_counts
 from zif_conformance.bundle.plots import duration_plot, headroom_plot
-from zif_conformance.outcomes import Verdict
+from zif_conformance.outcomes import Verdict, reason_line
 
 _WORDS = tuple(verdict.value for verdict in Verdict)
 _HEADROOM_NOTE = "How far each result stayed from its gate: limit / error. Right is better; left of 1x a test fails."
+_BAD = (Verdict.CRASHED, Verdict.FAILED, Verdict.WAIVED, Verdict.NOT_RUN)
+_MAX_BAD = 40
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 _FILTER = """
 const rows = [...document.querySelectorAll("#tests tbody tr")];
@@ -35,6 +37,7 @@ def report_page(result: Mapping[str, Any]) -> str:
     sections = (
         _tiles(result),
         _errors(result),
+        _bad(result),
         _matrix(result),
         _claims(result),
         _section("Head-room per gate", headroom_plot(result["tests"]), _HEADROOM_NOTE),
@@ -80,6 +83,18 @@ def _errors(result: Mapping[str, Any]) -> str:
     return _section("Errors of the run", f'<ul class="errors">{items}</ul>', "")
 
 
+def _bad(result: Mapping[str, Any]) -> str:
+    """List what did not pass with its reason, worst word first."""
+    found = [test for word in _BAD for test in result["tests"] if test["outcome"] == word]
+    rows = "".join(
+        f'<tr><td class="word {_class(test["outcome"])}">{_text(test["outcome"])}</td>'
+        f"<td><code>{_text(test['id'])}</code><div>{_text(reason_line(test['detail'])[:300])}</div></td></tr>"
+        for test in found[:_MAX_BAD]
+    )
+    note = f"{len(found) - _MAX_BAD} more are in the list of tests below." if len(found) > _MAX_BAD else ""
+    return _section("What did not pass", f'<table class="bad"><tbody>{rows}</tbody></table>' if found else "", note)
+
+
 def _matrix(result: Mapping[str, Any]) -> str:
     head = "".join(f'<th class="n">{word}</th>' for word in _WORDS)
     rows = "".join(_matrix_row(name, counts) for name, counts in subject_counts(result))
@@ -101,13 +116,14 @@ def _matrix_row(name: str, counts: Mapping[str, int]) -> str:
 
 def _claims(result: Mapping[str, Any]) -> str:
     kinds: dict[str, list[str]] = {}
-    for claim in result["claims"]:
+    for claim in sorted(result["claims"], key=lambda claim: _natural(claim["claim"])):
         kind, _, value = claim["claim"].partition(":")
         title = f"{claim['outcome']}, {len(claim['tests'])} tests"
         chip = f'<span class="chip {_class(claim["outcome"])}" title="{title}">{_text(value or kind)}</span>'
-        kinds.setdefault(kind if value else "flags", []).append(chip)
+        kinds.setdefault(_plural(kind, value), []).append(chip)
     body = "".join(
-        f'<div>{_text(kind)}</div><div class="chips">{"".join(chips)}</div>' for kind, chips in kinds.items()
+        f'<div class="kind">{_text(kind)}</div><div class="chips">{"".join(chips)}</div>'
+        for kind, chips in kinds.items()
     )
     note = (
         "Green: a test that exercises the claim passed. Grey: only levels that were not run exercise it. Red: unproven."
@@ -128,9 +144,10 @@ def _tests(result: Mapping[str, Any]) -> str:
 
 def _test_row(test: Mapping[str, Any]) -> str:
     detail = f"<details><summary>why</summary><pre>{_text(test['detail'])}</pre></details>" if test["detail"] else ""
+    gate = "" if test["gate"] == "none" else test["gate"]
     return (
         f'<tr data-outcome="{_text(test["outcome"])}" data-id="{_text(test["id"].lower())}">'
-        f"<td><code>{_text(test['id'])}</code>{detail}</td><td>{_text(test['gate'])}</td>"
+        f"<td><code>{_text(test['id'])}</code>{detail}</td><td>{_text(gate)}</td>"
         f"<td>{_text(', '.join(test['clauses']))}</td>"
         f'<td class="word {_class(test["outcome"])}">{_text(test["outcome"])}</td>'
         f'<td class="n">{test["duration_s"]:.2f}</td></tr>\n'
@@ -142,6 +159,16 @@ def _section(title: str, body: str, note: str) -> str:
         return ""
     below = f'<p class="note">{_text(note)}</p>' if note else ""
     return f"<section><h2>{_text(title)}</h2>{body}{below}</section>\n"
+
+
+def _plural(kind: str, value: str) -> str:
+    return f"{kind.replace('_', ' ')}s" if value else "flags"
+
+
+def _natural(claim: str) -> tuple[str, int, str]:
+    """Order numbers by size: 8 before 16."""
+    kind, _, value = claim.partition(":")
+    return kind, int(value) if value.isdigit() else 0, value
 
 
 def _class(word: str) -> str:

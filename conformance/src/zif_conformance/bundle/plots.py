@@ -5,7 +5,20 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-_WIDTH, _LEFT, _RIGHT, _ROW = 1000, 90, 90, 38
+_WIDTH, _LEFT, _RIGHT, _ROW = 1000, 170, 110, 38
+_SPREAD = 23
+"""Dots of a row stand on this many lines, so that crowds show as crowds."""
+
+_GATE_NAMES = {
+    "G0": "structure",
+    "G1": "exact",
+    "G2": "rounding steps",
+    "G3": "ratio",
+    "G4": "quantized",
+    "G5": "scaling",
+    "G6": "specials",
+    "G7": "model",
+}
 _MIN_DECADE, _MAX_DECADE = -1.0, 4.0
 _NUM_SLOWEST = 15
 
@@ -25,7 +38,7 @@ def headroom_plot(tests: Tests) -> str:
     parts = [_scale(height - 30)]
     for row, (gate, dots) in enumerate(sorted(by_gate.items())):
         y = 18 + _ROW * row
-        parts.append(f'<text class="label" x="8" y="{y + 4}">{_text(gate)} ({len(dots)})</text>')
+        parts.append(f'<text class="label" x="8" y="{y + 4}">{_text(_gate_label(gate))} ({len(dots)})</text>')
         parts += [_dot(headroom, label, y, index) for index, (headroom, label) in enumerate(dots)]
     return f'<svg viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="head-room per gate">{"".join(parts)}</svg>'
 
@@ -38,6 +51,10 @@ def duration_plot(tests: Tests) -> str:
         return ""
     bars = "".join(_bar(test, row, longest) for row, test in enumerate(slowest))
     return f'<svg viewBox="0 0 {_WIDTH} {24 * len(slowest) + 4}" role="img" aria-label="slowest tests">{bars}</svg>'
+
+
+def _gate_label(gate: str) -> str:
+    return f"{gate} {_GATE_NAMES.get(gate, '')}".strip()
 
 
 def _headroom(measured: Mapping[str, Any]) -> float:
@@ -58,11 +75,11 @@ def _x(headroom: float) -> float:
 
 
 def _dot(headroom: float, label: str, y: float, index: int) -> str:
-    shifted = y + (index * 7) % 17 - 8
+    shifted = y + (index * 7) % _SPREAD - _SPREAD // 2
     kind = "dot over" if headroom < 1 else "dot"
     spoken = "exact" if math.isinf(headroom) else f"{headroom:.3g}x"
     title = f"<title>{_text(label)}: {spoken}</title>"
-    return f'<circle class="{kind}" cx="{_x(headroom):.1f}" cy="{shifted}" r="4">{title}</circle>'
+    return f'<circle class="{kind}" cx="{_x(headroom):.1f}" cy="{shifted}" r="3.5">{title}</circle>'
 
 
 def _scale(bottom: float) -> str:
@@ -70,9 +87,13 @@ def _scale(bottom: float) -> str:
     for decade in range(int(_MIN_DECADE), int(_MAX_DECADE) + 1):
         x, kind = _x(10.0**decade), "limit" if decade == 0 else "grid"
         marks.append(f'<line class="{kind}" x1="{x:.1f}" y1="0" x2="{x:.1f}" y2="{bottom}"/>')
-        marks.append(f'<text x="{x:.1f}" y="{bottom + 18}" text-anchor="middle">{10.0**decade:g}x</text>')
+        marks.append(f'<text x="{x:.1f}" y="{bottom + 18}" text-anchor="middle">{_decade_label(decade)}</text>')
     marks.append(f'<text x="{_WIDTH - 40}" y="{bottom + 18}" text-anchor="middle">exact</text>')
     return "".join(marks)
+
+
+def _decade_label(decade: int) -> str:
+    return f"≥ {10.0**decade:g}x" if decade == _MAX_DECADE else f"{10.0**decade:g}x"
 
 
 def _bar(test: Mapping[str, Any], row: int, longest: float) -> str:

@@ -7,7 +7,7 @@ import datetime
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from importlib import resources
+from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,8 @@ def verify_bundle(folder: Path) -> list[str]:
     result = read_result(folder)
     if problems := [*_schema_problems(result)]:
         return problems
+    if problems := [*_version_problems(result)]:
+        return problems
     return [*_partial_problems(result), *_file_problems(folder, result), *_profile_problems(result)]
 
 
@@ -55,6 +57,13 @@ def _schema_problems(result: Mapping[str, Any]) -> Iterator[str]:
     validator = jsonschema.Draft202012Validator(result_schema())
     for error in validator.iter_errors(result):
         yield f"{RESULT} breaks its schema at {'/'.join(map(str, error.path)) or 'the top'}: {error.message[:300]}"
+
+
+def _version_problems(result: Mapping[str, Any]) -> Iterator[str]:
+    """Yield when another version of the suite made the bundle: it draws and judges in its own way."""
+    made, here = result["suite_version"], metadata.version("zif-conformance")
+    if made != here:
+        yield f"the bundle was made with zif-conformance {made}, this is {here}: verify it with that version"
 
 
 def _partial_problems(result: Mapping[str, Any]) -> Iterator[str]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from torch.nn import functional
 
 from zif.contract import AttentionBatch, AttentionParams, FullAttentionSpec, KVArena, KVGroup
 from zif.reference.attention import ReferenceAttention
@@ -17,6 +18,8 @@ from zif_conformance.oracle.inputs import Inputs, torch_dtype
 
 NEEDLE_SCORE = 60.0
 DECOY_SIZE = 1000.0
+_NUM_KEY_ORDERS = 3
+_KEY_BLOCK = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +66,16 @@ class Sequence:
     value: torch.Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class _Heads:
+    """One request in float32, a KV head for each head. query: [H, L, D]. key, value: [H, S, D]. visible: [L, S]."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    visible: torch.Tensor
+
+
 @dataclass(slots=True)
 class Sequences:
     """The requests of a case, and the parameters of the layer."""
@@ -104,16 +117,17 @@ class Sequences:
         """Attend as the reference does, in the case's dtype, in the ways that rounding leaves open.
 
         As it is; with the elements of heads, and the keys of single queries, summed in another order; with scores one
-        rounding step larger and smaller; and, where the device multiplies in fewer bits, with weights of that many.
+        rounding step larger and smaller; block by block, with weights of as many bits as the device multiplies in; and
+        with torch's fused kernel.
         """
         step = torch.finfo(torch.float32).eps
         scaled = [replace(self.params, scale=self.params.scale * (1 + sign * step)) for sign in (1, -1)]
-        runs = [self, self._reordered(), self._reversed(), *(replace(self, params=params) for params in scaled)]
+        others = [self._with_other_keys_first(seed) for seed in range(_NUM_KEY_ORDERS)]
+        runs = [self, self._reordered(), *others, *(replace(self, params=params) for params in scaled)]
         outputs = [run._attend(self.case.dtype) for run in runs]
         outputs[1] = outputs[1][..., self._order().argsort()]
-        if self.case.compute != "float32":
-            outputs.append(self._with_narrow_weights())
-        return outputs
+        fused = [] if self.case.softcap is not None else [self._fused()]
+        return [*outputs, self._by_blocks(), *fused]
 
     def with_key(self, request: int, position: int, key: torch.Tensor, value: torch.Tensor) -> "Sequences":
         """Return a copy in which one token's key and value are other ones."""
@@ -130,33 +144,59 @@ class Sequences:
         found = [Sequence(s.query[..., order], s.key[..., order], s.value[..., order]) for s in self.requests]
         return replace(self, requests=found)
 
-    def _reversed(self) -> "Sequences":
-        """Return the sequences with the visible keys of single queries in reverse."""
+    def _with_other_keys_first(self, seed: int) -> "Sequences":
+        """Return the sequences with the visible keys of single queries in another order."""
+        generator = torch.Generator().manual_seed(seed)
         found = []
         for s in self.requests:
+            order = torch.arange(len(s.key))
             first = self.case.first_visible(len(s.key) - 1)
-            parts = [torch.cat((kept[:first], kept[first:].flip(0))) for kept in (s.key, s.value)]
-            found.append(Sequence(s.query, *parts) if len(s.query) == 1 else s)
+            order[first:] = first + torch.randperm(len(s.key) - first, generator=generator)
+            found.append(Sequence(s.query, s.key[order], s.value[order]) if len(s.query) == 1 else s)
         return replace(self, requests=found)
 
-    def _with_narrow_weights(self) -> torch.Tensor:
-        """Attend with the softmax's weights rounded to the dtype in which the device multiplies."""
+    def _by_blocks(self) -> torch.Tensor:
+        """Attend as kernels do: weights in the dtype in which the device multiplies, products added block by block."""
         case, narrow, outputs = self.case, torch_dtype(self.case.compute), []
-        for s in self.requests:
-            kept = [part.to(torch_dtype(case.stored)).float() for part in (s.key, s.value)]
-            key, value = (part.repeat_interleave(case.group_size, 1).transpose(0, 1) for part in kept)
-            scores = s.query.float().transpose(0, 1) @ key.mT * self.params.scale
+        for heads in map(self._heads, self.requests):
+            scores = heads.query @ heads.key.mT * self.params.scale
             if case.softcap is not None:
                 scores = case.softcap * torch.tanh(scores / case.softcap)
-            distance = torch.arange(len(s.key) - len(s.query), len(s.key))[:, None] - torch.arange(len(s.key))
-            hidden = (distance < 0) | (distance >= (case.window or len(s.key)))
-            scores = scores.masked_fill(hidden, -torch.inf)
+            scores = scores.masked_fill(~heads.visible, -torch.inf)
             total = scores.logsumexp(-1, keepdim=True)
             if self.params.sinks is not None:
                 total = torch.logaddexp(total, self.params.sinks.float()[:, None, None])
             weights = (scores - total).exp().to(narrow).float()
-            outputs.append((weights @ value).transpose(0, 1).to(torch_dtype(case.dtype)))
+            output = torch.zeros_like(heads.query)
+            for some, others in zip(weights.split(_KEY_BLOCK, -1), heads.value.split(_KEY_BLOCK, 1), strict=True):
+                output += some @ others
+            outputs.append(output.transpose(0, 1).to(torch_dtype(case.dtype)))
         return torch.cat(outputs)
+
+    def _fused(self) -> torch.Tensor:
+        """Attend with torch's fused kernel, whose quick exponential costs some accuracy. It knows no soft cap."""
+        outputs = []
+        for heads in map(self._heads, self.requests):
+            mask = torch.zeros(heads.visible.shape).masked_fill(~heads.visible, -torch.inf)
+            key, value = heads.key, heads.value
+            if self.params.sinks is not None:
+                key, value = functional.pad(key, (0, 0, 0, 1)), functional.pad(value, (0, 0, 0, 1))
+                sinks = self.params.sinks.float()[:, None, None].expand(-1, len(mask), 1)
+                mask = torch.cat((mask.expand(len(key), -1, -1), sinks), dim=-1)
+            output = functional.scaled_dot_product_attention(
+                heads.query[None], key[None], value[None], attn_mask=mask, scale=self.params.scale
+            )[0]
+            outputs.append(output.transpose(0, 1).to(torch_dtype(self.case.dtype)))
+        return torch.cat(outputs)
+
+    def _heads(self, sequence: Sequence) -> _Heads:
+        """Widen a request to float32, head by head, its keys and values as the cache holds them."""
+        kept = [part.to(torch_dtype(self.case.stored)).float() for part in (sequence.key, sequence.value)]
+        key, value = (part.repeat_interleave(self.case.group_size, 1).transpose(0, 1) for part in kept)
+        length, num_queries = len(sequence.key), len(sequence.query)
+        distance = torch.arange(length - num_queries, length)[:, None] - torch.arange(length)
+        visible = (distance >= 0) & (distance < (self.case.window or length))
+        return _Heads(sequence.query.float().transpose(0, 1), key, value, visible)
 
     def _attend(self, dtype: str) -> torch.Tensor:
         """Lay each request out in one block of the reference's cache, and attend."""
