@@ -48,6 +48,7 @@ def test_the_new_platform_is_found_and_plans(acme):
     assert "acme:0" in done.stdout
 
 
+@pytest.mark.slow
 def test_the_suite_passes_before_the_first_edit(acme, tmp_path):
     command = ["-m", "zif.cli", "conform", "--platform", "acme", "--level", "L0"]
     done = _run(acme, *command)

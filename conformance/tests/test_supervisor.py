@@ -18,13 +18,13 @@ def _words(outcomes):
 @pytest.mark.parametrize(
     ("body", "word", "detail"),
     [
-        ("assert subject.name == 'other'", "failed", "other"),
+        pytest.param("assert subject.name == 'other'", "failed", "other", marks=pytest.mark.slow),
         ("raise RuntimeError('kernel fault')", "failed", "kernel fault"),
-        ("sys.exit(7)", "failed", "7"),
+        pytest.param("sys.exit(7)", "failed", "7", marks=pytest.mark.slow),
         ("os._exit(7)", "crashed", "exit code 7"),
-        ("os.kill(os.getpid(), signal.SIGSEGV)", "crashed", "SIGSEGV"),
-        ("raise KeyboardInterrupt", "crashed", "exit code"),
-        ("threading.Event().wait()", "crashed", "deadline"),
+        pytest.param("os.kill(os.getpid(), signal.SIGSEGV)", "crashed", "SIGSEGV", marks=pytest.mark.slow),
+        pytest.param("raise KeyboardInterrupt", "crashed", "exit code", marks=pytest.mark.slow),
+        pytest.param("threading.Event().wait()", "crashed", "deadline", marks=pytest.mark.slow),
         ("pytest.skip('not today')", "failed", "skipped without a missing claim"),
     ],
 )
@@ -78,11 +78,19 @@ def test_a_device_that_never_opens_is_tried_three_times(lab):
     ("fault", "reason"),
     [
         ("def _probe(self): raise OSError('driver too old')\nToyPlatform.probe = _probe", "driver too old"),
-        ("ToyPlatform.probe = lambda self: 'two devices'", "two devices"),
-        ("ToyPlatform.probe = lambda self: Probe((), 'no card in slot 3')", "no card in slot 3"),
+        pytest.param("ToyPlatform.probe = lambda self: 'two devices'", "two devices", marks=pytest.mark.slow),
+        pytest.param(
+            "ToyPlatform.probe = lambda self: Probe((), 'no card in slot 3')",
+            "no card in slot 3",
+            marks=pytest.mark.slow,
+        ),
         ("def _probe(self):\n    import os; os._exit(9)\nToyPlatform.probe = _probe", "exit code 9"),
-        ("def zif_platform(): raise ImportError('libtoy.so.1')\nzif_platform = hookimpl(zif_platform)", "libtoy.so.1"),
-        ("raise ImportError('libtoy.so.2')", "libtoy.so.2"),
+        pytest.param(
+            "def zif_platform(): raise ImportError('libtoy.so.1')\nzif_platform = hookimpl(zif_platform)",
+            "libtoy.so.1",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param("raise ImportError('libtoy.so.2')", "libtoy.so.2", marks=pytest.mark.slow),
     ],
 )
 def test_a_platform_that_cannot_be_described_runs_level_zero_only(lab, fault, reason):
@@ -98,8 +106,14 @@ def test_a_platform_that_cannot_be_described_runs_level_zero_only(lab, fault, re
     ("fault", "reason"),
     [
         ("def _plan(self, workload): raise ValueError('bad shape')\nToyPlatform.plan = _plan", "bad shape"),
-        ("ToyPlatform.plan = lambda self, workload: None", "neither Plan nor Refusal"),
-        ("ToyPlatform.plan = lambda self, workload: Refusal('toy', ('too small; use another',))", "too small"),
+        pytest.param(
+            "ToyPlatform.plan = lambda self, workload: None", "neither Plan nor Refusal", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            "ToyPlatform.plan = lambda self, workload: Refusal('toy', ('too small; use another',))",
+            "too small",
+            marks=pytest.mark.slow,
+        ),
         ("def _open(self, plan, rank): raise OSError('card is gone')\nToyPlatform.open = _open", "card is gone"),
     ],
 )

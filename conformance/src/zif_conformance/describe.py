@@ -117,6 +117,18 @@ def module_fingerprint(code: str) -> dict[str, str]:
     return {"module": "", "sha256": ""}
 
 
+def names_code(code: str) -> bool:
+    """Say whether a dotted name is a module, or leads from one to an attribute that exists."""
+    parts = code.split(" ")[0].split(".")
+    for end in range(len(parts), 0, -1):
+        if _spec(".".join(parts[:end])) is not None:
+            found: Any = importlib.import_module(".".join(parts[:end]))
+            for name in parts[end:]:
+                found = getattr(found, name, None)
+            return found is not None
+    return False
+
+
 def package_fingerprint(package: str) -> str:
     """Hash all code of a package: names and bytes, in order."""
     spec = _spec(package)

@@ -37,8 +37,10 @@ def headline(result: Mapping[str, Any]) -> str:
 
 def subject_counts(result: Mapping[str, Any]) -> list[tuple[str, dict[str, int]]]:
     """Return the outcomes of each subject ("L3.attention"), in order."""
-    names = dict.fromkeys(subject_of(test["id"]) for test in result["tests"])
-    return [(name, count_outcomes([t for t in result["tests"] if subject_of(t["id"]) == name])) for name in names]
+    subjects: dict[str, list[Mapping[str, Any]]] = {}
+    for test in result["tests"]:
+        subjects.setdefault(subject_of(test["id"]), []).append(test)
+    return [(name, count_outcomes(tests)) for name, tests in subjects.items()]
 
 
 def subject_of(test_id: str) -> str:

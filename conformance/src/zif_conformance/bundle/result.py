@@ -12,7 +12,7 @@ from importlib import metadata
 from typing import Any
 
 from zif_conformance.bundle import judge
-from zif_conformance.outcomes import TestOutcome, outcome_json
+from zif_conformance.outcomes import outcome_json
 from zif_conformance.profiles import Profile
 from zif_conformance.supervisor import Run
 from zif_conformance.waivers import Waiver, apply_waivers, waiver_from_json
@@ -38,7 +38,8 @@ def build_result(run: Run, facts: RunFacts) -> dict[str, Any]:
     device = description.get("device")
     waivers = tuple(waiver_from_json(entry) for entry in description.get("waivers", ()))
     waived = apply_waivers(run.ordered(), waivers, [case.test_id for case in run.cases], facts.finished.date())
-    tests = [{**outcome_json(o), "must_pass": _must_pass(o, facts.profile)} for o in waived.outcomes]
+    required = frozenset(facts.profile.must_pass if facts.profile else ())
+    tests = [{**outcome_json(o), "must_pass": o.test_id in required} for o in waived.outcomes]
     declared = device["capabilities"] if device else None
     claims = judge.judge_claims(declared, tests, facts.levels)
     result: dict[str, Any] = {
@@ -96,10 +97,6 @@ def _errors(
         *judge.false_excuses(declared, tests),
         *judge.claim_errors(claims),
     ]
-
-
-def _must_pass(outcome: TestOutcome, profile: Profile | None) -> bool:
-    return profile is not None and outcome.test_id in profile.must_pass
 
 
 def _profile_json(profile: Profile | None) -> dict[str, str] | None:

@@ -98,10 +98,7 @@ def _profile_problems(result: Mapping[str, Any]) -> Iterator[str]:
     if asked and tuple(result["levels"]) != levels_of(asked.name):
         yield f"levels {result['levels']!r} are not those of profile {asked.name!r}"
     tests: Sequence[Mapping[str, Any]] = result["tests"]
-    if len({test["id"] for test in tests}) != len(tests):
-        yield "a test is listed twice"
-    if result["counts"] != judge.count_outcomes(tests):
-        yield "counts do not fit the tests"
+    yield from _list_problems(result, frozenset(must_pass))
     claims = judge.judge_claims(declared, tests, result["levels"])
     if result["claims"] != claims:
         yield "claims do not follow from the tests"
@@ -111,6 +108,17 @@ def _profile_problems(result: Mapping[str, Any]) -> Iterator[str]:
                 yield f"an error is left out: {error}"
     if result["verdict"] != judge.verdict_of(result, must_pass) or result["score"] != judge.score_of(result, must_pass):
         yield "verdict or score do not follow from the tests"
+
+
+def _list_problems(result: Mapping[str, Any], must_pass: frozenset[str]) -> Iterator[str]:
+    """Yield where the list of tests does not fit itself or the profile."""
+    tests = result["tests"]
+    if len({test["id"] for test in tests}) != len(tests):
+        yield "a test is listed twice"
+    if any(test["must_pass"] != (test["id"] in must_pass) for test in tests):
+        yield "what must pass is not what the profile says"
+    if result["counts"] != judge.count_outcomes(tests):
+        yield "counts do not fit the tests"
 
 
 def _errors_due(

@@ -1,7 +1,8 @@
 """What a mutant and a variant are, and the list of all. Applies and runs nothing.
 
-`level` is the level of the suite that decides about it. A fault in how the package is found, imported or probed is
-seen by fresh interpreters only: such a mutant is `fresh`, and gets a copy of the package with the fault in its source.
+`level` is the level of the suite that decides about it. What is changed in how the package is found, imported or probed
+must be seen by every interpreter that a test starts: such a mutant or variant is `fresh`, and gets a copy of the package
+with the change in its source.
 """
 
 from collections.abc import Iterable
@@ -37,6 +38,7 @@ class Variant:
     level: str
     other: str
     edits: tuple[Edit, ...]
+    fresh: bool = False
 
 
 Subject = Mutant | Variant
@@ -51,9 +53,21 @@ def by_name(mutants: Iterable[Mutant], variants: Iterable[Variant]) -> dict[str,
 
 def all_mutants() -> tuple[Mutant, ...]:
     """Return the bank."""
-    from zif_conformance.mutants import attention, collectives, memory, operators, package, planning, tables
+    from zif_conformance.mutants import (
+        attention,
+        collectives,
+        hooks,
+        masks,
+        memory,
+        models,
+        operators,
+        package,
+        planning,
+        products,
+        tables,
+    )
 
-    rooms = (package, planning, memory, operators, attention, tables, collectives)
+    rooms = (package, planning, memory, operators, products, masks, attention, tables, models, hooks, collectives)
     return tuple(mutant for room in rooms for mutant in room.MUTANTS)
 
 

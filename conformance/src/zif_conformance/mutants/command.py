@@ -24,8 +24,8 @@ def register(actions: Any) -> None:
 
 def run_self_test(arguments: argparse.Namespace) -> int:
     """Run it and print both rates."""
-    from zif_conformance.mutants.bank import all_mutants, all_variants
-    from zif_conformance.mutants.selftest import KILLERS, SelfTest, killers_text
+    from zif_conformance.mutants.bank import all_mutants, all_variants, by_name
+    from zif_conformance.mutants.selftest import KILLERS, SelfTest, killers_text, read_killers
 
     if arguments.workers < 1:
         raise ConfigError(f"--workers {arguments.workers!r} must be at least 1")
@@ -36,16 +36,21 @@ def run_self_test(arguments: argparse.Namespace) -> int:
     start = time.monotonic()
     test = SelfTest(mutants, variants, _print_trial, arguments.workers, arguments.quick)
     test.run()
-    killed, alarms = len(mutants) - len(test.survivors), len(test.false_alarms)
     broken = sum(map(len, test.broken.values()))
     if broken:
         print(f"{broken} tests fail on the platform as it is and were left out")
-    print(f"killed: {killed} of {len(mutants)} mutants ({_percent(killed, len(mutants))})")
-    print(f"false alarms: {alarms} of {len(variants)} variants ({_percent(alarms, len(variants))})")
+    for level in sorted({subject.level for subject in (*mutants, *variants)}):
+        _print_rates(level, *([one for one in many if one.level == level] for many in (mutants, variants)), test)
+    _print_rates("all", mutants, variants, test)
+    for title, subjects in (("survivors", test.survivors), ("false alarms", test.false_alarms)):
+        if subjects:
+            print(f"{title}: {', '.join(subject.name for subject in subjects)}")
     print(f"{time.monotonic() - start:.0f} s")
     if arguments.freeze:
-        KILLERS.write_text(killers_text([test.trials[mutant.name] for mutant in mutants]), encoding="utf-8")
-    return 1 if test.survivors or alarms or broken else 0
+        known = {name: killer for name, killer in read_killers().items() if name in by_name(all_mutants(), ())}
+        text = killers_text([test.trials[mutant.name] for mutant in mutants], known)
+        KILLERS.write_text(text, encoding="utf-8")
+    return 1 if test.survivors or test.false_alarms or broken else 0
 
 
 def _chosen(subjects: Any, arguments: argparse.Namespace) -> tuple[Any, ...]:
@@ -54,6 +59,15 @@ def _chosen(subjects: Any, arguments: argparse.Namespace) -> tuple[Any, ...]:
         for subject in subjects
         if (not arguments.mutant or subject.name in arguments.mutant)
         and (not arguments.level or subject.level in arguments.level)
+    )
+
+
+def _print_rates(level: str, mutants: Any, variants: Any, test: Any) -> None:
+    killed = sum(test.trials[mutant.name].noticed for mutant in mutants)
+    alarms = sum(test.trials[variant.name].noticed for variant in variants)
+    print(
+        f"{level}: killed {killed} of {len(mutants)} mutants ({_percent(killed, len(mutants))}), "
+        f"false alarms {alarms} of {len(variants)} variants ({_percent(alarms, len(variants))})"
     )
 
 

@@ -122,13 +122,11 @@ MUTANTS = (
         'NAME = "Reference X"',
     ),
     _fault(
-        "hook-answers-for-others",
-        "A hook changes what other platforms run.",
+        "import-sets-warning-filters",
+        "Importing the plugin silences warnings of the process.",
         "plugins that are installed and off, and still change something",
-        _HOOK,
-        "@hookimpl\ndef zif_model_runner(plan):  # type: ignore[no-untyped-def]\n    return lambda *_: None\n\n\n"
-        + _HOOK,
-        file="plugin.py",
+        _IMPORTS,
+        _IMPORTS + "import warnings\n\nwarnings.simplefilter('ignore')\n",
     ),
 )
 """Every fault of the package itself."""

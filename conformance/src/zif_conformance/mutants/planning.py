@@ -5,7 +5,8 @@ from zif_conformance.mutants.bank import Edit, Mutant
 
 def _fault(name: str, broken: str, origin: str, *changes: str, file: str = "platform.py") -> Mutant:
     edits = tuple(Edit(file, *pair) for pair in zip(changes[::2], changes[1::2], strict=True))
-    return Mutant(f"plan-{name}", "L0", broken, origin, edits)
+    # A claim is compared with what other processes see.
+    return Mutant(f"plan-{name}", "L0", broken, origin, edits, fresh=name.startswith("claims-"))
 
 
 _ANSWER = "return negotiate(workload, offer)"

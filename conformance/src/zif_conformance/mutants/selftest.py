@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from zif.errors import EngineError
 from zif_conformance.mutants.bank import Mutant, Subject, Variant, by_name
 from zif_conformance.mutants.patching import edited_copy
 from zif_conformance.processes import TalkingProcess
@@ -28,12 +29,16 @@ _PORTION = 12
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """What one process tries. `excluded` tests do not count; `quick` stops after the known killer."""
+    """What one process tries. `excluded` tests do not count; `only` those named run, where any is.
+
+    `quick` stops after the known killer.
+    """
 
     level: str
     subjects: tuple[str, ...]
     killers: dict[str, str]
     excluded: tuple[str, ...] = ()
+    only: tuple[str, ...] = ()
     fresh: bool = False
     quick: bool = False
 
@@ -80,18 +85,21 @@ class SelfTest:
     def run(self) -> None:
         """Try the platform as it is, then all subjects. Raises what a worker raised."""
         levels = sorted({mutant.level for mutant in self.mutants} | {variant.level for variant in self.variants})
-        if not self.quick:
-            self._work([self._baseline(level) for level in levels])
+        self._work([self._baseline(level) for level in levels])
         self._work(list(self._orders()))
 
     def _baseline(self, level: str) -> Order:
-        return Order(level, (f"{BASELINE}, {level}",), {})
+        killers = read_killers()
+        known = [killers.get(mutant.name) for mutant in self.mutants if mutant.level == level]
+        # A mutant without a known killer meets every test of the level, so all of them must be known to pass.
+        only = {killer for killer in known if killer} if self.quick and all(known) else set()
+        return Order(level, (f"{BASELINE}, {level}",), {}, only=tuple(sorted(only)))
 
     def _orders(self) -> Iterator[Order]:
         """Cut the subjects into portions of one process, the longest first."""
         killers = read_killers()
         for variant in self.variants:
-            yield self._order(variant.level, (variant.name,), {})
+            yield self._order(variant.level, (variant.name,), {}, fresh=variant.fresh)
         for mutant in self.mutants:
             if mutant.fresh:
                 yield self._order(mutant.level, (mutant.name,), killers, fresh=True)
@@ -102,7 +110,7 @@ class SelfTest:
 
     def _order(self, level: str, names: tuple[str, ...], killers: dict[str, str], fresh: bool = False) -> Order:
         chosen = {name: killers[name] for name in names if name in killers}
-        return Order(level, names, chosen, self.broken.get(level, ()), fresh, self.quick)
+        return Order(level, names, chosen, self.broken.get(level, ()), fresh=fresh, quick=self.quick)
 
     def _work(self, orders: Iterable[Order]) -> None:
         waiting: queue.SimpleQueue[Order] = queue.SimpleQueue()
@@ -136,15 +144,15 @@ class SelfTest:
                     self._take_in(order, trial)
                     left = tuple(name for name in left if name != trial.name)
 
-    def _edits_of(self, order: Order) -> Mutant | None:
-        if not order.fresh:
-            return None
-        return next(mutant for mutant in self.mutants if mutant.name == order.subjects[0])
+    def _edits_of(self, order: Order) -> Subject | None:
+        return by_name(self.mutants, self.variants)[order.subjects[0]] if order.fresh else None
 
     def _take_in(self, order: Order, trial: Trial) -> None:
         known = by_name(self.mutants, self.variants)
         self.trials[trial.name] = trial
         if trial.name not in known:
+            if trial.crash:
+                raise EngineError(f"{trial.name}: {trial.crash} in {trial.failed!r}:\n{trial.detail}")
             self.broken[order.level] = trial.failed
         self.listen(known.get(trial.name), trial)
 
@@ -157,34 +165,40 @@ def read_killers() -> dict[str, str]:
     return dict(line.split("\t") for line in lines if line and not line.startswith("#"))
 
 
-def killers_text(trials: Iterable[Trial]) -> str:
-    """Return the list of killers as its file holds it."""
-    lines = sorted(f"{trial.name}\t{trial.failed[0]}" for trial in trials if trial.failed)
+def killers_text(trials: Iterable[Trial], known: dict[str, str]) -> str:
+    """Return the list of killers as its file holds it: those of the trials, and `known` ones of other mutants."""
+    killers = known | {trial.name: trial.failed[0] for trial in trials if trial.failed}
+    lines = [f"{name}\t{killer}" for name, killer in sorted(killers.items())]
     head = "# Which test killed which mutant: zif conform self-test --freeze writes this file.\n"
     return head + "".join(f"{line}\n" for line in lines)
 
 
-def _trials(order: Order, fresh: Mutant | None, folder: Path) -> Iterator[Trial]:
-    """Run one process over the order; where it dies or hangs, what it was trying has crashed it."""
+def _trials(order: Order, fresh: Subject | None, folder: Path) -> Iterator[Trial]:
+    """Run one process over the order; where it dies or hangs, what it was trying has crashed it.
+
+    Raises `EngineError` when it ends before it tried anything, and no fault of the package itself can be the cause.
+    """
     path = folder / "order.json"
     path.write_text(json.dumps(asdict(order)), encoding="utf-8")
     environ = dict(os.environ)
     if fresh is not None:
         environ["PYTHONPATH"] = str(edited_copy(fresh.edits, folder))
     process = TalkingProcess("zif_conformance.mutants.trial", ["{lifeline}", "{events}", str(path)], environ)
-    trying: str | None = None
-    silence = _START_S
-    while (event := process.read(time.monotonic() + silence)) is not None:
-        silence = _SILENCE_S
-        trying = event["name"] if event["event"] == "started" else trying
-        if event["event"] == "tried":
-            trying = None
-            yield _trial_of(event)
-    ended = process.finish() if process.at_end else process.kill("hung and was killed")
-    if trying is not None or not ended.clean:
-        # Before the first subject: the session did not come to be; a fault in the package itself may do that.
-        name = trying if trying is not None else order.subjects[0]
-        yield Trial(name, (), 0, ended.log_tail[-1000:], ended.how)
+    trying, test, silence = "", "", _START_S
+    begun = False
+    try:
+        while (event := process.read(time.monotonic() + silence)) is not None:
+            silence, begun, trying = _SILENCE_S, True, event["name"]
+            test = event.get("test", "")
+            if event["event"] == "tried":
+                trying = ""
+                yield _trial_of(event)
+    finally:
+        ended = process.finish() if process.at_end else process.kill("hung and was killed")
+    if not begun and fresh is None:
+        raise EngineError(f"no test of {order.level} could be run: {ended.how}\n{ended.log_tail}")
+    if trying or not begun:
+        yield Trial(trying or order.subjects[0], (test,) if test else (), 0, ended.log_tail[-1000:], ended.how)
 
 
 def _trial_of(event: dict[str, Any]) -> Trial:

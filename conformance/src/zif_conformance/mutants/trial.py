@@ -37,7 +37,9 @@ class TrialLoop:
         if session.testsfailed:
             raise session.Interrupted(f"{session.testsfailed} files could not be collected")
         known = by_name(all_mutants(), all_variants())
-        items = [item for item in session.items if item.nodeid not in self._order["excluded"]]
+        excluded, only = self._order["excluded"], self._order.get("only", ())
+        items = [item for item in session.items if item.nodeid not in excluded]
+        items = [item for item in items if item.nodeid in only] if only else items
         for name in self._order["subjects"]:
             self._say({"event": "started", "name": name})
             with self._changed(known.get(name)):
@@ -66,11 +68,11 @@ class TrialLoop:
         count, failed, detail = 0, [], ""
         for item in items:
             self._failures, self._detail = [], ""
+            self._say({"event": "runs", "name": name, "test": item.nodeid})
             item.user_properties.clear()
             # None as the next item: what the test shares with others is closed, so the next mutant opens its own.
             item.config.hook.pytest_runtest_protocol(item=item, nextitem=None)
             count += 1
-            self._say({"event": "ran", "name": name})
             if self._failures:
                 failed.append(item.nodeid)
                 detail = detail or self._detail

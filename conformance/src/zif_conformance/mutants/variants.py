@@ -5,7 +5,8 @@ from zif_conformance.mutants.bank import Edit, Variant
 
 def _variant(name: str, level: str, other: str, *changes: str, file: str) -> Variant:
     edits = tuple(Edit(file, *pair) for pair in zip(changes[::2], changes[1::2], strict=True))
-    return Variant(f"variant-{name}", level, other, edits)
+    # A claim is compared with what other processes see.
+    return Variant(f"variant-{name}", level, other, edits, fresh=file == "platform.py")
 
 
 _PRODUCT = "product = x @ weight.float().T"

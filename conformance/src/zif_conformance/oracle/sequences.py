@@ -168,7 +168,8 @@ class Sequences:
                 total = torch.logaddexp(total, self.params.sinks.float()[:, None, None])
             weights = (scores - total).exp().to(narrow).float()
             output = torch.zeros_like(heads.query)
-            for some, others in zip(weights.split(_KEY_BLOCK, -1), heads.value.split(_KEY_BLOCK, 1), strict=True):
+            parts = zip(torch.split(weights, _KEY_BLOCK, -1), torch.split(heads.value, _KEY_BLOCK, 1), strict=True)
+            for some, others in parts:
                 output += some @ others
             outputs.append(output.transpose(0, 1).to(torch_dtype(case.dtype)))
         return torch.cat(outputs)
