@@ -6,6 +6,7 @@ Says one JSON line after each of them, so that what came before a crash is not l
 
 import argparse
 import hashlib
+import importlib
 import importlib.metadata
 import importlib.util
 import json

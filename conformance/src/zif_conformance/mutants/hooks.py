@@ -42,7 +42,7 @@ def _plan(change: str) -> str:
 def _manager(name: str, broken: str, origin: str, body: str) -> Mutant:
     source = (
         "@hookimpl\ndef zif_block_manager(config, plan, arena):\n"
-        "    from zif.kv import PagedBlockManager\n\n"
+        "    import dataclasses\n\n    from zif.kv import PagedBlockManager\n\n"
         f"    class Own(PagedBlockManager):\n{body}\n\n"
         "    return Own(arena, enable_prefix_caching=config.enable_prefix_caching,\n"
         "               max_step_tokens=config.max_num_batched_tokens)"
@@ -167,7 +167,8 @@ _MANAGERS = (
         "The salt of a request is ignored, so that prefixes of other tenants are found.",
         "prefix caches shared between tenants",
         "        def begin(self, request, source=None):\n"
-        "            request.cache_salt = ''\n            super().begin(request, source)",
+        "            request.cache_key = dataclasses.replace(request.cache_key, salt='')\n"
+        "            super().begin(request, source)",
     ),
 )
 

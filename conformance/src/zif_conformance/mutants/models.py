@@ -8,9 +8,7 @@ def _fault(name: str, broken: str, origin: str, *changes: str, file: str = "atte
     return Mutant(f"model-{name}", level, broken, origin, edits)
 
 
-_PREPARED = (
-    "return PreparedStep(_places(slots // batch.block_size, slots % batch.block_size), tuple(_requests(batch)))"
-)
+_PREPARED = "return PreparedStep(_places(slots // batch.block_size, slots % batch.block_size), tuple(_requests(batch)))"
 _WRITE = "cache[written.blocks, written.offsets] = torch.stack((key, value), dim=1).to(cache.dtype)"
 _READ = "places = _places(batch.block_table[request, keys // batch.block_size], keys % batch.block_size)"
 _VISIBLE = "visible = (keys <= queries[:, None]) & (keys > queries[:, None] - window)"
@@ -61,7 +59,8 @@ _STEPS = (
         "            first = kept.setdefault((row, batch.window), table[row].copy())\n"
         "            width = min(len(first), table.shape[1])\n"
         "            table[row, :width] = np.where(first[:width] > 0, first[:width], table[row, :width])\n"
-        "        import dataclasses\n\n        batch = dataclasses.replace(batch, block_table=table)\n        " + _PREPARED,
+        "        import dataclasses\n\n        batch = dataclasses.replace(batch, block_table=table)\n        "
+        + _PREPARED,
     ),
     _fault(
         "chunk-forgets-the-prefix",

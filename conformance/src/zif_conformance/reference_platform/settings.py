@@ -1,6 +1,6 @@
 """The settings of this platform: the one place of the package that reads the environment.
 
-    ZIF_REFERENCE_DEVICES       number of virtual devices, 2 by default
+    ZIF_REFERENCE_DEVICES       number of virtual devices, 4 by default
     ZIF_REFERENCE_MEMORY_BYTES  memory of each device, 24 GiB by default
     ZIF_REFERENCE_FAULTS        faults to inject, as `zif_conformance.reference_platform.faults` reads them
 
@@ -21,7 +21,7 @@ _PREFIX = "ZIF_REFERENCE_"
 class Settings:
     """`memory_bytes` is the memory of each of `num_devices` devices; `faults` are injected into every opened device."""
 
-    num_devices: int = 2
+    num_devices: int = 4
     memory_bytes: int = 24 << 30
     faults: Faults = field(default_factory=Faults)
 

@@ -146,6 +146,15 @@ def test_ties_go_to_the_lowest_expert(
     hold(record_gate, exact(got[1], wanted[1], "expert ids"))
 
 
+@conforms(level="L2", gate="G6", clause="9.4", negative=True, claims=(Feature.MIXTURE_OF_EXPERTS,))
+@by_dtype
+@pytest.mark.parametrize("routing", list(Routing))
+def test_large_logits_do_not_overflow(device: Device, dtype: str, routing: Routing, record_gate: Any) -> None:
+    logits = Inputs(dtype).normal(9, 33) + 2000.0 * torch.tensor([1.0, -1.0, 1.0] * 3)[:, None].to(Inputs(dtype).dtype)
+    got, wanted = _device_run(device, "route", logits, 4, routing), exact_run("route", logits, 4, routing)
+    hold(record_gate, exact(got[1], wanted[1], "expert ids"), ulp(got[0], wanted[0], 16 + 33))
+
+
 @conforms(level="L2", gate="G1", clause="9.1", claims=(Feature.MIXTURE_OF_EXPERTS,))
 @by_dtype
 def test_tokens_and_experts_are_not_mixed_up(device: Device, dtype: str, record_gate: Any) -> None:
@@ -164,6 +173,21 @@ def test_tokens_and_experts_are_not_mixed_up(device: Device, dtype: str, record_
     (got,) = _device_run(device, "experts", x, weights, RouterOutput(shares, ids), Activation.SILU)
     factors = (shares.double() * 2.0 ** ids.double()).sum(-1, keepdim=True)
     hold(record_gate, exact(got, (x.double() * 64 * factors).to(draw.dtype), "outputs"))
+
+
+@conforms(level="L2", gate="G3", clause="9.3", claims=(Feature.MIXTURE_OF_EXPERTS,))
+@by_dtype
+def test_small_shares_of_experts_are_not_lost(device: Device, dtype: str, record_gate: Any) -> None:
+    """One expert gives much, 16 others each too little to count beside it in a 16-bit sum."""
+    draw = Inputs(dtype)
+    gate_up = torch.cat((torch.full((17, 8, 8), 8.0), torch.eye(8).expand(17, -1, -1)), dim=1).to(draw.dtype)
+    down = torch.eye(8).repeat(17, 1, 1) / 64  # what a gate of 64 gives
+    down[0] *= 2.0 / max(torch.finfo(draw.dtype).eps, 2.0**-10)
+    weights = ExpertWeights(gate_up, down.to(draw.dtype))
+    routed = RouterOutput(torch.ones(5, 17), torch.arange(17).repeat(5, 1))
+    arguments = (torch.ones(5, 8, dtype=draw.dtype), weights, routed, Activation.SILU)
+    runs = _runs(device, "experts", arguments)
+    hold(record_gate, ratio(runs.got[0], runs.exact[0], [runs.declared[0]], "outputs"))
 
 
 @conforms(level="L2", gate="G0", clause="9.1")
