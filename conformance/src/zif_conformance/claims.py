@@ -11,6 +11,9 @@ from typing import Any
 from zif.contract import Capabilities, Collective, Feature
 
 FLAGS = ("graph_capture", "batch_invariant", "fork_safe", "spawn_safe")
+INJECTION = "fault_injection"
+"""Claimed by a note that begins with "faults: " and names the environment variable that lets faults happen."""
+INJECTION_NOTE = "faults: "
 KINDS = ("feature", "dtype", "kv_dtype", "block_size", "head_size", "collective", "collective_dtype")
 
 _CORE = ("L0", "L1", "L2", "L3", "L5")
@@ -20,6 +23,7 @@ _HOME_LEVELS = {
     "collective_dtype": ("L6",),
     "graph_capture": ("L4",),
     "batch_invariant": ("L4",),
+    INJECTION: ("L7",),
 }
 
 
@@ -30,9 +34,11 @@ def claim_name(claim: Feature | Collective | str) -> str:
     if isinstance(claim, Collective):
         return f"collective:{claim.value}"
     kind, colon, value = claim.partition(":")
-    known = (kind in KINDS and bool(value)) if colon else claim in FLAGS
+    known = (kind in KINDS and bool(value)) if colon else claim in (*FLAGS, INJECTION)
     if not known or (kind == "feature" and value not in {feature.value for feature in Feature}):
-        raise ValueError(f"claim {claim!r} is none: give kind:value with a kind of {KINDS}, or one of {FLAGS}")
+        raise ValueError(
+            f"claim {claim!r} is none: give kind:value with a kind of {KINDS}, or one of {(*FLAGS, INJECTION)}"
+        )
     return claim
 
 
@@ -65,6 +71,7 @@ class Claims:
         names |= {f"collective:{name}" for name in declared["collectives"]}
         names |= {f"collective_dtype:{name}" for name in declared["collective_dtypes"]}
         names |= {flag for flag in FLAGS if declared[flag]}
+        names |= {INJECTION for note in declared["notes"] if note.startswith(INJECTION_NOTE)}
         return cls(frozenset(names), tuple(declared["head_sizes"]), declared["max_head_size"])
 
     def has(self, claim: Feature | Collective | str) -> bool:

@@ -1,8 +1,8 @@
 """What a mutant and a variant are, and the list of all. Applies and runs nothing.
 
-`level` is the level of the suite that decides about it. What is changed in how the package is found, imported or probed
-must be seen by every interpreter that a test starts: such a mutant or variant is `fresh`, and gets a copy of the package
-with the change in its source.
+`level` is the level of the suite that decides about it. Some changes must be seen by every interpreter that a test
+starts: how the package is found and imported, what it claims, what ranks do. Such a mutant or variant is `fresh`, and
+gets a copy of the package with the change in its source.
 """
 
 from collections.abc import Iterable

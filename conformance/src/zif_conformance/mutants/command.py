@@ -40,7 +40,8 @@ def run_self_test(arguments: argparse.Namespace) -> int:
     if broken:
         print(f"{broken} tests fail on the platform as it is and were left out")
     for level in sorted({subject.level for subject in (*mutants, *variants)}):
-        _print_rates(level, *([one for one in many if one.level == level] for many in (mutants, variants)), test)
+        of_level = [[one for one in many if one.level == level] for many in (mutants, variants)]
+        _print_rates(level, of_level[0], of_level[1], test)
     _print_rates("all", mutants, variants, test)
     for title, subjects in (("survivors", test.survivors), ("false alarms", test.false_alarms)):
         if subjects:

@@ -10,7 +10,6 @@ def _fault(name: str, broken: str, origin: str, *changes: str, file: str = "atte
 
 _PREPARED = "return PreparedStep(_places(slots // batch.block_size, slots % batch.block_size), tuple(_requests(batch)))"
 _WRITE = "cache[written.blocks, written.offsets] = torch.stack((key, value), dim=1).to(cache.dtype)"
-_READ = "places = _places(batch.block_table[request, keys // batch.block_size], keys % batch.block_size)"
 _VISIBLE = "visible = (keys <= queries[:, None]) & (keys > queries[:, None] - window)"
 _WINDOW = "window = batch.window or seq_len"
 _LINEAR = "return _linear(x.float(), weight, bias).to(x.dtype)"
@@ -90,8 +89,6 @@ _STEPS = (
         "separate kernels for prompts and single tokens",
         _WINDOW,
         "window = (batch.window or seq_len) if last_row - first_row > 1 else seq_len",
-        _READ,
-        "places = _places(np.maximum(batch.block_table[request, keys // batch.block_size], 0), keys % batch.block_size)",
     ),
     _fault(
         "freed-blocks-cleared-late",

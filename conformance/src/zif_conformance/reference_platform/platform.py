@@ -50,7 +50,7 @@ _CAPABILITIES = Capabilities(
     max_head_size=512,
     collectives=frozenset(Collective),
     collective_dtypes=("float32", "bfloat16", "float16", "float64", "int64", "int32", "int8", "uint8"),
-    notes=("virtual devices on the host, for tests",),
+    notes=("virtual devices on the host, for tests", "faults: ZIF_REFERENCE_FAULTS"),
 )
 
 _ROOM = __name__.rpartition(".")[0]

@@ -356,9 +356,9 @@ def _rows(device: Device, case: AttentionCase) -> list[GateResult]:
     wanted, declared = sequences.exact(), sequences.declared()
     return [
         ratio(
-            got[row].view(1, -1),
-            wanted[row].view(1, -1),
-            [run[row].view(1, -1) for run in declared],
+            got[row].reshape(1, -1),
+            wanted[row].reshape(1, -1),
+            [run[row].reshape(1, -1) for run in declared],
             f"length {length}",
         )
         for row, (_, length) in enumerate(case.requests)
