@@ -203,6 +203,7 @@ def test_one_element_carries_a_product(device: Device, dtype: str, place: int, r
 
 
 @conforms(level="L2", clause="9.1", negative=True)
+@by_dtype
 @pytest.mark.parametrize(
     ("operator", "spoil"),
     [
@@ -210,30 +211,43 @@ def test_one_element_carries_a_product(device: Device, dtype: str, place: int, r
         ("linear", lambda a: (a[0], a[1], a[0].new_zeros(a[1].shape[0] + 1))),
         ("rms_norm", lambda a: (a[0], a[1][1:], *a[2:])),
         ("add_rms_norm", lambda a: (a[0], a[1][1:], *a[2:])),
+        ("add_rms_norm", lambda a: (a[0], a[1][:, 1:], *a[2:])),
+        ("rotate", lambda a: (*a[:3], a[3][:, 1:], a[4])),
         ("rotate", lambda a: (*a[:2], a[2][1:], a[3][1:], a[4])),
         ("rotate", lambda a: (*a[:2], a[2].repeat(1, 4), a[3].repeat(1, 4), a[4])),
         ("gated_activation", lambda a: (a[0][:, 1:], *a[1:])),
     ],
-    ids=["inner-size", "bias-size", "norm-weight", "residual-rows", "angle-rows", "angle-pairs", "odd-width"],
+    ids=[
+        "inner-size",
+        "bias-size",
+        "norm-weight",
+        "residual-rows",
+        "residual-columns",
+        "sine-pairs",
+        "angle-rows",
+        "angle-pairs",
+        "odd-width",
+    ],
 )
 def test_shapes_that_do_not_fit_are_refused(
-    device: Device, operator: str, spoil: Callable[[Any], tuple[object, ...]]
+    device: Device, dtype: str, operator: str, spoil: Callable[[Any], tuple[object, ...]]
 ) -> None:
-    arguments = _arguments_of(operator, Inputs("float32").normal(6, 4, 32), Inputs("float32", 1))
+    arguments = _arguments_of(operator, Inputs(dtype).normal(6, 4, 32), Inputs(dtype, 1))
     if operator != "rotate":
-        arguments = _arguments_of(operator, Inputs("float32").normal(6, 32), Inputs("float32", 1))
+        arguments = _arguments_of(operator, Inputs(dtype).normal(6, 32), Inputs(dtype, 1))
     _refuses_and_goes_on(device, operator, arguments, spoil(arguments))
 
 
 @conforms(level="L2", clause="9.1", negative=True, safety=Safety.MEMORY, claims=(Feature.MIXTURE_OF_EXPERTS,))
-@pytest.mark.parametrize("expert", [-1, 3, 2**31])
-def test_experts_that_do_not_exist_are_refused(device: Device, expert: int) -> None:
-    draw = Inputs("float32")
+@by_dtype
+@pytest.mark.parametrize("expert", [-1, 3, 2**31, -(2**31)])
+def test_experts_that_do_not_exist_are_refused(device: Device, dtype: str, expert: int) -> None:
+    draw = Inputs(dtype)
     weights = ExpertWeights(draw.normal(3, 16, 16), draw.normal(3, 16, 8))
 
     def arguments(last: int) -> tuple[object, ...]:
         routed = RouterOutput(torch.full((4, 2), 0.5), torch.tensor([[0, 1], [1, 2], [0, 2], [1, last]]))
-        return Inputs("float32").normal(4, 16), weights, routed, Activation.SILU
+        return Inputs(dtype).normal(4, 16), weights, routed, Activation.SILU
 
     _refuses_and_goes_on(device, "experts", arguments(0), arguments(expert))
 

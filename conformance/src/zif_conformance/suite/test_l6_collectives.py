@@ -56,12 +56,13 @@ def test_numbers_that_every_dtype_holds(ranks: Fleet, dtype: str, operation: str
 
 @conforms(level="L6", gate="G1", clause="11.1", negative=True)
 @by_size
+@pytest.mark.parametrize("dtype", cases("collective_dtype", "float32", "int32"))
 @by_operation
-def test_arrays_without_elements(ranks: Fleet, operation: str, record_gate: Any) -> None:
+def test_arrays_without_elements(ranks: Fleet, dtype: str, operation: str, record_gate: Any) -> None:
     size = ranks.size
     name = ranks.joined()
-    steps = [Step(operation, integers("float32", shape, size)) for shape in ((0,), (0, 4), (size, 0))]
-    steps.append(Step(operation, integers("float32", (size,), size)))
+    steps = [Step(operation, integers(dtype, shape, size)) for shape in ((0,), (0, 4), (size, 0))]
+    steps.append(Step(operation, integers(dtype, (size,), size)))
     results = ranks.run(name, steps)
     for index, step in enumerate(steps):
         rows = [result if isinstance(result, BaseException) else result[index : index + 1] for result in results]
@@ -120,7 +121,7 @@ def test_every_rank_can_be_the_source(ranks: Fleet, record_gate: Any) -> None:
         _hold_exact(record_gate, step, ranks.run(name, [step]))
 
 
-@conforms(level="L6", gate="G1", clause="11.3", claims=ALL)
+@conforms(level="L6", gate="G1", clause="11.3", claims=ALL, negative=True)
 @by_size
 @by_operation
 def test_strided_arguments(ranks: Fleet, operation: str, record_gate: Any) -> None:
@@ -203,15 +204,18 @@ def test_messages_between_two_keep_their_order(ranks: Fleet, record_gate: Any) -
     level="L6", clause="11.1", negative=True, claims=(Collective.REDUCE_SCATTER, Collective.ALL_TO_ALL), gate="G1"
 )
 @by_size
+@by_dtype
 @pytest.mark.parametrize("operation", ["reduce_scatter", "all_to_all"])
-def test_an_axis_that_cannot_be_cut_is_refused_by_all(ranks: Fleet, operation: str, record_gate: Any) -> None:
+def test_an_axis_that_cannot_be_cut_is_refused_by_all(
+    ranks: Fleet, dtype: str, operation: str, record_gate: Any
+) -> None:
     """Refused before anything is sent: the group goes on."""
     size = ranks.size
     name = ranks.joined()
-    wrong = Step(operation, integers("float32", (size + 1, 2), size))
+    wrong = Step(operation, integers(dtype, (size + 1, 2), size))
     for answer in ranks.run(name, [wrong]):
         assert isinstance(answer, ValueError), repr(answer)
-    right = Step(operation, integers("float32", (2 * size, 2), size))
+    right = Step(operation, integers(dtype, (2 * size, 2), size))
     _hold_exact(record_gate, right, ranks.run(name, [right]))
 
 
