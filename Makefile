@@ -5,7 +5,9 @@
 #   make check   format, lint, types, import contracts, house rules and fast tests: under a minute
 #   make simulate  two million steps of the control plane under random traffic and faults: some minutes
 #   make bench   throughput and latency on the model in examples/
-#   make conform  prove the CPU platform with the conformance suite and write the bundle to build/conformance-cpu
+#   make conform  prove the CPU platform and the reference platform; bundles go to build/conformance
+#   make self-test  try the suite on its bank of mutants: each must be killed by the test that is known to do so
+#   make matrix  write README's support matrix from the bundles of make conform
 #   make freeze  regenerate the must-pass lists of the conformance profiles, and the list of clauses and tests
 #   make lock    regenerate the lock file of the contract's public surface
 #   make clean   remove the environment and what tools left behind
@@ -17,6 +19,7 @@ MODEL ?= examples/embedded_model/checkpoint
 PROMPT ?= Return a list of
 WORKERS ?= 2
 SEED ?= 1
+BUNDLES ?= build/conformance
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -27,7 +30,7 @@ TYPED := core/src plugins/cpu/src conformance/src
 TESTS := core/tests $(wildcard plugins/cpu/tests) $(wildcard conformance/tests)
 FAST := $(addprefix core/tests/,contract house settings scheduling kv null simulation text cli) conformance/tests
 
-.PHONY: run test check simulate bench conform freeze lock clean environment
+.PHONY: run test check simulate bench conform self-test matrix freeze lock clean environment
 
 run: $(INSTALLED)
 	$(BIN)/zif generate $(MODEL) --prompt "$(PROMPT)" --max-tokens 128 --temperature 0.6 --top-p 0.9 --request-seed 1
@@ -50,7 +53,16 @@ bench: $(INSTALLED)
 	$(BIN)/zif bench latency $(MODEL) --batch-size 1 --input-len 128 --output-len 128 --repeats 5
 
 conform: $(INSTALLED)
-	$(BIN)/zif conform --platform cpu --profile core --bundle build/conformance-cpu --workers $(WORKERS)
+	$(BIN)/zif conform --platform cpu --profile distributed --bundle $(BUNDLES)/cpu --workers $(WORKERS)
+	$(BIN)/zif conform verify $(BUNDLES)/cpu
+	$(BIN)/zif conform --platform reference --profile distributed --bundle $(BUNDLES)/reference --workers $(WORKERS)
+	$(BIN)/zif conform verify $(BUNDLES)/reference
+
+self-test: $(INSTALLED)
+	$(BIN)/zif conform self-test --quick --workers $(WORKERS)
+
+matrix: $(INSTALLED)
+	$(BIN)/zif conform matrix $(BUNDLES)/cpu $(BUNDLES)/reference --readme README.md --keep docs/bundles
 
 freeze: $(INSTALLED)
 	$(BIN)/python -m zif_conformance.freeze

@@ -259,11 +259,11 @@ _HEADS_AND_BATCHES = (
         _OUT.replace(".transpose(0, 1).to(", ".transpose(0, 1).flip(0).to("),
     ),
     _fault(
-        "query-overwritten",
-        "The result overwrites the query.",
-        "an in-place kernel behind an interface that returns a new array",
+        "result-kept-wide",
+        "The result stays float32.",
+        "missing cast back to the model's dtype",
         _EMPTY,
-        "out = query",
+        "out = torch.empty_like(query, dtype=torch.float32)",
     ),
     _fault(
         "nan-spreads",

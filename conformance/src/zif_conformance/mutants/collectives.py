@@ -205,11 +205,11 @@ _LOST = (
         '        if self._unusable:\n            raise self._error("close", self._unusable)\n        self._put(f"left/',
     ),
     _fault(
-        "server-leaves-first",
-        "The rank that keeps the store ends it at once, though others still read.",
-        "rank 0 ends before the others have read",
-        "threading.Thread(target=_outlive, args=(self._server, self._store, self.group)).start()",
-        "self._store = self._server",
+        "one-rank-serves-nobody",
+        "Over the network, no rank keeps the store that the others ask.",
+        "ranks that wait for each other at the start",
+        "is_server = group.rank == 0\n",
+        "is_server = group.rank == group.world_size\n",
     ),
     _fault(
         "wrong-exception",

@@ -9,7 +9,7 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,25 +58,26 @@ class TrialLoop:
             return contextlib.nullcontext()
         return applied(subject.edits)
 
-    def _sorted(self, name: str, items: Sequence[pytest.Item]) -> Iterator[pytest.Item]:
+    def _sorted(self, name: str, items: Sequence[pytest.Item]) -> list[pytest.Item]:
         killer = self._order["killers"].get(name)
-        yield from (item for item in items if item.nodeid == killer)
-        if killer is None or not self._order["quick"]:
-            yield from (item for item in items if item.nodeid != killer)
+        first = [item for item in items if item.nodeid == killer]
+        return first if first and self._order["quick"] else [*first, *(item for item in items if item not in first)]
 
-    def _try(self, name: str, items: Iterator[pytest.Item], stop: bool) -> None:
+    def _try(self, name: str, items: Sequence[pytest.Item], stop: bool) -> None:
         count, failed, detail = 0, [], ""
-        for item in items:
+        for item, following in zip(items, [*items[1:], None], strict=True):
             self._failures, self._detail = [], ""
             self._say({"event": "runs", "name": name, "test": item.nodeid})
             item.user_properties.clear()
-            # None as the next item: what the test shares with others is closed, so the next mutant opens its own.
-            item.config.hook.pytest_runtest_protocol(item=item, nextitem=None)
+            item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
             count += 1
             if self._failures:
                 failed.append(item.nodeid)
                 detail = detail or self._detail
                 if stop:
+                    # What tests share is closed with the fault still in place: the next mutant opens its own.
+                    with contextlib.suppress(Exception):
+                        item.session._setupstate.teardown_exact(None)
                     break
         self._say({"event": "tried", "name": name, "failed": failed, "tests": count, "detail": detail})
 

@@ -117,6 +117,7 @@ class PagedStep:
             params = replace(params, sinks=params.sinks.to(self.device.array_device))
         out = self.device.attention.attend(self._on_device(query), cache, prepared, params)
         self.device.synchronize()
+        assert (out.shape, out.dtype) == (query.shape, query.dtype), "the result is not like the query"
         return out.cpu()
 
     def write(self, spans: Items[Span]) -> object:

@@ -28,8 +28,9 @@ class Rank:
     groups: dict[str, Communicator] = field(default_factory=dict)
 
     def array(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Copy a host tensor to the device."""
-        return tensor.to(self.device.array_device, copy=True)
+        """Copy a host tensor to the device, strides and all."""
+        device = self.device.array_device
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device).copy_(tensor)
 
 
 @dataclass(frozen=True, slots=True)

@@ -220,6 +220,20 @@ def test_attend_changes_no_memory(
         hold(record_gate, exact(step.memory, before, "the arena"), exact(second, first, "the same step again"))
 
 
+@conforms(level="L3", gate="G1", clause="8.2", negative=True, claims=FULL.features)
+@by_dtype
+def test_layers_keep_apart(device: Device, capabilities: Capabilities, dtype: str, record_gate: Any) -> None:
+    case = fitted(AttentionCase(MIXED, dtype=dtype), capabilities)
+    with PagedStep(device, Sequences.random(case)) as step:
+        first, own, caches = step.run(), step.sequences, step.caches
+        step.sequences = Sequences.random(replace(case, seed=case.seed + 1))
+        for other in (caches[0], caches[-1]):
+            step.caches = [other] * len(caches)
+            step.write([Span(row, 0, seq_len) for row, (_, seq_len) in enumerate(case.requests)])
+        step.sequences, step.caches = own, caches
+        hold(record_gate, exact(step.attend(), first, "one layer after others were written"))
+
+
 @conforms(level="L3", gate="G6", clause="8.6", negative=True)
 @by_dtype
 @by_kind

