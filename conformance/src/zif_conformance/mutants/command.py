@@ -86,4 +86,4 @@ def _print_trial(subject: Any, trial: Any) -> None:
 
 
 def _percent(part: int, whole: int) -> str:
-    return f"{100 * part / whole:.0f} %" if whole else "none tried"
+    return f"{100 * part / whole:.3g} %" if whole else "none tried"

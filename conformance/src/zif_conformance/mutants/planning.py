@@ -281,15 +281,15 @@ MUTANTS = (
         "probes that raise for absent hardware",
         _PROBED,
         "self.__dict__['probes'] = self.__dict__.get('probes', 0) + 1\n"
-        "        if self.__dict__['probes'] % 5 == 0:\n            raise OSError('no driver')\n        " + _PROBED,
+        "        if self.__dict__['probes'] % 2 == 0:\n            raise OSError('no driver')\n        " + _PROBED,
     ),
     _fault(
         "probe-finds-fewer",
-        "The first device is gone every third time.",
+        "The first device is gone every second time.",
         "devices that come and go between probes",
         _PROBED,
         "self.__dict__['probes'] = self.__dict__.get('probes', 0) + 1\n"
-        "        devices = devices[1:] if self.__dict__['probes'] % 3 == 0 else devices\n        " + _PROBED,
+        "        devices = devices[1:] if self.__dict__['probes'] % 2 == 0 else devices\n        " + _PROBED,
     ),
 )
 """Every fault of claims and plans that is seen without a fresh process."""

@@ -24,7 +24,7 @@ KILLERS = Path(__file__).parents[1] / "data" / "killers.txt"
 
 BASELINE = "the platform as it is"
 _START_S, _SILENCE_S = 180.0, 150.0
-_PORTION = 12
+_PORTION, _QUICK_PORTION = 12, 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,10 +103,11 @@ class SelfTest:
         for mutant in self.mutants:
             if mutant.fresh:
                 yield self._order(mutant.level, (mutant.name,), killers, fresh=True)
+        portion = _QUICK_PORTION if self.quick else _PORTION
         for level in sorted({mutant.level for mutant in self.mutants}):
             names = [mutant.name for mutant in self.mutants if mutant.level == level and not mutant.fresh]
-            for first in range(0, len(names), _PORTION):
-                yield self._order(level, tuple(names[first : first + _PORTION]), killers)
+            for first in range(0, len(names), portion):
+                yield self._order(level, tuple(names[first : first + portion]), killers)
 
     def _order(self, level: str, names: tuple[str, ...], killers: dict[str, str], fresh: bool = False) -> Order:
         chosen = {name: killers[name] for name in names if name in killers}
