@@ -11,14 +11,21 @@ from zif_conformance.outcomes import TestOutcome
 from zif_conformance.supervisor import Run, RunOptions, Supervisor
 
 _TOY = """
+import dataclasses
+
 from zif.contract import *
 from zif.null.platform import NullDevice, NullPlatform
 
 class ToyPlatform(NullPlatform):
     name = "toy"
 
+    def probe(self):
+        # The null platform says that it computes nothing, and has nothing to prove; a toy has.
+        (device,) = super().probe().devices
+        claims = dataclasses.replace(device.capabilities, notes=())
+        return Probe((dataclasses.replace(device, capabilities=claims),), steps=("looked",))
+
     def plan(self, workload):
-        import dataclasses
         answer = super().plan(workload)
         return dataclasses.replace(answer, platform="toy")
 

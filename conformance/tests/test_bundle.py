@@ -57,7 +57,14 @@ def _outcome(test_id, verdict=Verdict.PASSED, **changes):
 
 def _device(claims=_CLAIMED):
     described = device_json(NullPlatform().probe().devices[0])
-    nothing = {"features": [], "kv_dtypes": [], "block_sizes": [], "collectives": [], "collective_dtypes": []}
+    nothing = {
+        "features": [],
+        "kv_dtypes": [],
+        "block_sizes": [],
+        "collectives": [],
+        "collective_dtypes": [],
+        "notes": [],
+    }
     flags = dict.fromkeys(("graph_capture", "batch_invariant", "fork_safe", "spawn_safe"), False)
     dtypes = [{"storage": c[6:], "compute": c[6:], "accumulate": "float32"} for c in claims]
     described["capabilities"] |= {**nothing, **flags, "dtypes": dtypes}

@@ -14,8 +14,12 @@ FLAGS = ("graph_capture", "batch_invariant", "fork_safe", "spawn_safe")
 INJECTION = "fault_injection"
 """Claimed by a note that begins with "faults: " and names the environment variable that lets faults happen."""
 INJECTION_NOTE = "faults: "
+COMPUTING = "computing"
+"""Claimed by all devices but those with a note that begins with "computes nothing"; every level but L0 needs it."""
+IDLE_NOTE = "computes nothing"
 KINDS = ("feature", "dtype", "kv_dtype", "block_size", "head_size", "collective", "collective_dtype")
 
+_WORDS = (*FLAGS, INJECTION, COMPUTING)
 _CORE = ("L0", "L1", "L2", "L3", "L5")
 _HOME_LEVELS = {
     f"feature:{Feature.TENSOR_PARALLEL.value}": ("L6",),
@@ -34,11 +38,9 @@ def claim_name(claim: Feature | Collective | str) -> str:
     if isinstance(claim, Collective):
         return f"collective:{claim.value}"
     kind, colon, value = claim.partition(":")
-    known = (kind in KINDS and bool(value)) if colon else claim in (*FLAGS, INJECTION)
+    known = (kind in KINDS and bool(value)) if colon else claim in _WORDS
     if not known or (kind == "feature" and value not in {feature.value for feature in Feature}):
-        raise ValueError(
-            f"claim {claim!r} is none: give kind:value with a kind of {KINDS}, or one of {(*FLAGS, INJECTION)}"
-        )
+        raise ValueError(f"claim {claim!r} is none: give kind:value with a kind of {KINDS}, or one of {_WORDS}")
     return claim
 
 
@@ -49,11 +51,15 @@ def home_levels(claim: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Claims:
-    """What a device claims. `names` are all claims that tests have to exercise; head sizes may be a range besides."""
+    """What a device claims. `names` are all claims that tests have to exercise; head sizes may be a range besides.
+
+    A device that does not compute has nothing to exercise, whatever it plans for.
+    """
 
     names: frozenset[str]
     head_sizes: tuple[int, ...]
     max_head_size: int
+    computes: bool = True
 
     @classmethod
     def of(cls, capabilities: Capabilities) -> "Claims":
@@ -72,12 +78,15 @@ class Claims:
         names |= {f"collective_dtype:{name}" for name in declared["collective_dtypes"]}
         names |= {flag for flag in FLAGS if declared[flag]}
         names |= {INJECTION for note in declared["notes"] if note.startswith(INJECTION_NOTE)}
-        return cls(frozenset(names), tuple(declared["head_sizes"]), declared["max_head_size"])
+        computes = not any(note.startswith(IDLE_NOTE) for note in declared["notes"])
+        return cls(frozenset(names), tuple(declared["head_sizes"]), declared["max_head_size"], computes)
 
     def has(self, claim: Feature | Collective | str) -> bool:
         """Say whether the device claims it."""
         name = claim_name(claim)
         kind, _, value = name.partition(":")
+        if name == COMPUTING:
+            return self.computes
         if kind == "head_size" and not self.head_sizes:
             return 1 <= int(value) <= self.max_head_size
         return name in self.names

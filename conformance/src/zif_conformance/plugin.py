@@ -12,7 +12,7 @@ import pytest
 
 from zif.contract import Capabilities, Device, DeviceInfo
 from zif.errors import ConfigError
-from zif_conformance.claims import Claims
+from zif_conformance.claims import COMPUTING, Claims
 from zif_conformance.marks import LEVELS, declaration_of
 from zif_conformance.outcomes import TestCase
 from zif_conformance.proof import GateRecorder, Proof, missing_claims
@@ -76,8 +76,9 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         return
     if not item.config.getoption("--zif-platform"):
         pytest.skip("no platform under test; name one with --zif-platform")
-    if declaration.claims:
-        missing = missing_claims(Claims.of(_subject(item.config).device_info().capabilities), declaration.claims)
+    needed = declaration.claims if declaration.level == "L0" else (COMPUTING, *declaration.claims)
+    if needed:
+        missing = missing_claims(Claims.of(_subject(item.config).device_info().capabilities), needed)
         if missing:
             Proof(item.user_properties).lack(missing)
         Proof(item.user_properties).prove(*declaration.claims)

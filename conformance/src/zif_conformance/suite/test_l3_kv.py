@@ -202,9 +202,9 @@ def test_random_traffic(
     device: Device, capabilities: Capabilities, dtype: str, windows: Any, seed: int, record_gate: Any
 ) -> None:
     """Requests of shared prompts come, compute in chunks, append tokens, are preempted, leave, and hit prefixes."""
-    draw = np.random.default_rng(seed)
-    prompts = [draw.integers(0, 1000, 70).tolist() for _ in range(2)]
-    with Serving(device, _case(capabilities, dtype), windows, poisons=False) as serving:
+    draw, case = np.random.default_rng(seed), _case(capabilities, dtype)
+    prompts = [draw.integers(0, 1000, max(70, 2 * case.block_size + 6)).tolist() for _ in range(2)]
+    with Serving(device, case, windows, poisons=False) as serving:
         hits = sum(_act(serving, draw, prompts, number) for number in range(160))
         assert hits, "the traffic hit no prefix"
         assert len(serving.checked) > 30, "the traffic computed next to nothing"
@@ -221,9 +221,10 @@ def test_blocks_that_were_given_back_are_never_read(
     device: Device, capabilities: Capabilities, dtype: str, windows: Any, record_gate: Any
 ) -> None:
     """Every block that a window has passed, or a request has left, is NaN at once."""
-    with Serving(device, _case(capabilities, dtype), windows) as serving:
+    case = _case(capabilities, dtype)
+    with Serving(device, case, windows) as serving:
         for request_id in range(6):
-            serving.admit(request_id, [request_id, *range(90)])
+            serving.admit(request_id, [request_id, *range(max(90, 3 * case.block_size))])
             serving.step(request_id)
             if request_id % 2:
                 serving.finish(request_id - 1)
@@ -364,7 +365,9 @@ def _act(serving: Serving, draw: np.random.Generator, prompts: list[list[int]], 
         serving.preempt(chosen[0])
     elif action == 3:
         serving.live[chosen[0]].token_ids += draw.integers(0, 1000, int(draw.integers(1, 4))).tolist()
-    elif unfinished and not serving.step(*unfinished[:3], chunk=int(draw.integers(1, CHUNK))):
+    elif unfinished and not serving.step(
+        *unfinished[:3], chunk=int(draw.integers(1, max(CHUNK, serving.case.block_size)))
+    ):
         serving.leave(chosen[-1])
     return 0
 

@@ -18,6 +18,8 @@ from zif_conformance.tiny_models.truth import Truth
 
 _FULL = (Feature.ATTENTION_FULL,)
 _KINDS = ("dense", "window", "hybrid")
+# What core's own decoder runs: products of Transformers' modules are the array library's, whatever a platform claims.
+_DECODED = ("dense", "window", "softcap", "experts", "sinks")
 # So hot that the random number decides and rounding of logits does not.
 _HOT: dict[str, Any] = {"temperature": 100.0}
 
@@ -72,7 +74,7 @@ def test_equal_prompts_with_other_seeds_do_not_agree(tiny: TinyModels) -> None:
 
 @conforms(level="L4", gate="G1", clause="10.3", claims=("batch_invariant",))
 @pytest.mark.parametrize("num_beside", [1, 2, 7])
-@pytest.mark.parametrize("family", families(*_KINDS))
+@pytest.mark.parametrize("family", families(*_DECODED))
 def test_not_a_bit_depends_on_the_batch(
     tiny: TinyModels, record_gate: GateRecorder, family: str, num_beside: int
 ) -> None:

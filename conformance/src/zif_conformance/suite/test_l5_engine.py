@@ -13,7 +13,6 @@ from zif_conformance.marks import conforms
 from zif_conformance.proof import GateRecorder
 from zif_conformance.tiny_models.checkpoints import PRINTABLE, VOCAB_SIZE
 from zif_conformance.tiny_models.models import (
-    MAX_MODEL_LEN,
     TinyModels,
     answer,
     families,
@@ -79,10 +78,11 @@ def test_prompts_cut_near_a_block_border(tiny: TinyModels, record_gate: GateReco
 @pytest.mark.parametrize("family", families(*_KINDS))
 def test_requests_that_lose_their_blocks_resume(tiny: TinyModels, record_gate: GateRecorder, family: str) -> None:
     changes = {"expected_output_percent": 0, "enable_prefix_caching": False}
+    length = tiny.max_model_len - 17
     with tiny.open_cramped(family, **changes) as opened:
-        outputs = answer(opened, [prompt_tokens(17, n) for n in range(6)], greedy(MAX_MODEL_LEN - 17))
+        outputs = answer(opened, [prompt_tokens(17, n) for n in range(6)], greedy(length))
     assert sum(output.metrics.num_preemptions for output in outputs if output.metrics), "memory was not short"
-    hold_answers(tiny.truth(family), record_gate, outputs, MAX_MODEL_LEN - 17)
+    hold_answers(tiny.truth(family), record_gate, outputs, length)
 
 
 @conforms(level="L5", gate="G7", clause="10.3", claims=(Feature.PREFIX_CACHING,))
@@ -98,7 +98,10 @@ def test_a_prefix_found_equals_one_computed(tiny: TinyModels, record_gate: GateR
     hold_answers(tiny.truth(family), record_gate, outputs, 6)
     found = [output.num_cached_tokens for output in outputs]
     assert all(cached <= n for cached, n in zip(found, shared, strict=True)), found
-    if family == "dense":
+    if family == "hybrid":
+        # Which states are kept is core's choice; without any, nothing was found and nothing proven.
+        assert any(found)
+    else:
         assert found == [n // block * block for n in shared]
 
 

@@ -13,7 +13,6 @@ from zif_conformance.marks import conforms
 from zif_conformance.proof import GateRecorder
 from zif_conformance.tiny_models.checkpoints import SPOILT_ID, VOCAB_SIZE, spoil_token, write_checkpoint
 from zif_conformance.tiny_models.models import (
-    MAX_MODEL_LEN,
     TinyModels,
     answer,
     families,
@@ -32,9 +31,9 @@ _BAD_PROMPTS: dict[str, list[Any]] = {
     "token beyond 32 bits": [5, 2**33],
     "token that is text": [5, "6"],
     "token that is a fraction": [5, 6.5],
-    "as long as the context": [5] * MAX_MODEL_LEN,
-    "longer than the context": [5] * (MAX_MODEL_LEN + 1),
 }
+# Tokens more than the context has.
+_LONG_PROMPTS = {"as long as the context": 0, "longer than the context": 1}
 _BAD_OPTIONS: dict[str, dict[str, Any]] = {
     "no sample": {"n": 0},
     "temperature below zero": {"temperature": -0.5},
@@ -59,6 +58,10 @@ def llm(tiny: TinyModels) -> Iterator[LLM]:
         yield opened
 
 
+def _bad_prompt(tiny: TinyModels, name: str) -> list[Any]:
+    return _BAD_PROMPTS[name] if name in _BAD_PROMPTS else [5] * (tiny.max_model_len + _LONG_PROMPTS[name])
+
+
 def _drain(llm: LLM) -> None:
     """Let the engine give back what earlier answers held."""
     while llm.engine.has_work():
@@ -71,10 +74,10 @@ def _whole(tiny: TinyModels, record: GateRecorder, llm: LLM, number: int) -> Non
 
 
 @conforms(level="L5", gate="G7", clause="10.4", claims=_FULL, negative=True)
-@pytest.mark.parametrize("name", _BAD_PROMPTS)
+@pytest.mark.parametrize("name", [*_BAD_PROMPTS, *_LONG_PROMPTS])
 def test_a_bad_prompt_is_refused(tiny: TinyModels, llm: LLM, record_gate: GateRecorder, name: str) -> None:
     good = {"prompt_token_ids": prompt_tokens(19, 20)}
-    bad = {"prompt_token_ids": _BAD_PROMPTS[name]}
+    bad = {"prompt_token_ids": _bad_prompt(tiny, name)}
     _drain(llm)
     with pytest.raises(RequestError):
         llm.generate([good, bad], greedy(6), use_tqdm=False)
@@ -87,7 +90,7 @@ def test_a_bad_prompt_is_refused(tiny: TinyModels, llm: LLM, record_gate: GateRe
 def test_a_bad_prompt_among_good_ones_errs_in_its_place(
     tiny: TinyModels, llm: LLM, record_gate: GateRecorder, name: str
 ) -> None:
-    prompts = [prompt_tokens(19, 21), _BAD_PROMPTS[name], prompt_tokens(7, 22)]
+    prompts = [prompt_tokens(19, 21), _bad_prompt(tiny, name), prompt_tokens(7, 22)]
     outputs = list(llm.generate(iter([{"prompt_token_ids": tokens} for tokens in prompts]), greedy(6)))
     assert outputs[1].outputs[0].finish_reason == "error"
     assert outputs[1].outputs[0].error
@@ -114,8 +117,8 @@ def test_options_that_name_foreign_tokens_are_refused(
 
 
 @conforms(level="L5", clause="10.2", claims=_FULL, negative=True)
-def test_an_answer_ends_where_the_context_does(llm: LLM) -> None:
-    (output,) = answer(llm, [prompt_tokens(MAX_MODEL_LEN - 3, 24)], greedy(50))
+def test_an_answer_ends_where_the_context_does(tiny: TinyModels, llm: LLM) -> None:
+    (output,) = answer(llm, [prompt_tokens(tiny.max_model_len - 3, 24)], greedy(50))
     assert output.outputs[0].finish_reason == "length"
     assert len(output.outputs[0].token_ids) == 3
 

@@ -21,7 +21,10 @@ PRINTABLE = range(94)
 BOS_ID, EOS_ID, PAD_ID = 256, 257, 258
 SPOILT_ID = 200
 """The token that `spoil_token` is used for."""
-CONTEXT = 512
+CONTEXT = 4096
+_NUM_KV_HEADS = 2
+_MOST_LAYERS = 3
+_MOST_ELEMENT_BYTES = 4
 WINDOW = 12
 
 
@@ -121,6 +124,11 @@ def write_checkpoint(family: str, folder: Path, capabilities: Capabilities, **ov
     return folder
 
 
+def kv_token_bytes(capabilities: Capabilities) -> int:
+    """Return what one token's keys and values take in a model, at most."""
+    return 2 * _MOST_LAYERS * _NUM_KV_HEADS * _head_dim(capabilities) * _MOST_ELEMENT_BYTES
+
+
 def spoil_token(folder: Path, token_id: int, dtype: str) -> None:
     """Change the weights so that one token overflows `dtype` inside the first layer, and no other token is touched.
 
@@ -155,14 +163,18 @@ def _shared(capabilities: Capabilities) -> dict[str, Any]:
         "intermediate_size": 64,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": head_size(capabilities, 16),
+        "num_key_value_heads": _NUM_KV_HEADS,
+        "head_dim": _head_dim(capabilities),
         "max_position_embeddings": CONTEXT,
         "bos_token_id": BOS_ID,
         "eos_token_id": EOS_ID,
         "pad_token_id": PAD_ID,
         "tie_word_embeddings": False,
     }
+
+
+def _head_dim(capabilities: Capabilities) -> int:
+    return head_size(capabilities, 16)
 
 
 @torch.no_grad()

@@ -7,15 +7,20 @@ from typing import Any
 import pytest
 
 from zif import LLM, RequestOutput, SamplingParams
+from zif.contract import Feature
 from zif.errors import PlanRefusedError
 from zif_conformance.gates.result import Record
 from zif_conformance.marks import exercises
 from zif_conformance.subject import Subject, block_size, preferred_dtype
-from zif_conformance.tiny_models.checkpoints import FAMILIES, write_checkpoint
+from zif_conformance.tiny_models.checkpoints import FAMILIES, kv_token_bytes, write_checkpoint
 from zif_conformance.tiny_models.truth import Truth
 
 MAX_MODEL_LEN = 96
+"""The least context of an engine. Large blocks need more."""
+_CONTEXT_BLOCKS = 4
+_CONTEXT_MARGIN = 64
 _KV_BYTES = 16 << 20
+_NUM_CONTEXTS = 24
 _SMALLEST_KV_BYTES = 4096
 
 
@@ -28,6 +33,8 @@ class TinyModels:
         self.capabilities = subject.device_info().capabilities
         self.dtype = preferred_dtype(self.capabilities)
         self.block_size = block_size(self.capabilities, 8)
+        # So many blocks that what the tests do at borders of blocks fits.
+        self.max_model_len = max(MAX_MODEL_LEN, _CONTEXT_BLOCKS * self.block_size + _CONTEXT_MARGIN)
         self._truths: dict[str, Truth] = {}
 
     def folder(self, family: str) -> Path:
@@ -47,11 +54,12 @@ class TinyModels:
             "model": str(model),
             "platform": self._subject.name,
             "dtype": self.dtype,
-            "max_model_len": MAX_MODEL_LEN,
+            "max_model_len": self.max_model_len,
             "max_num_seqs": 8,
             "max_num_batched_tokens": 64,
             "block_size": self.block_size,
-            "kv_bytes": _KV_BYTES,
+            "kv_bytes": self._kv_bytes(),
+            "enable_prefix_caching": Feature.PREFIX_CACHING in self.capabilities.features,
         }
         return small | changes
 
@@ -66,9 +74,13 @@ class TinyModels:
             try:
                 return self.open(family, kv_bytes=kv_bytes, **changes)
             except PlanRefusedError:
-                if kv_bytes > _KV_BYTES:
+                if kv_bytes > self._kv_bytes():
                     raise
                 kv_bytes += kv_bytes // 4
+
+    def _kv_bytes(self) -> int:
+        """Return room for more requests of the longest kind than run at once."""
+        return max(_KV_BYTES, _NUM_CONTEXTS * self.max_model_len * kv_token_bytes(self.capabilities))
 
 
 def families(*names: str) -> list[Any]:
@@ -79,7 +91,7 @@ def families(*names: str) -> list[Any]:
 
 def prompt_tokens(length: int, number: int = 0) -> list[int]:
     """Return the token ids of prompt `number`; different numbers begin differently."""
-    return [(17 + 41 * number + 37 * i + i * i * (3 + number)) % 256 for i in range(length)]
+    return [(17 + 41 * number + 37 * i + i * i * (3 + number) + i // 256 * 53) % 256 for i in range(length)]
 
 
 def greedy(max_tokens: int, **options: Any) -> SamplingParams:

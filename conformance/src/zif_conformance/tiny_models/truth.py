@@ -4,7 +4,7 @@ Outputs are judged by teacher forcing: at each token that the platform chose, wa
 wherever that is decided? Two right answers may then differ after a tie, and a wrong one cannot hide behind it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,12 +30,20 @@ class Truth:
         """Load the checkpoint twice."""
         return cls(folder, _load(folder, torch.float64), _load(folder, torch_dtype(dtype)))
 
-    def hold_tokens(self, record: Record, prompt: Sequence[int], output: Sequence[int]) -> None:
-        """Assert gate G7 for greedy tokens: each is the best after the tokens before it, where that is decided."""
+    def hold_tokens(
+        self, record: Record, prompt: Sequence[int], output: Sequence[int], bias: Mapping[int, float] | None = None
+    ) -> None:
+        """Assert gate G7 for greedy tokens: each is the best after the tokens before it, where that is decided.
+
+        `bias` is what the request adds to logits.
+        """
         assert output, f"no token after a prompt of {len(prompt)}"
         chosen = torch.nn.functional.one_hot(torch.tensor(list(output)), VOCAB_SIZE).float()
         exact, declared = self._logits([*prompt, *output[:-1]], len(output))
-        hold(record, model_top1(chosen, exact, declared))
+        added = torch.zeros(VOCAB_SIZE, dtype=exact.dtype)
+        for token_id, size in (bias or {}).items():
+            added[token_id] = size
+        hold(record, model_top1(chosen, exact + added, declared + added))
 
     def hold_logprobs(self, record: Record, token_ids: Sequence[int], logprobs: torch.Tensor) -> None:
         """Assert gate G7 for log-probabilities [T, V] of what follows each of the last T of `token_ids`."""

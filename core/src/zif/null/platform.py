@@ -26,6 +26,7 @@ SLOT_BYTES = 8
 """One 64-bit word a token, whatever the model would keep."""
 
 _MEMORY_BYTES = 1 << 40
+_NOTE = "computes nothing: each token is a hash of the request's history"
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -45,7 +46,7 @@ class NullPlatform(Platform):
             device=_device_info(),
             layout_of=null_layout,
             implementations=(("attention", "zif.null.runner"), ("model_runner", "zif.null.runner")),
-            notes=("computes nothing: each token is a hash of the request's history",),
+            notes=(_NOTE,),
         )
         return negotiate(workload, offer)
 
@@ -90,5 +91,6 @@ def _device_info() -> DeviceInfo:
         max_head_size=1 << 16,
         batch_invariant=True,
         fork_safe=True,
+        notes=(_NOTE,),
     )
     return DeviceInfo("null:0", "no device", "none", _MEMORY_BYTES, _MEMORY_BYTES, capabilities)

@@ -1,0 +1,131 @@
+"""Claims that no platform here makes: an honest one passes the tests of L4 for them, and a false one is caught."""
+
+import pytest
+import torch
+
+from zif.contract import EagerGraphs, GraphRunner
+from zif_conformance.claims import Claims
+from zif_conformance.mutants.bank import Edit
+from zif_conformance.mutants.patching import applied
+from zif_conformance.plugin import ClaimsInTest
+from zif_conformance.proof import Proof
+from zif_conformance.subject import Subject
+from zif_conformance.suite import test_l4_graphs as graphs
+from zif_conformance.suite import test_l4_independence as independence
+from zif_conformance.tiny_models.models import TinyModels
+
+_PRODUCT = "product = x @ weight.float().T"
+_ROW_BY_ROW = Edit("operators.py", _PRODUCT, "product = torch.stack([weight.float() @ row for row in x])")
+
+
+def _ignore(gate, error, limit, what=""):
+    """Be a `Record` that does nothing."""
+
+
+def _shapes(arguments):
+    return tuple(argument.shape for argument in arguments)
+
+
+class _ByShape(GraphRunner):
+    """Know each shape from its first use on, and do the same for all calls."""
+
+    def wrap(self, function):
+        known = {}
+
+        def call(*arguments):
+            return known.setdefault(_shapes(arguments), function)(*arguments)
+
+        return call
+
+
+class _Replaying(GraphRunner):
+    """Give what the first call of each shape gave."""
+
+    def wrap(self, function):
+        known = {}
+
+        def call(*arguments):
+            if _shapes(arguments) not in known:
+                known[_shapes(arguments)] = function(*arguments)
+            return known[_shapes(arguments)]
+
+        return call
+
+
+class _OneOutput(_ByShape):
+    """Put the results of a shape into the same memory."""
+
+    def wrap(self, function):
+        outputs = {}
+
+        def call(*arguments):
+            result = function(*arguments)
+            return outputs.setdefault(_shapes(arguments), torch.empty_like(result)).copy_(result)
+
+        return call
+
+
+class _FirstArguments(_ByShape):
+    """Copy arguments into those of the first call of a shape, and write there."""
+
+    def wrap(self, function):
+        captured = {}
+
+        def call(*arguments):
+            kept = captured.setdefault(_shapes(arguments), arguments)
+            for place, argument in zip(kept, arguments, strict=True):
+                place.copy_(argument)
+            return function(*kept)
+
+        return call
+
+
+class _Device:
+    array_device = "cpu"
+
+    def __init__(self, graph_runner):
+        self.graphs = graph_runner
+
+
+@pytest.fixture
+def claims():
+    return ClaimsInTest(Claims(frozenset({"graph_capture"}), (), 64), Proof([]))
+
+
+def _all_tests(device, claims):
+    graphs.test_who_claims_to_capture_does(device)
+    graphs.test_a_wrapped_function_keeps_its_meaning(device, claims, _ignore)
+    graphs.test_results_and_arguments_outlive_the_next_call(device, claims, _ignore, 3)
+    graphs.test_what_a_function_writes_goes_where_this_call_says(device, claims, _ignore)
+    graphs.test_an_error_reaches_the_caller_and_the_next_call_works(device, _ignore)
+
+
+def test_graphs_that_keep_the_meaning_pass(claims):
+    _all_tests(_Device(_ByShape()), claims)
+
+
+def test_a_claim_to_capture_without_graphs_is_caught():
+    with pytest.raises(AssertionError, match="run as they are"):
+        graphs.test_who_claims_to_capture_does(_Device(EagerGraphs()))
+
+
+@pytest.mark.parametrize("faulty", [_Replaying, _OneOutput, _FirstArguments])
+def test_graphs_that_change_the_meaning_are_caught(claims, faulty):
+    with pytest.raises(AssertionError, match="G1"):
+        _all_tests(_Device(faulty()), claims)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return TinyModels(tmp_path_factory.mktemp("models"), Subject.find("reference"))
+
+
+@pytest.mark.parametrize("family", independence._DECODED)
+def test_products_row_by_row_do_not_depend_on_the_batch(tiny, family):
+    with applied([_ROW_BY_ROW]):
+        independence.test_not_a_bit_depends_on_the_batch(tiny, _ignore, family, 7)
+
+
+def test_products_of_all_rows_at_once_do(tiny):
+    with pytest.raises(AssertionError, match="G1"):
+        independence.test_not_a_bit_depends_on_the_batch(tiny, _ignore, "dense", 7)
