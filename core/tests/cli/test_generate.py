@@ -1,5 +1,6 @@
 """`zif generate` and `zif chat` end to end, on the platform that computes nothing: its text depends on every token."""
 
+import codecs
 import io
 import json
 import os
@@ -125,12 +126,12 @@ def test_interrupted_it_keeps_what_is_finished(tmp_path):
 
 def _read_until(terminal, pattern):
     """Return what a terminal shows up to a match of `pattern`, or all of it when the other side is gone."""
-    shown = ""
+    shown, decoder = "", codecs.getincrementaldecoder("utf-8")()  # what is read may end within a character
     while not re.search(pattern, shown):
         ready, _, _ = select.select([terminal], [], [], 120)
         assert ready, f"nothing more on the terminal after {shown!r}"
         try:
-            shown += os.read(terminal, 4096).decode()
+            shown += decoder.decode(os.read(terminal, 4096))
         except OSError:  # Linux reports the end of a terminal this way.
             break
     return shown
