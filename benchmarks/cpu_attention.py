@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 
 from zif.contract import AttentionBatch, AttentionParams, FullAttentionSpec, KVArena, KVGroup, SlidingWindowSpec
-from zif_cpu.attention import CpuAttention
-from zif_cpu.tiling import TileLimits
+from zif.host.attention import TiledAttention
+from zif.host.tiling import TileLimits
 
 BLOCK_SIZE = 16
 NUM_KV_HEADS = 8
@@ -54,7 +54,7 @@ def paged(case: Case, dtype: torch.dtype, limits: TileLimits) -> Callable[[], to
     dtype_name = str(dtype).removeprefix("torch.")
     shape = ((0,), NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, dtype_name)
     spec = FullAttentionSpec(*shape) if case.window is None else SlidingWindowSpec(*shape, window=case.window)
-    backend = CpuAttention(limits)
+    backend = TiledAttention(limits)
     group = KVGroup(spec, backend.kv_layout(spec))
     per_request = -(-case.context // BLOCK_SIZE)
     num_blocks = case.num_requests * per_request

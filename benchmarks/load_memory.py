@@ -86,15 +86,15 @@ def measure(folder: Path) -> None:
     started = time.perf_counter()
     import torch
 
+    from zif.host.memory import HostAllocator
     from zif.models.description import ModelSource, describe_model
     from zif.models.weights import load_decoder
     from zif.reference.ops import ReferenceOps
-    from zif_cpu.memory import CpuAllocator
 
     imported = time.perf_counter()
     description = describe_model(ModelSource(folder))
     described = time.perf_counter()
-    model = load_decoder(description, ReferenceOps(), CpuAllocator(1 << 40), "cpu", lambda done, total: None)
+    model = load_decoder(description, ReferenceOps(), HostAllocator(1 << 40), "cpu", lambda done, total: None)
     loaded = time.perf_counter()
     peak = peak_resident_bytes()
     with torch.inference_mode():

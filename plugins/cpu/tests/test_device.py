@@ -5,10 +5,10 @@ import torch
 
 from zif.contract import FullAttentionSpec, Workload
 from zif.errors import ConfigError
-from zif_cpu import device as device_module
-from zif_cpu.device import CpuDevice
+from zif.host import health
+from zif.host.device import HostDevice
 from zif_cpu.platform import CpuPlatform
-from zif_cpu.settings import CpuSettings, read_settings
+from zif_cpu.settings import num_threads
 
 
 @pytest.fixture(scope="module")
@@ -26,14 +26,15 @@ def _threads():
 
 def test_the_device_uses_the_cores_it_may_and_puts_the_threads_back(plan):
     before = torch.get_num_threads()
-    device = CpuDevice(plan, 0, num_cores=before + 1, settings=CpuSettings())
+    device = HostDevice(plan, 0, before + 1)
     assert torch.get_num_threads() == before + 1
     device.close()
     assert torch.get_num_threads() == before
 
 
-def test_settings_go_before_the_cores(plan):
-    device = CpuDevice(plan, 0, num_cores=64, settings=CpuSettings(num_threads=1))
+def test_settings_go_before_the_cores(plan, monkeypatch):
+    monkeypatch.setenv("ZIF_CPU_THREADS", "1")
+    device = CpuPlatform().open(plan, 0)
     assert torch.get_num_threads() == 1
     device.close()
 
@@ -52,13 +53,13 @@ def test_opened_and_closed_fifty_times(plan):
 
 
 def test_health_says_when_arithmetic_is_wrong_fails_or_is_late(plan, monkeypatch):
-    device = CpuDevice(plan, 0, num_cores=torch.get_num_threads())
+    device = HostDevice(plan, 0, torch.get_num_threads())
     assert "no answer within 0.0 s" in device.health(0.0).detail or device.health(10.0).healthy
 
-    def fail():
+    def fail(_):
         raise RuntimeError("out of order")
 
-    monkeypatch.setattr(device_module, "_multiply", fail)
+    monkeypatch.setattr(health, "_multiply", fail)
     assert "out of order" in device.health(10.0).detail
     assert not device.health(10.0).healthy
     monkeypatch.undo()
@@ -84,10 +85,10 @@ def test_the_limit_of_the_allocator_is_the_plans(plan):
     ],
 )
 def test_settings_are_read_from_the_environment(environ, threads):
-    assert read_settings(environ) == CpuSettings(threads)
+    assert num_threads(environ) == threads
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "many", "5000", "1.5"])
 def test_a_wrong_number_of_threads_is_an_error(text):
     with pytest.raises(ConfigError, match="ZIF_CPU_THREADS"):
-        read_settings({"ZIF_CPU_THREADS": text})
+        num_threads({"ZIF_CPU_THREADS": text})

@@ -10,7 +10,7 @@ import torch
 from support.checkpoints import build_checkpoint
 from zif import LLM, SamplingParams
 from zif.errors import OutOfMemoryError
-from zif_cpu.memory import CpuAllocator
+from zif.host.memory import HostAllocator
 
 PROMPTS = [[5, 9, 13], list(range(20, 60)), [7], list(range(90, 107)), [33] * 30, [41, 42]]
 
@@ -148,13 +148,13 @@ def test_nan_of_one_request_is_that_requests_error(model: Path, monkeypatch: pyt
 
 def test_closing_gives_every_byte_back(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
-    start = CpuAllocator.__init__
+    start = HostAllocator.__init__
 
-    def remember(self: CpuAllocator, *args: object, **options: object) -> None:
+    def remember(self: HostAllocator, *args: object, **options: object) -> None:
         start(self, *args, **options)  # type: ignore[arg-type]
         made.append(self)
 
-    monkeypatch.setattr(CpuAllocator, "__init__", remember)
+    monkeypatch.setattr(HostAllocator, "__init__", remember)
     with LLM(model, platform="cpu", max_model_len=128) as llm:
         stats = made[0].stats()
         assert dict(stats.by_tag)["kv"] == llm.arena.num_bytes
@@ -164,16 +164,16 @@ def test_closing_gives_every_byte_back(model: Path, monkeypatch: pytest.MonkeyPa
 
 def test_memory_that_runs_out_while_loading_is_given_back(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made, calls = [], []
-    allocate = CpuAllocator._allocate
+    allocate = HostAllocator._allocate
 
-    def fail_at_the_fifth(self: CpuAllocator, num_bytes: int, alignment: int) -> torch.Tensor:
+    def fail_at_the_fifth(self: HostAllocator, num_bytes: int, alignment: int) -> torch.Tensor:
         made.append(self)
         calls.append(num_bytes)
         if len(calls) == 5:
             raise OutOfMemoryError("injected")
         return allocate(self, num_bytes, alignment)
 
-    monkeypatch.setattr(CpuAllocator, "_allocate", fail_at_the_fifth)
+    monkeypatch.setattr(HostAllocator, "_allocate", fail_at_the_fifth)
     with pytest.raises(OutOfMemoryError, match="injected"):
         LLM(model, platform="cpu", max_model_len=128)
     assert made[0].stats().allocated_bytes == 0

@@ -1,6 +1,5 @@
 """The CPU platform: what it finds on faked machines, how it plans, and what it imports."""
 
-import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -18,8 +17,7 @@ from zif.contract import (
     slab_arena,
 )
 from zif.errors import PlatformUnavailableError
-from zif_cpu.attention import CpuAttention
-from zif_cpu.host import read_host
+from zif.host.attention import TiledAttention
 from zif_cpu.platform import CpuPlatform
 
 GIB = 1 << 30
@@ -62,58 +60,6 @@ def _write(root, folder, **files):
         (root / folder / name.replace("__", ".")).write_text(text)
 
 
-def test_a_machine_without_limits(machine):
-    host = read_host(machine())
-    assert (host.processor, host.isa_features) == ("Some Processor", ("avx2", "avx512f", "amx_bf16"))
-    assert (host.memory_bytes, host.available_bytes) == (8 * GIB, 6 * GIB)
-    assert host.num_cores == len(os.sched_getaffinity(0))
-    assert host.steps[-1].endswith("none")
-
-
-def test_arm_features_are_read(machine):
-    root = machine()
-    (root / "proc/cpuinfo").write_text("Features : fp asimd bf16 sve\n")
-    assert read_host(root).isa_features == ("asimd", "bf16", "sve")
-
-
-def test_control_groups_of_version_2(machine):
-    root = machine()
-    (root / "proc/self/cgroup").write_text("0::/outer/inner\n")
-    _write(root, "sys/fs/cgroup", cgroup__controllers="cpu memory")
-    _write(
-        root, "sys/fs/cgroup/outer", memory__max=str(4 * GIB), memory__current=str(3 * GIB), cpu__max="100000 100000"
-    )
-    _write(root, "sys/fs/cgroup/outer", memory__stat=f"anon 5\ninactive_file {GIB}\n")
-    _write(root, "sys/fs/cgroup/outer/inner", memory__max="max", memory__current="7", cpu__max="max 100000")
-    host = read_host(root)
-    assert (host.memory_bytes, host.available_bytes, host.num_cores) == (4 * GIB, 2 * GIB, 1)
-    assert "/sys/fs/cgroup/outer: 1 cores" in host.steps[-1]
-
-
-def test_control_groups_of_version_1(machine):
-    root = machine()
-    (root / "proc/self/cgroup").write_text("4:memory:/job\n3:cpuset:/\n1:cpu,cpuacct:/gone\n0::/\n")
-    _write(root, "sys/fs/cgroup/memory", memory__limit_in_bytes="9223372036854771712")
-    _write(root, "sys/fs/cgroup/memory/job", memory__limit_in_bytes=str(2 * GIB), memory__usage_in_bytes=str(GIB))
-    _write(root, "sys/fs/cgroup/memory/job", memory__stat=f"total_inactive_file {GIB // 2}\n")
-    _write(root, "sys/fs/cgroup/cpu,cpuacct", cpu__cfs_quota_us="50000", cpu__cfs_period_us="100000")
-    host = read_host(root)
-    assert (host.memory_bytes, host.available_bytes, host.num_cores) == (2 * GIB, GIB + GIB // 2, 1)
-
-
-def test_a_full_control_group_leaves_nothing(machine):
-    root = machine()
-    (root / "proc/self/cgroup").write_text("0::/\n")
-    _write(root, "sys/fs/cgroup", cgroup__controllers="", memory__max=str(GIB), memory__current=str(2 * GIB))
-    assert read_host(root).available_bytes == 0
-
-
-def test_a_system_without_these_files_answers_through_psutil(tmp_path):
-    host = read_host(tmp_path)
-    assert 0 < host.available_bytes <= host.memory_bytes
-    assert host.num_cores >= 1
-
-
 def test_the_probe_names_one_device(machine):
     probe = CpuPlatform(machine()).probe()
     (device,) = probe.devices
@@ -127,7 +73,7 @@ def test_the_probe_names_one_device(machine):
     ("version", "reason"), [("2.7.1+cpu", "too old"), ("1.13.0", "too old"), (None, "not installed")]
 )
 def test_without_a_usable_torch_there_is_no_device_but_a_reason(machine, monkeypatch, version, reason):
-    monkeypatch.setattr("zif_cpu.platform._torch_version", lambda: version)
+    monkeypatch.setattr("zif_cpu.platform.installed_version", lambda _: version)
     platform = CpuPlatform(machine())
     assert platform.probe().devices == ()
     assert reason in platform.probe().reason
@@ -165,9 +111,9 @@ def test_a_plan_says_what_serves_and_what_is_emulated(machine):
     features = frozenset({Feature.ATTENTION_FULL, Feature.MIXTURE_OF_EXPERTS})
     plan = CpuPlatform(machine()).plan(replace(WORKLOAD, features=features))
     decisions = {d.feature: d for d in plan.decisions}
-    assert decisions["attention.full"].detail == "zif_cpu.attention.CpuAttention"
+    assert decisions["attention.full"].detail == "zif.host.attention.TiledAttention"
     assert decisions["moe"].outcome is Outcome.EMULATED
-    assert plan.kv_groups[0].layout == CpuAttention().kv_layout(FULL)
+    assert plan.kv_groups[0].layout == TiledAttention().kv_layout(FULL)
     assert dict(plan.implementations)["ops"] == "zif.reference.ops.ReferenceOps"
 
 

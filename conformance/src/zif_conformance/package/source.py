@@ -7,7 +7,7 @@ from pathlib import Path
 
 from zif_conformance.package.names import module_folder
 
-_ALLOWED_CORE = ("zif.contract", "zif.errors", "zif.reference")
+_ALLOWED_CORE = ("zif.contract", "zif.errors", "zif.host", "zif.reference")
 _IMPORTERS = ("import_module", "__import__")
 _GUARDED = ("zif", "torch", "numpy")
 _ENVIRONMENT = {"environ", "getenv", "environb", "getenvb", "putenv", "unsetenv"}

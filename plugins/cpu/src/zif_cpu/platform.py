@@ -3,8 +3,6 @@
 Called by discovery through `zif_cpu.plugin`; `open` is the only method that imports torch's device side.
 """
 
-import importlib.metadata
-import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,9 +23,10 @@ from zif.contract import (
     negotiate,
 )
 from zif.errors import PlatformUnavailableError
-from zif_cpu.host import Host, read_host
-from zif_cpu.layout import kv_layout
-from zif_cpu.settings import limit_spinning
+from zif.host.facts import Host, read_host
+from zif.host.layout import kv_layout
+from zif.host.packages import installed_version, torch_problem
+from zif_cpu.settings import limit_spinning, num_threads
 
 _MIN_TORCH = (2, 8)
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -56,9 +55,9 @@ _CAPABILITIES = Capabilities(
 )
 
 _IMPLEMENTATIONS = (
-    ("allocator", "zif_cpu.memory.CpuAllocator"),
-    ("attention", "zif_cpu.attention.CpuAttention"),
-    ("communicator", "zif_cpu.collectives.GlooCommunicator"),
+    ("allocator", "zif.host.memory.HostAllocator"),
+    ("attention", "zif.host.attention.TiledAttention"),
+    ("communicator", "zif.host.gloo.GlooCommunicator"),
     ("graphs", "zif.contract.EagerGraphs"),
     ("ops", "zif.reference.ops.ReferenceOps"),
     ("runner", "core"),
@@ -83,9 +82,9 @@ class CpuPlatform(Platform):
 
     def probe(self) -> Probe:
         host = read_host(self._root)
-        torch_version = _torch_version()
+        torch_version = installed_version("torch")
         steps = (*host.steps, f"torch: {torch_version or 'not installed'}")
-        problem = _torch_problem(torch_version)
+        problem = torch_problem(torch_version, _MIN_TORCH)
         if problem or torch_version is None:
             return Probe((), problem, steps)
         return Probe((_device_info(host, torch_version),), steps=steps)
@@ -112,9 +111,9 @@ class CpuPlatform(Platform):
         if not probe.devices:
             raise PlatformUnavailableError(probe.reason)
         limit_spinning()
-        from zif_cpu.device import CpuDevice
+        from zif.host.device import HostDevice
 
-        return CpuDevice(plan, rank, num_cores=read_host(self._root).num_cores)
+        return HostDevice(plan, rank, num_threads() or read_host(self._root).num_cores)
 
 
 def _device_info(host: Host, torch_version: str) -> DeviceInfo:
@@ -140,23 +139,3 @@ def _plan_notes(workload: Workload, device: DeviceInfo) -> Iterator[str]:
     native = {"bfloat16": {"amx_bf16", "avx512_bf16", "bf16", "svebf16"}, "float16": {"avx512_fp16", "asimd"}}
     if workload.dtype in native and not native[workload.dtype] & {*runtime["instruction set"].split()}:
         yield f"this processor has no {workload.dtype} instructions: float32 may be faster, at twice the bytes"
-
-
-def _torch_version() -> str | None:
-    """Return the installed torch's version without importing it, or None."""
-    try:
-        if importlib.util.find_spec("torch") is None:
-            return None
-        return importlib.metadata.version("torch")
-    except (ValueError, importlib.metadata.PackageNotFoundError):
-        return None  # `sys.modules["torch"] = None`, or a folder of that name that is no installed package
-
-
-def _torch_problem(version: str | None) -> str:
-    needed = ".".join(map(str, _MIN_TORCH))
-    if version is None:
-        return f"torch is not installed; install torch>={needed}"
-    parts = [int(part) for part in version.split("+")[0].split(".")[:2] if part.isdecimal()]
-    if tuple(parts) < _MIN_TORCH:
-        return f"torch {version} is too old; install torch>={needed}"
-    return ""

@@ -1,7 +1,7 @@
 """What the host says about its processor and its memory, within the limits that its control groups set.
 
 Reads text files under an injectable root, so that tests can fake a machine; a system without `/proc` answers through
-psutil. Not here: what zif makes of it (`zif_cpu.platform`). Standard library only until the fallback.
+psutil. Not here: what a platform makes of it. Standard library only until the fallback.
 """
 
 import os

@@ -1,6 +1,6 @@
 """How a step's attention is cut into tiles: integer work, done once per group and step and shared by its layers.
 
-Nothing here touches keys or values. Called by `zif_cpu.attention`.
+Nothing here touches keys or values. Called by `zif.host.attention`.
 
     decode rows, longest first            a prompt chunk: queries down, keys across
     row 0  | tile 0 | tile 1 | tile 2 |    q0 | part |

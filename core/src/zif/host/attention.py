@@ -1,9 +1,9 @@
-"""Paged attention on a CPU, in plain torch: tiles of keys with an online softmax.
+"""Paged attention in host memory, in plain torch: tiles of keys with an online softmax.
 
 The cache is never copied as a whole: a tile gathers the blocks of some rows, a bounded number of tokens, and is used
 at once. Single-token rows of all requests go together, sorted by length, so that short ones drop out of later tiles;
 a prompt chunk goes alone. Scores and sums are float32 (online softmax: Milakov and Gimelshein, 2018; tiles: Dao et
-al., 2022). How a step is cut into tiles is in `zif_cpu.tiling`.
+al., 2022). How a step is cut into tiles is in `zif.host.tiling`.
 """
 
 import math
@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 
 from zif.contract import AttentionBackend, AttentionBatch, AttentionParams, KVArena, KVLayout, KVSpec
-from zif_cpu.layout import kv_layout
-from zif_cpu.tiling import DecodeRows, FusedPart, PreparedStep, PromptChunk, TileLimits, prepare_step
+from zif.host.layout import kv_layout
+from zif.host.tiling import DecodeRows, FusedPart, PreparedStep, PromptChunk, TileLimits, prepare_step
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class LayerCache:
     head_dim: int
 
 
-class CpuAttention(AttentionBackend[LayerCache, PreparedStep]):
+class TiledAttention(AttentionBackend[LayerCache, PreparedStep]):
     """Tiled attention.
 
     Keeps a few tiles of working memory between calls; calls come from one thread.

@@ -10,7 +10,7 @@ from zif.errors import OutOfMemoryError
 _HUGE_PAGE_BYTES = 2 << 20
 
 
-class CpuAllocator(Allocator[torch.Tensor]):
+class HostAllocator(Allocator[torch.Tensor]):
     """Lend anonymous mappings, each of its own, so that freed memory goes back to the system at once.
 
     A tensor keeps its mapping alive: memory is unmapped when the last tensor that views it is gone, never before.

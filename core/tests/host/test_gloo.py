@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from zif.contract import CommunicatorError, CommunicatorGroup
-from zif_cpu.collectives import GlooCommunicator
+from zif.host.gloo import GlooCommunicator
 
 DTYPES = (
     torch.float32,

@@ -1,4 +1,4 @@
-"""The CPU's tiled attention against dense float64 arithmetic and against the reference."""
+"""Tiled attention against dense float64 arithmetic and against the reference."""
 
 import itertools
 
@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from support.paged_attention import BOUND_LAYER, LAYERS, PagedStep, StepCase
+from zif.host.attention import TiledAttention
+from zif.host.tiling import TileLimits
 from zif.reference.attention import ReferenceAttention
-from zif_cpu.attention import CpuAttention
-from zif_cpu.tiling import TileLimits
 
 SMALL_TILES = TileLimits(
     decode_rows=3, decode_tokens=48, prompt_keys=32, prompt_queries=7, fused_queries=9, fused_keys=1 << 20
@@ -35,7 +35,7 @@ def _assert_exact(step, backend):
 @pytest.mark.parametrize("window", [None, 1, 5, 40, 1000])
 @pytest.mark.parametrize("extras", EXTRAS)
 def test_mixed_batches_match_dense_attention(limits, window, extras):
-    _assert_exact(PagedStep(StepCase(MIXED, window=window, **extras)), CpuAttention(LIMITS[limits]))
+    _assert_exact(PagedStep(StepCase(MIXED, window=window, **extras)), TiledAttention(LIMITS[limits]))
 
 
 @pytest.mark.parametrize("limits", LIMITS)
@@ -45,14 +45,14 @@ def test_lengths_around_block_borders(limits, block_size, window):
     lengths = _lengths(block_size)
     requests = tuple((length, length + context) for length, context in itertools.product(lengths, (0, *lengths)))
     step = PagedStep(StepCase(requests, block_size=block_size, window=window, num_kv_heads=1))
-    _assert_exact(step, CpuAttention(LIMITS[limits]))
+    _assert_exact(step, TiledAttention(LIMITS[limits]))
 
 
 @pytest.mark.parametrize(("num_kv_heads", "group_size"), [(1, 1), (1, 8), (4, 1), (3, 2)])
 @pytest.mark.parametrize("head_dim", [1, 8, 80, 256, 512])
 def test_grouped_heads_match_dense_attention(num_kv_heads, group_size, head_dim):
     case = StepCase(MIXED, num_kv_heads=num_kv_heads, group_size=group_size, head_dim=head_dim)
-    _assert_exact(PagedStep(case), CpuAttention(SMALL_TILES))
+    _assert_exact(PagedStep(case), TiledAttention(SMALL_TILES))
 
 
 @pytest.mark.parametrize("limits", LIMITS)
@@ -61,7 +61,7 @@ def test_grouped_heads_match_dense_attention(num_kv_heads, group_size, head_dim)
 def test_half_types_err_at_most_twice_as_much_as_the_reference(limits, dtype, extras):
     step = PagedStep(StepCase(MIXED, dtype=dtype, head_dim=64, **extras))
     expected = step.expected()
-    ours, reference = step.run(CpuAttention(LIMITS[limits])), step.run(ReferenceAttention())
+    ours, reference = step.run(TiledAttention(LIMITS[limits])), step.run(ReferenceAttention())
     rms = [(out.double() - expected).square().mean().sqrt() for out in (ours, reference)]
     worst = [(out.double() - expected).abs().max() for out in (ours, reference)]
     assert rms[0] <= 2 * rms[1]
@@ -72,7 +72,7 @@ def test_half_types_err_at_most_twice_as_much_as_the_reference(limits, dtype, ex
 @pytest.mark.parametrize("limits", LIMITS)
 def test_a_cache_of_another_dtype_matches_the_reference(dtypes, limits):
     step = PagedStep(StepCase(MIXED, dtype=dtypes[0], kv_dtype=dtypes[1]))
-    ours, reference = step.run(CpuAttention(LIMITS[limits])), step.run(ReferenceAttention())
+    ours, reference = step.run(TiledAttention(LIMITS[limits])), step.run(ReferenceAttention())
     assert ours.dtype is dtypes[0]
     tolerance = 1e-5 if dtypes[0] is torch.float32 else 2e-2
     torch.testing.assert_close(ours, reference, atol=tolerance, rtol=tolerance)
@@ -92,33 +92,33 @@ def test_a_cache_of_another_dtype_matches_the_reference(dtypes, limits):
 def test_any_batch_matches_dense_attention(requests, block_size, window, extras, limits, seed):
     spans = tuple((length, length + context) for length, context in requests)
     case = StepCase(spans, block_size=block_size, window=window, seed=seed, num_kv_heads=1, **extras)
-    _assert_exact(PagedStep(case), CpuAttention(LIMITS[limits]))
+    _assert_exact(PagedStep(case), TiledAttention(LIMITS[limits]))
 
 
 @pytest.mark.parametrize("window", [None, 50])
 def test_requests_may_share_blocks(window):
     requests = ((1, 49), (1, 80), (20, 100), (3, 35))
-    _assert_exact(PagedStep(StepCase(requests, shared_blocks=2, window=window)), CpuAttention(SMALL_TILES))
+    _assert_exact(PagedStep(StepCase(requests, shared_blocks=2, window=window)), TiledAttention(SMALL_TILES))
 
 
 def test_a_chunk_whose_last_part_is_one_query_sees_all_its_context():
     limits = TileLimits(fused_queries=9)
-    _assert_exact(PagedStep(StepCase(((10, 40), (19, 19)))), CpuAttention(limits))
+    _assert_exact(PagedStep(StepCase(((10, 40), (19, 19)))), TiledAttention(limits))
 
 
 def test_a_batch_of_no_prompt_or_no_decode_works():
     for requests in (((1, 5), (1, 90)), ((5, 5), (40, 90))):
-        _assert_exact(PagedStep(StepCase(requests)), CpuAttention())
+        _assert_exact(PagedStep(StepCase(requests)), TiledAttention())
 
 
 @pytest.mark.parametrize("limits", LIMITS)
 @pytest.mark.parametrize("extras", [{}, {"sinks": True}])
 def test_a_nan_stays_in_its_request(limits, extras):
     step = PagedStep(StepCase(MIXED, **extras))
-    clean = step.run(CpuAttention(LIMITS[limits]))
+    clean = step.run(TiledAttention(LIMITS[limits]))
     step.values[3][50] = torch.nan
     step.keys[4][10] = torch.nan
-    out = step.run(CpuAttention(LIMITS[limits]))
+    out = step.run(TiledAttention(LIMITS[limits]))
     ends = torch.tensor([length for length, _ in MIXED]).cumsum(0).tolist()
     hit = torch.zeros(len(out), dtype=torch.bool)
     hit[ends[2] : ends[4]] = True
@@ -128,7 +128,7 @@ def test_a_nan_stays_in_its_request(limits, extras):
 
 
 def test_write_keeps_every_byte_that_no_slot_names():
-    backend = CpuAttention()
+    backend = TiledAttention()
     step = PagedStep(StepCase(((3, 3), (1, 1))))
     step.bind(backend)
     step.write(backend, [(0, 0, 3), (1, 0, 1)])
@@ -139,7 +139,7 @@ def test_write_keeps_every_byte_that_no_slot_names():
 
 
 def test_a_layer_whose_window_is_not_its_groups_is_caught():
-    backend = CpuAttention()
+    backend = TiledAttention()
     step = PagedStep(StepCase(((1, 5),), window=3))
     step.run(backend)
     step.params = type(step.params)(scale=1.0, window=4)

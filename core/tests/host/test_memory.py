@@ -1,4 +1,4 @@
-"""The CPU's allocator: ledger, alignment, recovery, and memory that really goes back."""
+"""The host's allocator: ledger, alignment, recovery, and memory that really goes back."""
 
 import gc
 from pathlib import Path
@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zif.errors import OutOfMemoryError
-from zif_cpu.memory import CpuAllocator
+from zif.host.memory import HostAllocator
 
 MIB = 1 << 20
 STATM = Path("/proc/self/statm")
@@ -25,7 +25,7 @@ def _resident_bytes():
     )
 )
 def test_buffers_are_zero_aligned_and_on_the_ledger(sizes):
-    allocator = CpuAllocator(1 << 30)
+    allocator = HostAllocator(1 << 30)
     buffers = [allocator.allocate(size, tag, 1 << shift) for size, tag, shift in sizes]
     for buffer, (size, _, shift) in zip(buffers, sizes, strict=True):
         assert buffer.array.shape == (size,)
@@ -42,7 +42,7 @@ def test_buffers_are_zero_aligned_and_on_the_ledger(sizes):
 
 
 def test_the_limit_holds_and_the_allocator_recovers():
-    allocator = CpuAllocator(10 * MIB)
+    allocator = HostAllocator(10 * MIB)
     first = allocator.allocate(6 * MIB, "kv")
     with pytest.raises(OutOfMemoryError, match="limit"):
         allocator.allocate(5 * MIB, "kv")
@@ -52,7 +52,7 @@ def test_the_limit_holds_and_the_allocator_recovers():
 
 
 def test_what_the_system_refuses_is_an_out_of_memory_error():
-    allocator = CpuAllocator(1 << 70)
+    allocator = HostAllocator(1 << 70)
     for size in (1 << 62, 1 << 65):
         with pytest.raises(OutOfMemoryError, match="cannot map"):
             allocator.allocate(size, "kv")
@@ -61,10 +61,10 @@ def test_what_the_system_refuses_is_an_out_of_memory_error():
 
 
 def test_a_buffer_is_freed_once_and_by_its_owner():
-    allocator = CpuAllocator(MIB)
+    allocator = HostAllocator(MIB)
     buffer = allocator.allocate(64, "kv")
     with pytest.raises(ValueError, match="not on loan"):
-        CpuAllocator(MIB).free(buffer)
+        HostAllocator(MIB).free(buffer)
     allocator.free(buffer)
     with pytest.raises(ValueError, match="not on loan"):
         allocator.free(buffer)
@@ -72,7 +72,7 @@ def test_a_buffer_is_freed_once_and_by_its_owner():
 
 @pytest.mark.skipif(not STATM.exists(), reason="needs /proc to see resident memory")
 def test_freed_memory_goes_back_to_the_system():
-    allocator = CpuAllocator(1 << 30)
+    allocator = HostAllocator(1 << 30)
     before = _resident_bytes()
     buffer = allocator.allocate(200 * MIB, "kv")
     buffer.array.fill_(1)
@@ -84,7 +84,7 @@ def test_freed_memory_goes_back_to_the_system():
 
 
 def test_memory_outlives_its_loan_while_a_view_of_it_lives():
-    allocator = CpuAllocator(1 << 30)
+    allocator = HostAllocator(1 << 30)
     buffer = allocator.allocate(8 * MIB, "kv")
     view = buffer.array.view(torch.float32)[1000:]
     allocator.free(buffer)
