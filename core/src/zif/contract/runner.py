@@ -15,7 +15,8 @@ Progress = Callable[[int, int], None]
 class ModelRunner(ABC):
     """Run steps of one model on one device. Core ships one for the torch tier; a vendor may bring its own.
 
-    Order of calls: `load`, `start`, any number of `submit`, `close`. Calls come from one thread.
+    Order of calls: `load`, `start`, `warm_up` (which may be left out), any number of `submit`, `close`. Calls come from
+    one thread.
     """
 
     @abstractmethod
@@ -25,6 +26,12 @@ class ModelRunner(ABC):
     @abstractmethod
     def start(self, arena: KVArena) -> None:
         """Allocate the KV arena and make ready for steps."""
+
+    def warm_up(self, progress: Progress) -> None:  # noqa: B027 - nothing to do is the default
+        """Compile or capture what steps will need, so that none of them does; called once, after `start`.
+
+        A part that cannot be made ready is a fault of the requests that need it later, not of the start.
+        """
 
     @property
     def max_steps_in_flight(self) -> int:

@@ -252,6 +252,7 @@ def start_engine(
         parts.runner.start(planned.arena)
         tiers.attach(parts.runner)
         on_phase("allocating KV blocks", 1, 1)
+        parts.runner.warm_up(lambda done, total: on_phase("warming up", done, total))
         engine = Engine(planned, parts, vocabulary)
         _require_room(planned, parts.block_manager)
     except BaseException:

@@ -10,7 +10,7 @@ Called by the torch runner. Which tensors there are, `zif.models.layout` decides
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import MappingProxyType, TracebackType
@@ -38,20 +38,29 @@ _WORDS = MappingProxyType(
 """Integers of the same size, to look at bits."""
 
 
+Keep = Callable[[torch.Tensor], torch.Tensor]
+
+
 def load_decoder(
-    model: ModelDescription, ops: OpTable, allocator: Allocator[torch.Tensor], array_device: str, progress: Progress
+    model: ModelDescription,
+    ops: OpTable,
+    allocator: Allocator[torch.Tensor],
+    array_device: str,
+    progress: Progress,
+    keep: Keep | None = None,
 ) -> Model:
     """Read the weights of a native model to the device and return the decoder.
 
-    Allocates under the tag "weights"; `progress` hears bytes held. Raises `CheckpointError`, which names the file or
-    the tensors, or `OutOfMemoryError`; either leaves nothing allocated.
+    Allocates under the tag "weights"; `progress` hears bytes held. With `keep` the memory is a way station: what it
+    returns for a tensor becomes the weight, on `array_device`, and the memory is freed. Raises `CheckpointError`, which
+    names the file or the tensors, or `OutOfMemoryError`; either leaves nothing allocated.
     """
     spec = decoder_spec(model.architecture, model.config)
     checkpoint = open_checkpoint(model.path)
     layout = plan_layout(spec, checkpoint)
     verify_files({tensor.file for tensor in checkpoint.tensors.values()})
     dtype = getattr(torch, model.dtype)
-    with _Loader(checkpoint, allocator, dtype) as loader:
+    with _Loader(checkpoint, allocator, dtype, keep) as loader:
         weights = loader.load(layout, progress)
     return Decoder(spec, weights, ops, model.max_model_len, array_device)
 
@@ -59,7 +68,10 @@ def load_decoder(
 class _Loader(AbstractContextManager["_Loader"]):
     """The open files of one checkpoint and the buffers filled so far, which an error gives back."""
 
-    def __init__(self, checkpoint: Checkpoint, allocator: Allocator[torch.Tensor], dtype: torch.dtype) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, allocator: Allocator[torch.Tensor], dtype: torch.dtype, keep: Keep | None
+    ) -> None:
+        self._keep = keep
         self._checkpoint = checkpoint
         self._allocator = allocator
         self._dtype = dtype
@@ -87,8 +99,14 @@ class _Loader(AbstractContextManager["_Loader"]):
                 for num_elements in self._fill(tensor, piece):
                     done += num_elements * self._dtype.itemsize
                     progress(done, total)
-            weights[held.name] = tensor
+            weights[held.name] = tensor if self._keep is None else self._passed_on(tensor, self._keep)
         return weights
+
+    def _passed_on(self, tensor: torch.Tensor, keep: Keep) -> torch.Tensor:
+        """Return what is kept of the tensor that was allocated last, whose memory goes back."""
+        kept = keep(tensor)
+        self._allocator.free(self._buffers.pop())
+        return kept
 
     def _allocate(self, held: HeldTensor) -> torch.Tensor:
         buffer = self._allocator.allocate(held.num_elements * self._dtype.itemsize, WEIGHTS_TAG)

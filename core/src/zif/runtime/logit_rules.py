@@ -54,6 +54,10 @@ class LogitRule(ABC, Generic[T]):
         """Say whether any of `rows` holds the option."""
         return bool(self._values) and bool(self._held[rows].any())
 
+    def holds(self, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Say which of `rows` hold the option. rows: [S]. Returns [S]."""
+        return self._held[rows]
+
     def held_by(self, rows: NDArray[np.int64]) -> list[tuple[int, T]]:
         """Return (index into `rows`, what the row holds) of the rows with the option."""
         return [(index, self._values[int(rows[index])]) for index in np.flatnonzero(self._held[rows]).tolist()]

@@ -99,13 +99,13 @@ class Sampler:
         peaks, chosen = logits.max(dim=1)
         drawing = np.flatnonzero(self._draws[rows])
         if len(drawing):
-            options = self._draw_options(rows[drawing], positions.num_tokens[drawing])
+            options = self.draw_options(rows[drawing], positions.num_tokens[drawing])
             drawn = draw_tokens(logits, drawing, options)
             chosen[torch.from_numpy(drawing).to(self._device)] = drawn
         raw_peaks = peaks if raw_peaks is None else raw_peaks
         # One transfer to the host: it waits for the device.
         token_ids, sane, raw_sane = torch.stack([chosen, peaks.isfinite(), raw_peaks.isfinite()]).tolist()
-        faults = {i: _raw_fault(raw_peaks[i].item()) for i, flag in enumerate(raw_sane) if not flag}
+        faults = {i: raw_fault(raw_peaks[i].item()) for i, flag in enumerate(raw_sane) if not flag}
         faults |= {i: OPTIONS_FAULT for i, flag in enumerate(sane) if not flag and i not in faults}
         logprobs = {} if raw is None else self._logprobs(raw, reporting, rows, chosen)
         return SampledTokens(token_ids, {i: value for i, value in logprobs.items() if i not in faults}, faults)
@@ -120,7 +120,19 @@ class Sampler:
             rule.apply(logits, positions)
         return raw_peaks
 
-    def _draw_options(self, rows: NDArray[np.int64], num_tokens: NDArray[np.int64]) -> DrawOptions:
+    def draws(self, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Say which rows draw by chance; the others take the most likely token. rows: [S]. Returns [S]."""
+        return self._draws[rows]
+
+    def is_plain(self, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Say which rows need nothing but a draw or the most likely token: no rule, no log-probabilities. [S]."""
+        plain = ~self._reports[rows]
+        for rule in self._rules:
+            plain &= ~rule.holds(rows)
+        return plain
+
+    def draw_options(self, rows: NDArray[np.int64], num_tokens: NDArray[np.int64]) -> DrawOptions:
+        """Return the options of rows that draw, with the random number of each. rows, num_tokens: [R]."""
         fractions = draw_fractions(self._streams[rows], num_tokens)
         columns = (self._temperature[rows], self._min_p[rows], self._top_k[rows], self._top_p[rows])
         return DrawOptions(*columns, fractions)
@@ -133,7 +145,8 @@ class Sampler:
         return dict(zip(reporting.tolist(), values, strict=True))
 
 
-def _raw_fault(peak: float) -> str:
+def raw_fault(peak: float) -> str:
+    """Say what is wrong with a request whose largest logit is `peak`, which is not finite."""
     if math.isnan(peak):
         what = "NaN logits"
     else:
