@@ -11,6 +11,7 @@ import torch
 from zif.contract import Activation, ExpertWeights, RouterOutput, Routing
 from zif_conformance.gates import GateResult, exact, ratio, ulp
 from zif_conformance.oracle.inputs import Inputs, strided
+from zif_conformance.oracle.operators import sequential_product
 
 Arguments = tuple[object, ...]
 
@@ -45,6 +46,11 @@ def operator_cases() -> list[OperatorCase]:
     return [*_linear(), *_norms(), *_rotations(), *_activations(), *_routes(), *_experts()]
 
 
+def _product_ratio(arguments: Arguments, runs: Runs) -> list[GateResult]:
+    in_sequence = sequential_product(*arguments)  # type: ignore[arg-type]
+    return [ratio(runs.got[0], runs.exact[0], [runs.declared[0], in_sequence], "result")]
+
+
 def _ratio(_: Arguments, runs: Runs) -> list[GateResult]:
     return [ratio(runs.got[0], runs.exact[0], [runs.declared[0]], "result")]
 
@@ -62,7 +68,7 @@ def _linear_case(shape: tuple[int, int, int], has_bias: bool) -> OperatorCase:
         return strided(draw.normal(tokens, inner)), weight, draw.normal(outer) if has_bias else None
 
     name = f"{tokens}x{inner}x{outer}" + ("-bias" if has_bias else "")
-    return OperatorCase("linear", name, arguments, _ratio)
+    return OperatorCase("linear", name, arguments, _product_ratio)
 
 
 def _norms() -> list[OperatorCase]:

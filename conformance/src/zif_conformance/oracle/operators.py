@@ -18,6 +18,14 @@ def declared_run(operator: str, *arguments: object) -> list[torch.Tensor]:
     return _run(operator, moved(arguments, torch.Tensor.clone))
 
 
+def sequential_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Return `linear` with each sum taken term by term in float32: the least exact order that is in use."""
+    total = torch.zeros(x.shape[0], weight.shape[0])
+    for column, others in zip(x.float().unbind(1), weight.float().unbind(1), strict=True):
+        total += column[:, None] * others
+    return (total if bias is None else total + bias.float()).to(x.dtype)
+
+
 def device_run(table: object, device: str, operator: str, *arguments: object) -> list[torch.Tensor]:
     """Return a platform's results for the same arguments, copied to its device."""
     return results_of(getattr(table, operator)(*moved(arguments, lambda tensor: tensor.to(device, copy=True))))

@@ -135,6 +135,8 @@ class PagedStep:
         """Take back the blocks that no query of the step sees: NaN in them, the null block in the table."""
         for row, (length, seq_len) in enumerate(self.case.requests):
             gone = self.case.first_visible(seq_len - length) // self.case.block_size
+            if not gone:
+                continue
             self.elements.view(self.arena.num_slabs, -1)[self.table[row, :gone].tolist()] = torch.nan
             self.table[row, :gone] = 0
 

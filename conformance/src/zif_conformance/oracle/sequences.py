@@ -118,7 +118,7 @@ class Sequences:
 
         As it is; with the elements of heads, and the keys of single queries, summed in another order; with scores one
         rounding step larger and smaller; block by block, with weights of as many bits as the device multiplies in; and
-        with torch's fused kernel.
+        with torch's fused kernel; and with every sum taken term by term.
         """
         step = torch.finfo(torch.float32).eps
         scaled = [replace(self.params, scale=self.params.scale * (1 + sign * step)) for sign in (1, -1)]
@@ -127,7 +127,7 @@ class Sequences:
         outputs = [run._attend(self.case.dtype) for run in runs]
         outputs[1] = outputs[1][..., self._order().argsort()]
         fused = [] if self.case.softcap is not None else [self._fused()]
-        return [*outputs, self._by_blocks(), *fused]
+        return [*outputs, self._by_blocks(), *fused, self._term_by_term()]
 
     def with_key(self, request: int, position: int, key: torch.Tensor, value: torch.Tensor) -> "Sequences":
         """Return a copy in which one token's key and value are other ones."""
@@ -154,6 +154,29 @@ class Sequences:
             order[first:] = first + torch.randperm(len(s.key) - first, generator=generator)
             found.append(Sequence(s.query, s.key[order], s.value[order]) if len(s.query) == 1 else s)
         return replace(self, requests=found)
+
+    def _term_by_term(self) -> torch.Tensor:
+        """Attend with float32 sums over elements and over keys that add one term after the other."""
+        outputs = []
+        for heads in map(self._heads, self.requests):
+            scores = torch.zeros(*heads.query.shape[:2], heads.key.shape[1])
+            for element in range(heads.query.shape[2]):
+                scores += heads.query[:, :, element, None] * heads.key[:, None, :, element]
+            scores *= self.params.scale
+            if self.case.softcap is not None:
+                scores = self.case.softcap * torch.tanh(scores / self.case.softcap)
+            scores = scores.masked_fill(~heads.visible, -torch.inf)
+            peak = scores.amax(-1, keepdim=True)
+            weights = (scores - peak).exp()
+            total = torch.zeros_like(peak)
+            if self.params.sinks is not None:
+                total = (self.params.sinks.float()[:, None, None] - peak).exp()
+            output = torch.zeros_like(heads.query)
+            for key in range(heads.key.shape[1]):
+                total = total + weights[:, :, key, None]
+                output += weights[:, :, key, None] * heads.value[:, None, key]
+            outputs.append((output / total).transpose(0, 1).to(torch_dtype(self.case.dtype)))
+        return torch.cat(outputs)
 
     def _by_blocks(self) -> torch.Tensor:
         """Attend as kernels do: weights in the dtype in which the device multiplies, products added block by block."""

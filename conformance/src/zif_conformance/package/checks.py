@@ -55,6 +55,8 @@ def opened_device_files(platform: str, stage: str) -> list[str]:
 
 def rebound_names(platform: str, stage: str) -> list[str]:
     """Return names of core or the array library that loading, or the first use of a device, bound to something else."""
+    from zif_conformance.package.names import plugin_package
+
     with contextlib.suppress(ImportError):
         import torch  # noqa: F401
     _import_core()
@@ -62,7 +64,7 @@ def rebound_names(platform: str, stage: str) -> list[str]:
     entry = _load_light(platform)
     if stage == "use":
         _use_once(entry)
-    return before.changes()
+    return before.changes(plugin_package(entry.plugin))
 
 
 def environment_reads_at_import(platform: str, _: str) -> list[str]:

@@ -1,13 +1,16 @@
 """Reads a plugin's source without running it: what it imports, what it rebinds, where it reads the environment."""
 
 import ast
+import importlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from zif_conformance.package.names import module_folder
 
 _ALLOWED_CORE = ("zif.contract", "zif.errors", "zif.host", "zif.reference")
+_TORCH_TIER = "zif.runtime"
 _IMPORTERS = ("import_module", "__import__")
 _GUARDED = ("zif", "torch", "numpy")
 _ENVIRONMENT = {"environ", "getenv", "environb", "getenvb", "putenv", "unsetenv"}
@@ -63,6 +66,8 @@ class PackageSource:
         if name == self.own or name.startswith(f"{self.own}."):
             return True
         private = any(part.startswith("_") and not part.startswith("__") for part in name.split("."))
+        if name.rpartition(".")[0] == _TORCH_TIER:
+            return name.rpartition(".")[2] in _public_parts()
         return not private and any(name == room or name.startswith(f"{room}.") for room in _ALLOWED_CORE)
 
     def _imports(self) -> Iterator[tuple[Finding, str]]:
@@ -76,6 +81,12 @@ class PackageSource:
 
     def _name(self, path: Path) -> str:
         return path.relative_to(module_folder(self.own)).as_posix()
+
+
+@cache
+def _public_parts() -> frozenset[str]:
+    """Return what the torch tier names public."""
+    return frozenset(importlib.import_module(_TORCH_TIER).__all__)
 
 
 def _files(package: str) -> list[Path]:

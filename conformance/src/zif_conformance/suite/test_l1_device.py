@@ -12,7 +12,7 @@ import torch
 from zif.contract import Buffer, Device, Health, Refusal
 from zif.errors import OutOfMemoryError
 from zif_conformance.gates import GateResult, hold
-from zif_conformance.marks import Safety, conforms
+from zif_conformance.marks import Safety, cases, conforms
 from zif_conformance.subject import Subject
 
 TAG = "conformance.l1"
@@ -275,7 +275,7 @@ def test_synchronize_shows_what_was_written(device: Device) -> None:
 
 
 @conforms(level="L1", gate="G1", clause="6.1")
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int64", "uint8"])
+@pytest.mark.parametrize("dtype", [*cases("dtype", "float32", "bfloat16", "float16"), "int64", "uint8"])
 def test_copies_between_host_and_device_keep_every_byte(device: Device, dtype: str, record_gate: Any) -> None:
     host = torch.randint(0, 256, (4096,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     buffer = device.allocator.allocate(4096, TAG)

@@ -9,14 +9,17 @@ from zif.models.model import LayerAttention, Model
 from zif.models.weights import load_decoder
 from zif.runtime.batch import StepBatch
 from zif.runtime.book import PromptRows, RequestBook
-from zif.runtime.drawing import DrawOptions
+from zif.runtime.drawing import WEIGHT_SCALE, DrawOptions, fraction_of
 from zif.runtime.logprobs import prompt_logprobs
+from zif.runtime.randomness import FRACTION_BITS
 from zif.runtime.sampler import OPTIONS_FAULT, SampledTokens, Sampler, raw_fault
 from zif.runtime.tokens import SamplePositions
 from zif.runtime.verification import without_guesses
 
 __all__ = [
+    "FRACTION_BITS",
     "OPTIONS_FAULT",
+    "WEIGHT_SCALE",
     "DrawOptions",
     "LayerAttention",
     "Model",
@@ -27,6 +30,7 @@ __all__ = [
     "Sampler",
     "StepBatch",
     "TokenLogprobs",
+    "fraction_of",
     "load_decoder",
     "prompt_logprobs",
     "raw_fault",

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from zif.runtime.randomness import FRACTION_BITS
 
 MAX_VOCAB_SIZE = 2**21
-"""Weights of this many tokens sum to at most 2**61, which leaves `_fraction_of` room in int64."""
+"""Weights of this many tokens sum to at most 2**61, which leaves `fraction_of` room in int64."""
 
 WEIGHT_SCALE = 2.0**40
 CHUNK_ELEMENTS = 2**22
@@ -108,7 +108,7 @@ def _top_p_threshold(
     """Return the lowest score among the fewest tokens that hold the share p, -inf where p is 1. Returns [R, 1]."""
     unlimited = _column(options.top_p >= 1, scores)
     share = torch.from_numpy((options.top_p * 2.0**FRACTION_BITS).astype(np.int64)).to(scores.device)
-    goal = _fraction_of(weights.sum(dim=1), share).unsqueeze(1).masked_fill_(unlimited, 0)
+    goal = fraction_of(weights.sum(dim=1), share).unsqueeze(1).masked_fill_(unlimited, 0)
     return _score_at_mass(scores, weights, goal, candidates).masked_fill_(unlimited, -torch.inf)
 
 
@@ -139,7 +139,7 @@ def _invert(weights: torch.Tensor, fractions: torch.Tensor) -> torch.Tensor:
     """
     sums = weights.sum(dim=2)
     running = sums.cumsum(dim=1)
-    goal = _fraction_of(running[:, -1], fractions).unsqueeze(1)
+    goal = fraction_of(running[:, -1], fractions).unsqueeze(1)
     block = (running <= goal).sum(dim=1, keepdim=True).clamp_(max=weights.shape[1] - 1)
     before = running.gather(1, block) - sums.gather(1, block)
     inside = weights[torch.arange(len(weights), device=weights.device), block.squeeze(1)].cumsum(dim=1)
@@ -147,7 +147,7 @@ def _invert(weights: torch.Tensor, fractions: torch.Tensor) -> torch.Tensor:
     return token.squeeze(1)
 
 
-def _fraction_of(total: torch.Tensor, fraction: torch.Tensor) -> torch.Tensor:
+def fraction_of(total: torch.Tensor, fraction: torch.Tensor) -> torch.Tensor:
     """Return floor(total * fraction / 2**62), exact in int64. total: at most 2**61; fraction: at most 2**62.
 
     Schoolbook multiplication with digits of 31 bits.
