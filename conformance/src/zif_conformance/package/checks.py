@@ -54,17 +54,27 @@ def opened_device_files(platform: str, stage: str) -> list[str]:
 
 
 def rebound_names(platform: str, stage: str) -> list[str]:
-    """Return names of core or the array library that loading, or the first use of a device, bound to something else."""
+    """Return names of core or the array library that loading, or the first use of a device, bound to something else.
+
+    What the libraries that a plugin uses do to the array library when they are imported, is theirs: at the first use
+    they are there before.
+    """
     from zif_conformance.package.names import plugin_package
+    from zif_conformance.package.source import PackageSource
 
     with contextlib.suppress(ImportError):
         import torch  # noqa: F401
     _import_core()
+    if stage == "use":
+        own = plugin_package(_load_light(platform).plugin)
+        for name in ("torch._dynamo", *PackageSource(own).libraries()):
+            with contextlib.suppress(Exception):  # not installed, or not for this machine: then it is not used either
+                importlib.import_module(name)
     before = AttributePrint()
     entry = _load_light(platform)
     if stage == "use":
         _use_once(entry)
-    return before.changes(plugin_package(entry.plugin))
+    return before.changes()
 
 
 def environment_reads_at_import(platform: str, _: str) -> list[str]:

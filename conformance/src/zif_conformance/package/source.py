@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -46,6 +47,13 @@ class PackageSource:
     def imports_of(self, packages: frozenset[str]) -> list[Finding]:
         """Find imports of these top-level packages."""
         return [finding for finding, name in self._imports() if name.partition(".")[0] in packages]
+
+    def libraries(self) -> list[str]:
+        """Return the modules of other distributions that the source names, parents before children."""
+        known = (*sys.stdlib_module_names, "zif", self.own.partition(".")[0])
+        names = {name for _, name in self._imports() if name.partition(".")[0] not in known}
+        parts = [name.split(".") for name in names]
+        return sorted({".".join(part[:end]) for part in parts for end in range(1, len(part) + 1)})
 
     def rebound_attributes(self) -> list[Finding]:
         """Find assignments to attributes of core or of the array library: `torch.add = ...`, `setattr(zif, ...)`."""

@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from types import BuiltinFunctionType, FunctionType, ModuleType
 
 _GUARDED = ("zif", "torch", "numpy", "builtins")
-_ADAPTABLE = ("torch", "numpy")
 _CODE = (FunctionType, BuiltinFunctionType, type, property, staticmethod, classmethod)
 
 
@@ -65,20 +64,15 @@ class AttributePrint:
     def __init__(self) -> None:
         self._bound = {key: value for holder in _holders() for key, value in _members(*holder)}
 
-    def changes(self, own: str) -> list[str]:
-        """Say which names are bound to something else now, or were added from outside.
-
-        `own` is the package under test. Extensions of an array library, other packages than that, may adapt it.
-        """
+    def changes(self) -> list[str]:
+        """Say which names are bound to something else now, or were added from outside."""
         now = AttributePrint()._bound
         rebound = [name for name, value in self._bound.items() if name in now and now[name] is not value]
-        rebound = [
-            n for n in rebound if not _is_adaptation(n, now[n], own) and not _is_wrapped(now[n], self._bound[n], own)
-        ]
         removed = [name for name in self._bound if name not in now]
         known_holders = {name.rpartition(".")[0] for name in self._bound}
-        new = [n for n, v in now.items() if n not in self._bound and n.rpartition(".")[0] in known_holders]
-        added = [name for name in new if _foreign(now[name]) and not _is_adaptation(name, now[name], own)]
+        added = [
+            n for n, v in now.items() if n not in self._bound and n.rpartition(".")[0] in known_holders and _foreign(v)
+        ]
         return [
             *(f"{name} was rebound" for name in rebound),
             *(f"{name} was removed" for name in removed),
@@ -104,22 +98,6 @@ def _holders() -> list[tuple[str, object]]:
 
 def _members(name: str, holder: object) -> list[tuple[str, object]]:
     return [(f"{name}.{key}", value) for key, value in list(vars(holder).items()) if isinstance(value, _CODE)]
-
-
-def _is_adaptation(name: str, value: object, own: str) -> bool:
-    """Say whether another package than `own` has put its code into an array library: an extension of that library."""
-    return name.partition(".")[0] in _ADAPTABLE and _foreign(value) and _home(value) != own
-
-
-def _is_wrapped(value: object, original: object, own: str) -> bool:
-    """Say whether others than `own` have put a decorator around a function, as torch does when its compiler loads."""
-    code = getattr(value, "__globals__", {})
-    by = str(code.get("__name__", own)).partition(".")[0]
-    return getattr(value, "__wrapped__", None) is original and by not in (own, "zif")
-
-
-def _home(value: object) -> str:
-    return str(getattr(value, "__module__", None)).partition(".")[0]
 
 
 def _foreign(value: object) -> bool:

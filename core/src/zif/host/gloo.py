@@ -50,11 +50,15 @@ class _Gloo(Protocol):
 
 
 class GlooCommunicator(Communicator):
-    """One rank's membership in a group. Construction meets the other ranks."""
+    """One rank's membership in a group. Construction meets the other ranks.
 
-    def __init__(self, group: CommunicatorGroup) -> None:
+    `make` makes another process group of torch than gloo's, from the store where the ranks meet, the group and the
+    deadline; its operations must be called like gloo's.
+    """
+
+    def __init__(self, group: CommunicatorGroup, make: "MakeGroup | None" = None) -> None:
         self.group = group
-        self._gloo = _join(group)
+        self._gloo = _join(group, make or _make_gloo)
         self._calls: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
         self._aborted: Future[None] = Future()
         self._unusable = ""
@@ -166,16 +170,23 @@ def _serve(calls: "queue.SimpleQueue[_Call | None]") -> None:
             call.done.set_result(None)
 
 
-def _join(group: CommunicatorGroup) -> _Gloo:
+MakeGroup = Callable[[Store, CommunicatorGroup, timedelta], object]
+
+
+def _make_gloo(store: Store, group: CommunicatorGroup, deadline: timedelta) -> object:
+    options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+    options._timeout = deadline
+    options._devices = [_network_device(urlsplit(group.rendezvous))]
+    return ProcessGroupGloo(store, group.rank, group.world_size, options)
+
+
+def _join(group: CommunicatorGroup, make: MakeGroup) -> _Gloo:
     """Meet the other ranks. Raises `CommunicatorError` when they do not come in time."""
     deadline = timedelta(seconds=group.deadline_s)
     place = urlsplit(group.rendezvous)
     try:
         store = PrefixStore(group.name, _open_store(place, group, deadline))
-        options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
-        options._timeout = deadline
-        options._devices = [_network_device(place)]
-        joined = cast(_Gloo, ProcessGroupGloo(store, group.rank, group.world_size, options))
+        joined = cast(_Gloo, make(store, group, deadline))
         # One rank may be connected before another is; if it left now, the other could not finish joining.
         store.set(f"joined/{group.rank}", "yes")
         store.wait([f"joined/{rank}" for rank in range(group.world_size)], deadline)
