@@ -7,7 +7,8 @@ on, and block tables in pages.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from zif.host.tiling import PreparedStep
 
 _kernels = torch.ops.torch_ipex
 _NONE = -1
-"""What the kernels take for no window; a soft cap that is not positive is none."""
+"""What the kernel takes for no window; a soft cap that is not positive is none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,38 +37,48 @@ class IpexCache:
 
 
 @dataclass(frozen=True, slots=True)
-class IpexRows:
-    """Some requests of a step. tokens: [N], int64, their rows of the step, None when they are all of it.
+class SingleRows:
+    """The requests with one new token. tokens: [R], int64, their rows of the step, None when there are no others.
 
-    blocks: [R, B], int32, block ids. seq_lens: [R], int32. query_start, key_start: [R + 1], int32.
+    blocks: [R, B], int32, block ids. seq_lens: [R], int32.
     """
 
     tokens: torch.Tensor | None
     blocks: torch.Tensor
     seq_lens: torch.Tensor
-    query_start: torch.Tensor
-    key_start: torch.Tensor
-    max_queries: int
     max_keys: int
 
 
-@dataclass(frozen=True, slots=True)
 class IpexStep:
-    """One group's step: requests with one new token, and the others. blocks, offsets: [T], where KV goes."""
+    """One group's step. blocks, offsets: [T], int64, where KV goes. `single`: what the kernel serves, if anything."""
 
-    block_size: int
-    blocks: torch.Tensor
-    offsets: torch.Tensor
-    single: IpexRows | None
-    several: IpexRows | None
-    tiled: PreparedStep
+    def __init__(self, batch: AttentionBatch, tiled: TiledAttention) -> None:
+        slots = torch.from_numpy(np.asarray(batch.slots, dtype=np.int64))
+        self.block_size = batch.block_size
+        self.window = batch.window
+        self.blocks = slots // batch.block_size
+        self.offsets = slots % batch.block_size
+        self.single = _single_rows(batch) if batch.window is None else None
+        self._batch = batch
+        self._tiled = tiled
+
+    @cached_property
+    def tiled(self) -> PreparedStep:
+        """Cut the whole step into tiles, for layers that the kernel does not serve."""
+        return self._tiled.prepare(self._batch)
+
+    @cached_property
+    def others(self) -> PreparedStep:
+        """Cut the requests with several new tokens into tiles."""
+        return replace(self.tiled, decodes=())
 
 
 class IpexAttention(AttentionBackend[IpexCache, IpexStep]):
-    """IPEX's kernels, and tiles of torch operations where they do not serve.
+    """IPEX's kernel for requests with one new token, and tiles of torch operations for what it does not serve.
 
-    That is layers with sinks, which the kernels do not know, and with windows: they read blocks behind the window,
-    which are others' by then, multiply what they find by zero, and zero times NaN is NaN.
+    That is chunks of prompts, for which torch's fused kernel is faster than IPEX's (`benchmarks/ipex.py`); layers with
+    sinks, which IPEX does not know; and windows: it reads blocks behind the window, which are others' by then,
+    multiplies what it finds by zero, and zero times NaN is NaN.
     """
 
     def __init__(self) -> None:
@@ -85,17 +96,7 @@ class IpexAttention(AttentionBackend[IpexCache, IpexStep]):
         return [IpexCache(pages, pages[1:], 2 * num_layers, 2 * layer, cache) for layer, cache in enumerate(tiled)]
 
     def prepare(self, batch: AttentionBatch) -> IpexStep:
-        lengths = np.diff(batch.query_start)
-        slots = torch.from_numpy(np.asarray(batch.slots, dtype=np.int64))
-        fused = batch.window is None
-        return IpexStep(
-            block_size=batch.block_size,
-            blocks=slots // batch.block_size,
-            offsets=slots % batch.block_size,
-            single=_rows(batch, lengths == 1) if fused else None,
-            several=_rows(batch, lengths > 1) if fused else None,
-            tiled=self._tiled.prepare(batch),
-        )
+        return IpexStep(batch, self._tiled)
 
     def write(self, key: torch.Tensor, value: torch.Tensor, cache: IpexCache, prepared: IpexStep) -> None:
         if key.dtype != cache.keys.dtype:
@@ -108,54 +109,39 @@ class IpexAttention(AttentionBackend[IpexCache, IpexStep]):
     def attend(
         self, query: torch.Tensor, cache: IpexCache, prepared: IpexStep, params: AttentionParams
     ) -> torch.Tensor:
-        unknown = params.window is not None or prepared.tiled.window is not None or params.sinks is not None
-        if unknown or query.dtype != cache.keys.dtype:
+        single = prepared.single
+        unknown = params.window is not None or prepared.window is not None or params.sinks is not None
+        if single is None or unknown or query.dtype != cache.keys.dtype:
             return self._tiled.attend(query, cache.tiled, prepared.tiled, params)
-        out = torch.empty_like(query, memory_format=torch.contiguous_format)
-        for rows, attend in ((prepared.single, _attend_single), (prepared.several, _attend_several)):
-            if rows is None:
-                continue
-            if rows.tokens is None:
-                attend(out, query.contiguous(), cache, rows, params)
-            else:
-                part = torch.empty(len(rows.tokens), *query.shape[1:], dtype=query.dtype)
-                attend(part, query[rows.tokens], cache, rows, params)
-                out[rows.tokens] = part
+        if single.tokens is None:
+            return _attend_single(query.contiguous(), cache, single, params)
+        out = self._tiled.attend(query, cache.tiled, prepared.others, params)
+        out[single.tokens] = _attend_single(query[single.tokens], cache, single, params)
         return out
 
 
-def _rows(batch: AttentionBatch, chosen: "np.ndarray") -> IpexRows | None:  # type: ignore[type-arg]
-    """Return the chosen requests as the kernels take them; None when there are none."""
+def _single_rows(batch: AttentionBatch) -> SingleRows | None:
+    """Return the requests with one new token as the kernel takes them; None when there are none."""
+    chosen = np.diff(batch.query_start) == 1
     requests = np.flatnonzero(chosen)
     if not len(requests):
         return None
-    starts, ends = batch.query_start[requests], batch.query_start[requests + 1]
-    tokens = None
-    if len(requests) < len(chosen):
-        tokens = torch.from_numpy(np.concatenate([np.arange(s, e) for s, e in zip(starts, ends, strict=True)]))
     seq_lens = np.ascontiguousarray(batch.seq_lens[requests], dtype=np.int32)
     num_blocks = -(-int(seq_lens.max()) // batch.block_size)
-    return IpexRows(
+    tokens = None if chosen.all() else torch.from_numpy(batch.query_start[requests].astype(np.int64))
+    return SingleRows(
         tokens=tokens,
         blocks=torch.from_numpy(np.ascontiguousarray(batch.block_table[requests, :num_blocks])),
         seq_lens=torch.from_numpy(seq_lens),
-        query_start=_running_sum(ends - starts),
-        key_start=_running_sum(seq_lens),
-        max_queries=int((ends - starts).max()),
         max_keys=int(seq_lens.max()),
     )
 
 
-def _running_sum(counts: "np.ndarray") -> torch.Tensor:  # type: ignore[type-arg]
-    return torch.from_numpy(np.concatenate(([0], np.cumsum(counts))).astype(np.int32))
-
-
-def _attend_single(
-    out: torch.Tensor, query: torch.Tensor, cache: IpexCache, rows: IpexRows, params: AttentionParams
-) -> None:
-    """Attend from one query per request. out, query: [R, H, D]; writes `out`."""
+def _attend_single(query: torch.Tensor, cache: IpexCache, rows: SingleRows, params: AttentionParams) -> torch.Tensor:
+    """Attend from one query per request. query: [R, H, D]. Returns the same shape and dtype."""
     num_kv_heads = cache.keys.shape[1]
     group_size = query.shape[1] // num_kv_heads
+    out = torch.empty_like(query)
     _kernels.single_query_cached_kv_attention(
         out,
         query,
@@ -173,29 +159,4 @@ def _attend_single(
         1.0,
         _NONE if params.softcap is None else params.softcap,
     )
-
-
-def _attend_several(
-    out: torch.Tensor, query: torch.Tensor, cache: IpexCache, rows: IpexRows, params: AttentionParams
-) -> None:
-    """Attend from several queries per request. out, query: [N, H, D]; writes `out`."""
-    _kernels.flash_attn_varlen_func(
-        out,
-        query,
-        cache.keys,
-        cache.values,
-        rows.query_start,
-        rows.key_start,
-        rows.max_queries,
-        rows.max_keys,
-        params.scale,
-        True,
-        rows.blocks * cache.pages_per_block + cache.first_page,
-        None,
-        _NONE,
-        _NONE,
-        "auto",
-        1.0,
-        1.0,
-        _NONE if params.softcap is None else params.softcap,
-    )
+    return out

@@ -266,7 +266,7 @@ def _plan_notes(workload: Workload, device: DeviceInfo, software: _Software) -> 
     if nodes.isdecimal() and int(nodes) > 1:
         yield "memory of other NUMA nodes is slower: ZIF_INTEL_NUMA_NODE binds this process to one"
     if not software.ipex_reason:
-        yield "IPEX serves attention without window and sinks; with them, torch's own operations do"
+        yield "IPEX serves decoding without window and sinks; torch's own kernels serve the rest of attention"
     else:
         yield f"IPEX does not serve ({software.ipex_reason}): paged attention and norms run in torch's own operations"
     yield f"collectives run over {'oneCCL' if software.oneccl else 'gloo'}"
