@@ -5,6 +5,7 @@
 #   make check   format, lint, types, import contracts, house rules and fast tests: under a minute
 #   make simulate  two million steps of the control plane under random traffic and faults: some minutes
 #   make bench   throughput and latency on the model in examples/
+#   make test-intel, make test-tpu  the tests and the conformance suite of these plugins, in environments of their own
 #   make conform  prove the CPU platform and the reference platform; bundles go to build/conformance
 #   make self-test  try the suite on its bank of mutants: each must be killed by the test that is known to do so
 #   make matrix  write README's support matrix from the bundles of make conform
@@ -26,11 +27,12 @@ INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
 PROJECTS := core plugins/cpu conformance
 SOURCES := core plugins conformance examples
-TYPED := core/src plugins/cpu/src conformance/src
-TESTS := core/tests $(wildcard plugins/cpu/tests) $(wildcard conformance/tests)
-FAST := $(addprefix core/tests/,contract house settings scheduling kv null simulation text cli) conformance/tests
+VENDORS := intel tpu
+TYPED := core/src plugins/cpu/src $(VENDORS:%=plugins/%/src) conformance/src
+TESTS := core/tests plugins/cpu/tests $(VENDORS:%=plugins/%/tests) conformance/tests
+FAST := $(addprefix core/tests/,contract host house settings scheduling kv null simulation text cli) conformance/tests
 
-.PHONY: run test check simulate bench conform self-test matrix freeze lock clean environment
+.PHONY: run test test-intel test-tpu check simulate bench conform self-test matrix freeze lock clean environment
 
 run: $(INSTALLED)
 	$(BIN)/zif generate $(MODEL) --prompt "$(PROMPT)" --max-tokens 128 --temperature 0.6 --top-p 0.9 --request-seed 1
@@ -38,11 +40,17 @@ run: $(INSTALLED)
 test: $(INSTALLED_DEV)
 	$(BIN)/python -m pytest -n $(WORKERS) $(TESTS)
 
+test-intel:
+	PYTHON=$(PYTHON) constraints/prove intel $(BUNDLES) $(WORKERS)
+
+test-tpu:
+	PJRT_DEVICE=CPU PYTHON=$(PYTHON) constraints/prove tpu $(BUNDLES) $(WORKERS)
+
 check: $(INSTALLED_DEV)
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/mypy $(TYPED)
-	$(BIN)/lint-imports
+	PYTHONPATH=plugins/intel/src:plugins/tpu/src $(BIN)/lint-imports
 	$(BIN)/python -m pytest -q -n $(WORKERS) -m "not slow" $(wildcard $(FAST))
 
 simulate: $(INSTALLED)
@@ -62,7 +70,7 @@ self-test: $(INSTALLED)
 	$(BIN)/zif conform self-test --quick --workers $(WORKERS)
 
 matrix: $(INSTALLED)
-	$(BIN)/zif conform matrix $(BUNDLES)/cpu $(BUNDLES)/reference --readme README.md --keep docs/bundles
+	$(BIN)/zif conform matrix $(wildcard $(addprefix $(BUNDLES)/,cpu intel tpu reference)) --readme README.md --keep docs/bundles
 
 freeze: $(INSTALLED)
 	$(BIN)/python -m zif_conformance.freeze

@@ -1,7 +1,9 @@
 """The Intel platform on faked machines: its devices, whether IPEX serves, what a plan says, what discovery imports."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -204,5 +206,6 @@ def test_discovery_and_probe_import_no_array_library():
         "import sys; from zif_intel.plugin import zif_platform; zif_platform().probe();"
         "print([m for m in ('torch', 'numpy', 'psutil', 'intel_extension_for_pytorch') if m in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1] / "src")}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "[]", done.stderr

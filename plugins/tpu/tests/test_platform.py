@@ -1,8 +1,10 @@
 """The TPU platform: versions that fit or not, chips on faked machines, plans, and what discovery imports."""
 
+import os
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -76,7 +78,8 @@ def test_nothing_is_loaded_to_find_out(versions, on_host):
         "probe = platform.TpuPlatform().probe(); assert 'do not fit' in probe.reason, probe;"
         "print([m for m in ('torch', 'torch_xla', 'numpy') if m in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1] / "src")}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "[]", done.stderr
 
 

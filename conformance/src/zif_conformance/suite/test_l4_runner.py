@@ -179,6 +179,19 @@ def test_guesses_are_accepted_while_right(
     _hold(tiny, record_gate, family, [plain, row, beside])
 
 
+@conforms(level="L4", gate="G7", clause="10.11", negative=True)
+@pytest.mark.parametrize("family", families(*_KINDS))
+def test_warming_up_changes_no_token(tiny: TinyModels, record_gate: GateRecorder, family: str) -> None:
+    reports: list[tuple[int, int]] = []
+    with _stepper(tiny, family) as stepper:
+        stepper.runner.warm_up(lambda done, total: reports.append((done, total)))
+        rows = [stepper.start(prompt_tokens(length, length)) for length in (5, 2 * tiny.block_size + 1)]
+        stepper.advance(*rows, num_tokens=5)
+    assert reports == sorted(reports), "progress fell"
+    assert not reports or reports[-1][0] == reports[-1][1], reports[-1]
+    _hold(tiny, record_gate, family, rows)
+
+
 @conforms(level="L4", gate="G7", clause="10.9")
 @pytest.mark.parametrize("family", families(*_KINDS))
 def test_plans_come_before_results(tiny: TinyModels, record_gate: GateRecorder, family: str) -> None:

@@ -4,7 +4,7 @@ import importlib
 from datetime import timedelta
 
 import torch
-from torch.distributed import Backend, Store
+from torch.distributed import Backend, Store  # type: ignore[attr-defined]
 
 from zif.contract import Communicator, CommunicatorError, CommunicatorGroup
 from zif.host.gloo import GlooCommunicator

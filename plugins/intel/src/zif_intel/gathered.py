@@ -6,6 +6,7 @@ compute scores and weights in float32. Letters as in the contract; S key places.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -125,7 +126,7 @@ class GatheredAttention(AttentionBackend[GatheredCache, GatheredStep]):
             unused=self._on_device(hidden.all(1)[:, None, :, None]),
         )
 
-    def _on_device(self, array: "np.ndarray") -> torch.Tensor:  # type: ignore[type-arg]
+    def _on_device(self, array: "np.ndarray[Any, np.dtype[Any]]") -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self._array_device)
 
 
@@ -154,7 +155,7 @@ def _attend(
         )
     batch, num_heads, width, head_dim = query.shape
     num_kv_heads = key.shape[1]
-    grouped = query.float().view(batch, num_kv_heads, -1, head_dim)
+    grouped = query.float().reshape(batch, num_kv_heads, -1, head_dim)
     scores = (grouped @ key.float().transpose(2, 3) * params.scale).view(batch, num_heads, width, -1)
     if params.softcap is not None:
         scores = torch.tanh(scores / params.softcap) * params.softcap

@@ -6,6 +6,7 @@ in the contract. The caches of all layers are pages of one array, so no layer's 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -137,7 +138,7 @@ class XlaAttention(AttentionBackend[LayerCache, PreparedStep]):
         out = _attend(padded, cache, prepared, params)
         return (out if prepared.scatter is None else out.index_select(0, prepared.scatter)).to(query.dtype)
 
-    def _on_device(self, array: np.ndarray) -> torch.Tensor:  # type: ignore[type-arg]
+    def _on_device(self, array: "np.ndarray[Any, np.dtype[Any]]") -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64)).to(self._array_device)
 
 

@@ -19,6 +19,7 @@ class XlaDevice(Device):
     """The chips of this host, or its processor, as XLA sees them. Outside programs, computation is traced and lazy."""
 
     array_device = "xla"
+    allocator: XlaAllocator
 
     def __init__(self, plan: Plan, rank: int, pjrt_device: str, settings: TpuSettings) -> None:
         self.plan = plan

@@ -229,7 +229,7 @@ class XlaRunner(ModelRunner):
 
     def _run_layers(self, batch: StepBatch, places: "np.ndarray[Any, np.dtype[np.int64]]") -> dict[int, str]:
         """Compute all tokens of a step. Returns why requests could not be computed, by index."""
-        refused = {}
+        refused: dict[int, str] = {}
         lengths = np.diff(batch.query_start).tolist()
         for group in self._buckets.groups(lengths, num_blocks(batch)):
             shape, program = self._fitting_program(group.shape)
