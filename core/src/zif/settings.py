@@ -145,9 +145,7 @@ class EngineSettings:
         "quantization of the weights; auto: the checkpoint's own", None,
         refusal="weights cannot be quantized at load yet; leave it out, a quantized checkpoint says so itself",
     )  # fmt: skip
-    tensor_parallel_size: int = _integer(
-        "devices that share one model", 1, minimum=1, refusal="one device per engine for now; leave it out or give 1"
-    )
+    tensor_parallel_size: int = _integer("devices that share one model, where the platform claims it", 1, minimum=1)
     chat_template: str | None = _text("chat template, a file or the template itself; auto: the tokenizer's", None)
 
     def __post_init__(self) -> None:

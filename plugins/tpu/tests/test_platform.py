@@ -134,6 +134,17 @@ def test_groups_whose_pages_differ_are_refused_with_their_shapes(on_host):
     assert "4 heads of 64" in refusal.reasons[0]
 
 
+def test_tensor_parallel_is_claimed_where_there_are_several_devices(on_host, monkeypatch):
+    monkeypatch.setenv("CPU_NUM_DEVICES", "4")
+    parallel = replace(WORKLOAD, tensor_parallel_size=2)
+    plan = TpuPlatform().plan(parallel)
+    assert (plan.tensor_parallel_size, plan.decisions[-1].detail) == (2, "zif_tpu.sharding.Sharding")
+    refusal = TpuPlatform().plan(replace(WORKLOAD, tensor_parallel_size=3))
+    assert any("does not divide the 2 KV heads" in reason for reason in refusal.reasons)
+    monkeypatch.setenv("CPU_NUM_DEVICES", "1")
+    assert any(reason.startswith("parallel.tensor") for reason in TpuPlatform().plan(parallel).reasons)
+
+
 def test_ranks_below_zero_do_not_exist(on_host):
     plan = TpuPlatform().plan(WORKLOAD)
     with pytest.raises(PlatformUnavailableError, match="-1"):

@@ -159,6 +159,36 @@ def _cache_shape(model, kv_bytes):
     return f"f32[{num_rows},{2 * heads},{dim}]"
 
 
+_TEXTS = """
+import sys
+from zif import LLM, SamplingParams
+prompts = ["Return a list of", "Raise an error", "A" * 90]
+for sampling in (SamplingParams(max_tokens=24, temperature=0.0), SamplingParams(max_tokens=8, seed=3, logprobs=2)):
+    with LLM(MODEL, platform="tpu", tensor_parallel_size=int(sys.argv[1]), **SETTINGS) as llm:
+        print([output.outputs[0].token_ids for output in llm.generate(prompts, sampling, use_tqdm=False)])
+"""
+
+
+def _texts_of(model, tensor_parallel_size):
+    code = _TEXTS.replace("MODEL", repr(model)).replace("SETTINGS", repr(SMALL))
+    environment = {**os.environ, "CPU_NUM_DEVICES": "2"}
+    command = [sys.executable, "-c", code, str(tensor_parallel_size)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_two_devices_together_give_the_text_of_one(model):
+    one, two = (_texts_of(model, size) for size in (1, 2))
+    assert one.returncode == two.returncode == 0, one.stderr + two.stderr
+    assert one.stdout == two.stdout
+    assert len(one.stdout) > 100
+
+
+def test_more_devices_than_there_are_is_refused(model):
+    done = _texts_of(model, 4)
+    assert done.returncode != 0
+    assert "tensor_parallel_size=4 is more than the 2 devices" in done.stderr
+
+
 def test_a_shape_that_cannot_be_compiled_in_time_is_refused_and_the_engine_lives(model, monkeypatch):
     monkeypatch.setenv("ZIF_TPU_COMPILE_DEADLINE_S", "0.0001")
     settings = {**SMALL, "max_num_batched_tokens": 48, "kv_bytes": 1 << 23}

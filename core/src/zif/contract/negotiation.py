@@ -70,6 +70,7 @@ def negotiate(workload: Workload, offer: Offer) -> Plan | Refusal:
         implementations=offer.implementations,
         constraints=offer.constraints,
         notes=offer.notes,
+        tensor_parallel_size=workload.tensor_parallel_size,
     )
 
 

@@ -81,6 +81,7 @@ class Plan:
     """What will run on which device. Printable: `zif explain` shows all of it.
 
     `device_id` names a device of the probe. `implementations` maps each op and service to the code that serves it.
+    `tensor_parallel_size` is that of the workload.
     """
 
     platform: str
@@ -91,6 +92,7 @@ class Plan:
     implementations: tuple[tuple[str, str], ...]
     constraints: SchedulerConstraints = SchedulerConstraints()
     notes: tuple[str, ...] = ()
+    tensor_parallel_size: int = 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,7 +38,7 @@ _WORDS = MappingProxyType(
 """Integers of the same size, to look at bits."""
 
 
-Keep = Callable[[torch.Tensor], torch.Tensor]
+Keep = Callable[[str, torch.Tensor], torch.Tensor]
 
 
 def load_decoder(
@@ -52,8 +52,8 @@ def load_decoder(
     """Read the weights of a native model to the device and return the decoder.
 
     Allocates under the tag "weights"; `progress` hears bytes held. With `keep` the memory is a way station: what it
-    returns for a tensor becomes the weight, on `array_device`, and the memory is freed. Raises `CheckpointError`, which
-    names the file or the tensors, or `OutOfMemoryError`; either leaves nothing allocated.
+    returns for a name and a tensor becomes the weight, on `array_device`, and the memory is freed. Raises
+    `CheckpointError`, which names the file or the tensors, or `OutOfMemoryError`; either leaves nothing allocated.
     """
     spec = decoder_spec(model.architecture, model.config)
     checkpoint = open_checkpoint(model.path)
@@ -99,12 +99,12 @@ class _Loader(AbstractContextManager["_Loader"]):
                 for num_elements in self._fill(tensor, piece):
                     done += num_elements * self._dtype.itemsize
                     progress(done, total)
-            weights[held.name] = tensor if self._keep is None else self._passed_on(tensor, self._keep)
+            weights[held.name] = tensor if self._keep is None else self._passed_on(held.name, tensor, self._keep)
         return weights
 
-    def _passed_on(self, tensor: torch.Tensor, keep: Keep) -> torch.Tensor:
+    def _passed_on(self, name: str, tensor: torch.Tensor, keep: Keep) -> torch.Tensor:
         """Return what is kept of the tensor that was allocated last, whose memory goes back."""
-        kept = keep(tensor)
+        kept = keep(name, tensor)
         self._allocator.free(self._buffers.pop())
         return kept
 

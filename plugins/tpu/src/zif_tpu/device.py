@@ -13,6 +13,7 @@ from zif_tpu.attention import XlaAttention
 from zif_tpu.memory import XlaAllocator
 from zif_tpu.ops import XlaOps
 from zif_tpu.settings import TpuSettings
+from zif_tpu.sharding import Sharding
 
 
 class XlaDevice(Device):
@@ -30,6 +31,7 @@ class XlaDevice(Device):
         self.allocator = XlaAllocator(plan.memory.available_bytes, self.array_device)
         self.attention = XlaAttention(self.array_device)
         self.ops = XlaOps()
+        self.sharding = Sharding(plan.tensor_parallel_size)
         self._closed = False
 
     def communicator(self, group: CommunicatorGroup) -> Communicator:

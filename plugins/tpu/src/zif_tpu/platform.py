@@ -3,10 +3,12 @@
 `PJRT_DEVICE=CPU` makes a device of the host's processor: the same programs, compiled by XLA for it.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from zif.contract import (
+    AttentionSpec,
     Capabilities,
     Device,
     DeviceInfo,
@@ -51,6 +53,7 @@ _IMPLEMENTATIONS = (
     ("attention", "zif_tpu.attention.XlaAttention"),
     ("graphs", "zif.contract.EagerGraphs"),
     ("ops", "zif_tpu.ops.XlaOps"),
+    ("parallel", "zif_tpu.sharding.Sharding"),
     ("runner", "zif_tpu.runner.XlaRunner"),
     ("sampler", "zif_tpu.sampling.choose"),
 )
@@ -120,11 +123,11 @@ class TpuPlatform(Platform):
             implementations=_IMPLEMENTATIONS,
             emulated=_EMULATED,
             constraints=SchedulerConstraints(token_buckets=buckets.widths, batch_buckets=buckets.rows),
-            notes=_plan_notes(buckets, dict(device.runtime)["pjrt device"]),
+            notes=_plan_notes(buckets, dict(device.runtime)["pjrt device"], workload.tensor_parallel_size),
             sizing=KVSizing(max_share=0.5 if device.device_id == "xla:cpu" else 0.9),
         )
         answer = negotiate(workload, offer)
-        reasons = tuple(unlike_pages(workload.kv_specs))
+        reasons = (*unlike_pages(workload.kv_specs), *_unfit_parallel(workload, device))
         if not reasons:
             return answer
         return Refusal(self.name, (*(answer.reasons if isinstance(answer, Refusal) else ()), *reasons))
@@ -157,7 +160,7 @@ class TpuPlatform(Platform):
             architecture=generation.name,
             memory_bytes=generation.memory_bytes,
             available_bytes=generation.memory_bytes,
-            capabilities=_capabilities("TPU"),
+            capabilities=_capabilities("TPU", chips.count),
             runtime=(*runtime, ("libtpu", libtpu), ("pjrt device", "TPU"), ("chips", str(chips.count))),
         )
         return Probe((device,), steps=steps)
@@ -170,7 +173,7 @@ class TpuPlatform(Platform):
             architecture=host.architecture,
             memory_bytes=host.memory_bytes,
             available_bytes=host.available_bytes,
-            capabilities=_capabilities("CPU"),
+            capabilities=_capabilities("CPU", settings.num_devices),
             runtime=(
                 *runtime,
                 ("pjrt device", "CPU"),
@@ -187,10 +190,24 @@ def buckets_of(workload: Workload) -> Buckets:
     return Buckets.of(max(1, workload.max_num_seqs), max(1, workload.max_num_batched_tokens), max_blocks)
 
 
-def _capabilities(pjrt_device: str) -> Capabilities:
+def _unfit_parallel(workload: Workload, device: DeviceInfo) -> Iterator[str]:
+    """Yield why the workload cannot be cut into as many parts as it asks for."""
+    size, runtime = workload.tensor_parallel_size, dict(device.runtime)
+    num_devices = int(runtime.get("chips") or runtime["devices"])
+    if size > num_devices:
+        yield f"tensor_parallel_size={size!r} is more than the {num_devices} devices of this host; lower it"
+    for spec in workload.kv_specs:
+        if isinstance(spec, AttentionSpec) and spec.num_kv_heads % size:
+            yield (
+                f"tensor_parallel_size={size!r} does not divide the {spec.num_kv_heads} KV heads of {spec.kind} "
+                "layers; choose one that does"
+            )
+
+
+def _capabilities(pjrt_device: str, num_devices: int) -> Capabilities:
     return Capabilities(
         dtypes=tuple(Numerics(storage=dtype, compute=dtype, accumulate="float32") for dtype in _DTYPES),
-        features=_FEATURES,
+        features=_FEATURES | ({Feature.TENSOR_PARALLEL} if num_devices > 1 else set()),
         kv_dtypes=_DTYPES,
         block_sizes=(8, 16, 32, 64, 128),
         max_head_size=256,
@@ -198,7 +215,7 @@ def _capabilities(pjrt_device: str) -> Capabilities:
     )
 
 
-def _plan_notes(buckets: Buckets, pjrt_device: str) -> tuple[str, ...]:
+def _plan_notes(buckets: Buckets, pjrt_device: str, tensor_parallel_size: int) -> tuple[str, ...]:
     num_programs = len(buckets.shapes()) + 3 * len(buckets.samples)
     notes = [
         f"{num_programs} programs are compiled before the first request; none after",
@@ -206,6 +223,8 @@ def _plan_notes(buckets: Buckets, pjrt_device: str) -> tuple[str, ...]:
         "sampled on the host: their logits are part of the step's one transfer",
         "log-probabilities of prompts take further transfers",
     ]
+    if tensor_parallel_size > 1:
+        notes.append("memory is planned as if every device held all weights and KV: it holds a part of them")
     if pjrt_device == "CPU":
         notes.append("XLA cannot load compiled programs for this device: each process compiles anew")
     return tuple(notes)

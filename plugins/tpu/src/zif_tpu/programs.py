@@ -10,12 +10,15 @@ how the KV cache is updated in place.
 """
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 import torch_xla
+import torch_xla.core.xla_model as xm
 import torch_xla.debug.metrics as metrics
+import torch_xla.runtime as xr
 from torch_xla.utils.buffer_donor_context import alias_with_buffer_donor_config
 
 from zif.errors import ZifError
@@ -45,6 +48,9 @@ class Program:
         inputs = list(self.inputs)
         for place, argument in self.places:
             inputs[place] = arguments[argument]
+        if xr.is_spmd():
+            # Over several devices torch_xla hands out arrays before they are there, and takes only those that are.
+            xm.wait_device_ops()
         results: list[torch.Tensor] = _lib._run_cached_graph(self.graph, inputs)
         return results
 
@@ -58,15 +64,16 @@ def compile_program(
     XLA refuses, when an operation would leave the device, or after `deadline_s`: what was begun cannot be called off,
     and goes on beside.
     """
-    ids = [_lib._xla_get_tensor_id(argument) for argument in arguments]
     for index in donated:
         _lib._set_buffer_donation(arguments[index], True)
     before = _operations_off_device()
     results = list(function(*arguments))
     if left := [name for name, count in _operations_off_device().items() if count != before.get(name, 0)]:
         raise CompilationError(f"operations that XLA does not compile: {', '.join(sorted(left))}")
-    found, values = _lib._get_tensors_xla_device_data_node(results)
-    places = tuple((place, ids.index(number)) for place, number in enumerate(found) if number in ids)
+    _, values = _lib._get_tensors_xla_device_data_node(results)
+    arguments_at = {handle: index for index, handle in enumerate(_lib._get_tensors_handle(list(arguments)))}
+    handles = enumerate(_lib._get_tensors_handle(list(values)))
+    places = tuple((place, arguments_at[handle]) for place, handle in handles if handle in arguments_at)
     at_arguments = {place for place, _ in places}
     inputs = tuple(None if place in at_arguments else value for place, value in enumerate(values))
     with alias_with_buffer_donor_config():
@@ -93,13 +100,26 @@ def _compile(results: list[torch.Tensor], deadline_s: float) -> None:
             outcome.error = error
         outcome.done.set()
 
-    threading.Thread(target=work, name="xla-compilation", daemon=True).start()
+    thread = threading.Thread(target=work, name="xla-compilation", daemon=True)
+    thread.start()
     if not outcome.done.wait(deadline_s):
+        _late.append(thread)
         raise CompilationError(
             f"compilation takes longer than {deadline_s:g} s; raise ZIF_TPU_COMPILE_DEADLINE_S to wait longer"
         )
     if outcome.error is not None:
         raise CompilationError(f"XLA refused the program: {outcome.error}") from outcome.error
+
+
+_late: list[threading.Thread] = []
+"""Compilations that nobody waits for any more."""
+
+
+def wait_for_late_compilations(deadline_s: float) -> None:
+    """Let compilations end that went past their deadlines: a process that exits under one of them aborts."""
+    ends_at = time.monotonic() + deadline_s
+    while _late and time.monotonic() < ends_at:
+        _late.pop().join(max(0.0, ends_at - time.monotonic()))
 
 
 def _operations_off_device() -> dict[str, int]:

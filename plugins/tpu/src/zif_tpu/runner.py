@@ -49,10 +49,12 @@ from zif_tpu.blocks import PageBlocks
 from zif_tpu.buckets import Buckets, StepGroup, StepShape
 from zif_tpu.device import XlaDevice
 from zif_tpu.packing import Packing, num_blocks
-from zif_tpu.programs import CompilationError, Program, compile_program
+from zif_tpu.programs import CompilationError, Program, compile_program, wait_for_late_compilations
 from zif_tpu.sampling import Choice, Places, choice_for, choose, logits_of, places_for, read_choices
 
 logger = logging.getLogger(__name__)
+
+_CLOSE_DEADLINE_S = 60.0
 
 _SamplingKey = tuple[int, Choice]
 
@@ -139,7 +141,8 @@ class XlaRunner(ModelRunner):
         self._kv_dtype = getattr(torch, layout.dtype)
         dtype = stored_dtype(self._kv_dtype, self._device.pjrt_device)
         num_rows = arena.num_bytes // (2 * num_kv_heads * head_dim * dtype.itemsize)
-        self._rows = self._zeros("kv", dtype, num_rows, 2 * num_kv_heads, head_dim)
+        rows = self._zeros("kv", dtype, num_rows, 2 * num_kv_heads, head_dim)
+        self._rows = self._device.sharding.cache(rows)
         # One row more than there can be tokens in a step: where padding leaves its results.
         num_places = max(config.max_num_batched_tokens, self._buckets.samples[-1]) + 1
         self._hidden = self._zeros("activations", self._dtype, num_places, self._hidden_size())
@@ -179,6 +182,7 @@ class XlaRunner(ModelRunner):
         return CompletedStep(result)
 
     def close(self) -> None:
+        wait_for_late_compilations(_CLOSE_DEADLINE_S)
         self._layers.clear()
         self._programs.clear()
         for name in ("_model", "_book", "_sampler", "_rows", "_hidden", "_blocks", "_store"):
@@ -329,9 +333,9 @@ class XlaRunner(ModelRunner):
         with torch.no_grad():
             return self._model.forward(inputs.token_ids, inputs.positions, attend).shape[1]
 
-    def _keep_weight(self, tensor: torch.Tensor) -> torch.Tensor:
+    def _keep_weight(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         self._device.allocator.reserve(max(1, tensor.nbytes), "weights")
-        return tensor.to(self._device.array_device)
+        return self._device.sharding.weight(name, tensor.to(self._device.array_device))
 
     def _zeros(self, tag: str, dtype: torch.dtype, *shape: int) -> torch.Tensor:
         """Allocate an array whose type XLA knows; bytes seen as another type would be copied by every program."""
