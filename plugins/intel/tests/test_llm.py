@@ -1,13 +1,13 @@
 """Generation end to end: the embedded model's text is the CPU plugin's, with IPEX and without."""
 
-import importlib.metadata
-import importlib.util
 import os
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
 
 from zif import LLM, SamplingParams
+from zif.contract import ENTRY_POINT_GROUP
 from zif.plugins import PlatformRegistry
 
 MODEL = str(Path(__file__).resolve().parents[3] / "examples/embedded_model/checkpoint")
@@ -16,10 +16,11 @@ SMALL = {"max_num_seqs": 8, "max_num_batched_tokens": 64, "max_model_len": 256, 
 
 
 @pytest.fixture(autouse=True)
-def installed():
-    """Without an installation, as in the main environment, the entry point is found by no one."""
-    if not any(p.name == "intel" for p in importlib.metadata.entry_points(group="zif.v1")):
-        pytest.skip("zif-intel is not installed: `make test-intel` has it")
+def found(monkeypatch):
+    """Both plugins, installed or not: in the main environment there is a newer torch, and no IPEX."""
+    points = [EntryPoint(name, f"zif_{name}.plugin", ENTRY_POINT_GROUP) for name in ("cpu", "intel")]
+    registry = PlatformRegistry.load(points)
+    monkeypatch.setattr(PlatformRegistry, "discover", classmethod(lambda _: registry))
 
 
 def _texts(platform, dtype):
