@@ -92,6 +92,6 @@ $(INSTALLED_DEV): $(INSTALLED)
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(VENDORS:%=.venv-%) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find core plugins conformance -name __pycache__ -prune -exec rm -rf {} +
 	find core plugins conformance -name '*.egg-info' -prune -exec rm -rf {} +

@@ -110,7 +110,8 @@ def test_chips_that_cannot_be_used_are_no_device(versions, chips, fault):
     root = chips(device="0x9999" if fault == "unknown chip" else "0x006f", nodes=fault != "no device file")
     probe = TpuPlatform(root).probe()
     assert probe.devices == ()
-    assert ("libtpu" if fault == "no libtpu" else "no TPU") in probe.reason
+    reasons = {"no libtpu": "libtpu", "no device file": "no device files", "unknown chip": "no TPU"}
+    assert reasons[fault] in probe.reason
 
 
 def test_another_pjrt_device_is_refused(versions, monkeypatch):
@@ -137,6 +138,9 @@ def test_groups_whose_pages_differ_are_refused_with_their_shapes(on_host):
 def test_tensor_parallel_is_claimed_where_there_are_several_devices(on_host, monkeypatch):
     monkeypatch.setenv("CPU_NUM_DEVICES", "4")
     parallel = replace(WORKLOAD, tensor_parallel_size=2)
+    refusal = TpuPlatform().plan(parallel)
+    assert any("neither 1 nor the 4 devices" in reason for reason in refusal.reasons)
+    monkeypatch.setenv("CPU_NUM_DEVICES", "2")
     plan = TpuPlatform().plan(parallel)
     assert (plan.tensor_parallel_size, plan.decisions[-1].detail) == (2, "zif_tpu.sharding.Sharding")
     refusal = TpuPlatform().plan(replace(WORKLOAD, tensor_parallel_size=3))
@@ -164,8 +168,8 @@ def test_settings():
 
 
 def test_the_users_flags_are_kept():
-    environ = {"XLA_FLAGS": "--a=b", "PJRT_DEVICE": "CPU"}
-    set_up_process("TPU", environ)
+    environ = {"XLA_FLAGS": "--a=b", "PJRT_DEVICE": "cpu"}
+    set_up_process("CPU", environ)
     assert environ["PJRT_DEVICE"] == "CPU"
     assert environ["XLA_FLAGS"] == "--a=b --xla_allow_excess_precision=false"
     own = {"XLA_FLAGS": "--xla_allow_excess_precision=true"}

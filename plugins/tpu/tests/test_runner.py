@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from zif import LLM, SamplingParams
-from zif.errors import RequestError
+from zif.errors import EngineError, RequestError
 
 SMALL = {
     "max_num_seqs": 8,
@@ -140,7 +140,7 @@ def test_the_cache_is_updated_in_place_by_the_optimized_program(model, tmp_path)
     subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True, timeout=300)
     programs = [path.read_text() for path in Path(tmp_path).glob("*after_optimizations.txt")]
     cache = _cache_shape(Path(model), SMALL["kv_bytes"])
-    steps = [text for text in programs if f"-> ({cache}" in text]
+    steps = [text for text in programs if f"-> ({cache}, " in text]
     assert len(steps) >= 4
     for text in steps:
         # The first result is the cache after the step: the header says which parameter has the same memory.
@@ -186,7 +186,7 @@ def test_two_devices_together_give_the_text_of_one(model):
 def test_more_devices_than_there_are_is_refused(model):
     done = _texts_of(model, 4)
     assert done.returncode != 0
-    assert "tensor_parallel_size=4 is more than the 2 devices" in done.stderr
+    assert "tensor_parallel_size=4 is neither 1 nor the 2 devices" in done.stderr
 
 
 def test_a_shape_that_cannot_be_compiled_in_time_is_refused_and_the_engine_lives(model, monkeypatch):
@@ -199,6 +199,42 @@ def test_a_shape_that_cannot_be_compiled_in_time_is_refused_and_the_engine_lives
             for output in outputs:
                 assert "no program for" in output.outputs[0].error
                 assert "ZIF_TPU_COMPILE_DEADLINE_S" in output.outputs[0].error
+
+
+def test_without_the_program_that_brings_logits_only_those_who_need_them_fail(model, monkeypatch):
+    from zif_tpu import runner as module
+    from zif_tpu.programs import CompilationError
+    from zif_tpu.sampling import Choice
+
+    compiled = module.XlaRunner._compiled
+
+    def failing(self, key):
+        if isinstance(key, tuple) and key[1] != Choice.DRAWN:
+            raise CompilationError("XLA refused the program: out of order")
+        return compiled(self, key)
+
+    monkeypatch.setattr(module.XlaRunner, "_compiled", failing)
+    plain = SamplingParams(max_tokens=6, temperature=0.0)
+    with LLM(model, platform="tpu", **SMALL) as opened:
+        for needs in ({"logprobs": 2}, {"prompt_logprobs": 1}, {"logit_bias": {5: 1.0}}):
+            needing = SamplingParams(max_tokens=6, temperature=0.0, **needs)
+            first, second = opened.generate(["Return a list of", "Raise an"], [plain, needing], use_tqdm=False)
+            assert first.outputs[0].error is None
+            assert len(first.outputs[0].token_ids) == 6
+            assert "logits to the host" in second.outputs[0].error
+
+
+def test_lower_tiers_whose_programs_fail_are_refused_with_the_reason(model, monkeypatch, caplog):
+    from zif_tpu import blocks
+    from zif_tpu.programs import CompilationError
+
+    def failing(*_):
+        raise CompilationError("out of order")
+
+    monkeypatch.setattr(blocks, "compile_program", failing)
+    with pytest.raises(EngineError, match="leave out host_kv_bytes"):
+        LLM(model, platform="tpu", host_kv_bytes=1 << 22, **SMALL)
+    assert "blocks stay on the device: no program copies them: out of order" in caplog.text
 
 
 @pytest.mark.parametrize("broken", ["one width", "every chunk"])

@@ -78,7 +78,8 @@ def _control_groups(root: Path) -> list[_ControlGroup]:
     """
     groups = []
     for line in _text(root / "proc/self/cgroup").splitlines():
-        hierarchy, controllers, path = line.split(":", 2)
+        hierarchy, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
         for mount in _mounts(root / "sys/fs/cgroup", hierarchy, controllers.split(",")):
             for folder in _with_ancestors(mount, path):
                 groups.append(_read_group(folder, root))
@@ -129,7 +130,7 @@ def _memory_used(folder: Path) -> int:
     used = _number(folder / "memory.current") or _number(folder / "memory.usage_in_bytes") or 0
     statistics = dict(line.split(" ", 1) for line in _text(folder / "memory.stat").splitlines() if " " in line)
     reclaimable = statistics.get("total_inactive_file") or statistics.get("inactive_file") or "0"
-    return max(0, used - int(reclaimable))
+    return max(0, used - int(reclaimable)) if reclaimable.isdecimal() else used
 
 
 @dataclass(frozen=True, slots=True)

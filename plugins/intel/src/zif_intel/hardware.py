@@ -1,5 +1,6 @@
 """Which GPUs and NUMA nodes there are, read from the files of the system: no driver is called, no library loaded."""
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,9 +60,10 @@ def _largest_window(resource: Path) -> int:
     """
     sizes = [0]
     for line in _text(resource).splitlines():
-        start, end, flags = (int(field, 16) for field in line.split())
-        if flags & 0x2000 and end > start:
-            sizes.append(end - start + 1)
+        with contextlib.suppress(ValueError):  # a line of another form says nothing
+            start, end, flags = (int(field, 16) for field in line.split())
+            if flags & 0x2000 and end > start:
+                sizes.append(end - start + 1)
     return largest if (largest := max(sizes)) > 1 << 30 else 0
 
 
@@ -70,7 +72,8 @@ def _processors(text: str) -> frozenset[int]:
     found: set[int] = set()
     for part in filter(None, text.split(",")):
         first, _, last = part.partition("-")
-        found |= set(range(int(first), int(last or first) + 1))
+        with contextlib.suppress(ValueError):
+            found |= set(range(int(first), int(last or first) + 1))
     return frozenset(found)
 
 

@@ -18,6 +18,7 @@ from zif.host.attention import LayerCache, TiledAttention
 from zif.host.tiling import PreparedStep
 
 _kernels = torch.ops.torch_ipex
+_MAX_SLOTS = 2**31 - 1
 _NONE = -1
 """What the kernel takes for no window; a soft cap that is not positive is none."""
 
@@ -99,7 +100,8 @@ class IpexAttention(AttentionBackend[IpexCache, IpexStep]):
         return IpexStep(batch, self._tiled)
 
     def write(self, key: torch.Tensor, value: torch.Tensor, cache: IpexCache, prepared: IpexStep) -> None:
-        if key.dtype != cache.keys.dtype:
+        # The kernel counts slots in 32 bits.
+        if key.dtype != cache.keys.dtype or cache.keys.shape[0] * cache.keys.shape[2] > _MAX_SLOTS:
             self._tiled.write(key, value, cache.tiled, prepared.tiled)
             return
         pages = prepared.blocks * cache.pages_per_block + cache.first_page

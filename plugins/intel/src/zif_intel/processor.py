@@ -1,10 +1,13 @@
 """The opened host: cores, IPEX where it serves, oneCCL where it is installed."""
 
+import contextlib
 import os
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any
 
 from zif.contract import AttentionBackend, Communicator, CommunicatorGroup, OpTable, Plan
+from zif.errors import PlatformUnavailableError
 from zif.host.device import HostDevice
 from zif_intel.collectives import host_communicator
 
@@ -28,11 +31,21 @@ class Processor(HostDevice):
         self._previous: set[int] | None = None
         num_threads = cores.num_threads
         if cores.processors is not None:
-            self._previous = os.sched_getaffinity(0)
-            chosen = (cores.processors & self._previous) or self._previous
-            os.sched_setaffinity(0, chosen)
+            allowed = os.sched_getaffinity(0)
+            chosen = cores.processors & allowed
+            if not chosen:
+                raise PlatformUnavailableError(
+                    f"none of the node's processors {sorted(cores.processors)} is among those that this process may "
+                    f"use, {sorted(allowed)}; choose another NUMA node"
+                )
             num_threads = min(num_threads, len(chosen))
-        super().__init__(plan, rank, num_threads, attention, ops)
+            self._previous = allowed
+            _bind(chosen)
+        try:
+            super().__init__(plan, rank, num_threads, attention, ops)
+        except BaseException:
+            self._unbind()
+            raise
 
     def communicator(self, group: CommunicatorGroup) -> Communicator:
         communicator = host_communicator(group)
@@ -41,9 +54,19 @@ class Processor(HostDevice):
 
     def close(self) -> None:
         super().close()
+        self._unbind()
+
+    def _unbind(self) -> None:
         if self._previous is not None:
-            os.sched_setaffinity(0, self._previous)
+            _bind(self._previous)
             self._previous = None
+
+
+def _bind(processors: AbstractSet[int]) -> None:
+    """Bind every thread of the process, those of the thread pools that there are already included."""
+    for thread in os.listdir("/proc/self/task"):
+        with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
+            os.sched_setaffinity(int(thread), processors)
 
 
 def open_processor(plan: Plan, rank: int, cores: Cores, *, uses_ipex: bool) -> Processor:

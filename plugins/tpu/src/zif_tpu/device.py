@@ -1,5 +1,6 @@
 """The opened XLA device: the services of one worker process."""
 
+import logging
 from pathlib import Path
 
 import torch_xla
@@ -12,8 +13,13 @@ from zif.host.health import check_health
 from zif_tpu.attention import XlaAttention
 from zif_tpu.memory import XlaAllocator
 from zif_tpu.ops import XlaOps
+from zif_tpu.programs import wait_for_late_compilations
 from zif_tpu.settings import TpuSettings
 from zif_tpu.sharding import Sharding
+
+_CLOSE_DEADLINE_S = 60.0
+
+logger = logging.getLogger(__name__)
 
 
 class XlaDevice(Device):
@@ -51,6 +57,7 @@ class XlaDevice(Device):
 
     def close(self) -> None:
         self._closed = True
+        wait_for_late_compilations(_CLOSE_DEADLINE_S)
         for tag, _ in self.allocator.stats().by_tag:
             self.allocator.free_tag(tag)
 
@@ -62,5 +69,11 @@ def _set_up_compiler(pjrt_device: str, cache_folder: Path | None) -> None:
     """
     set_mat_mul_precision("highest")
     if pjrt_device == "TPU" and cache_folder is not None and not xr.is_cache_initialized():
-        cache_folder.mkdir(parents=True, exist_ok=True)
-        xr.initialize_cache(str(cache_folder), readonly=False)
+        try:
+            cache_folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            logger.warning(
+                "compiled programs are not kept: %s; set ZIF_TPU_CACHE to a folder that can be written", error
+            )
+        else:
+            xr.initialize_cache(str(cache_folder), readonly=False)

@@ -27,9 +27,10 @@ _GENERATIONS = {
 
 @dataclass(frozen=True, slots=True)
 class Chips:
-    """The chips of this host. `generation` is None when there are none, or of a kind not known here."""
+    """The chips of this host. `generation` is None when none can be used; `num_on_bus` counts those too."""
 
     count: int
+    num_on_bus: int
     generation: Generation | None
     steps: tuple[str, ...]
 
@@ -44,7 +45,7 @@ def read_chips(root: Path = Path("/")) -> Chips:
     nodes = sorted(str(path.name) for pattern in ("accel*", "vfio/[0-9]*") for path in (root / "dev").glob(pattern))
     steps = (f"PCI devices of known TPU generations: {len(ids)}", f"device files: {', '.join(nodes) or 'none'}")
     count = len(ids) if nodes else 0
-    return Chips(count, _GENERATIONS[ids[0]] if count else None, steps)
+    return Chips(count, len(ids), _GENERATIONS[ids[0]] if count else None, steps)
 
 
 def _text(path: Path) -> str:

@@ -149,6 +149,8 @@ class TpuPlatform(Platform):
         chips = read_chips(self._root)
         libtpu = installed_version("libtpu")
         steps = (*steps, *chips.steps, f"libtpu: {libtpu or 'not installed'}")
+        if chips.generation is None and chips.num_on_bus:
+            return Probe((), "there are TPU chips, but no device files of them; load their driver", steps)
         if chips.generation is None:
             return Probe((), "no TPU in this host; PJRT_DEVICE=CPU runs the same programs on its processor", steps)
         if libtpu is None:
@@ -194,8 +196,11 @@ def _unfit_parallel(workload: Workload, device: DeviceInfo) -> Iterator[str]:
     """Yield why the workload cannot be cut into as many parts as it asks for."""
     size, runtime = workload.tensor_parallel_size, dict(device.runtime)
     num_devices = int(runtime.get("chips") or runtime["devices"])
-    if size > num_devices:
-        yield f"tensor_parallel_size={size!r} is more than the {num_devices} devices of this host; lower it"
+    if size not in (1, num_devices):
+        yield (
+            f"tensor_parallel_size={size!r} is neither 1 nor the {num_devices} devices of this host, which XLA drives "
+            "together; set it to one of these"
+        )
     for spec in workload.kv_specs:
         if isinstance(spec, AttentionSpec) and spec.num_kv_heads % size:
             yield (
@@ -218,7 +223,7 @@ def _capabilities(pjrt_device: str, num_devices: int) -> Capabilities:
 def _plan_notes(buckets: Buckets, pjrt_device: str, tensor_parallel_size: int) -> tuple[str, ...]:
     num_programs = len(buckets.shapes()) + 3 * len(buckets.samples)
     notes = [
-        f"{num_programs} programs are compiled before the first request; none after",
+        f"{num_programs} programs are compiled before the first request (drafts and lower tiers take more); none after",
         "requests with logit_bias, allowed_token_ids, bad_words, min_tokens, penalties or log-probabilities are "
         "sampled on the host: their logits are part of the step's one transfer",
         "log-probabilities of prompts take further transfers",

@@ -66,8 +66,19 @@ def compile_program(
     """
     for index in donated:
         _lib._set_buffer_donation(arguments[index], True)
+    try:
+        return _compiled(function, arguments, deadline_s)
+    finally:
+        for index in donated:
+            _lib._set_buffer_donation(arguments[index], False)
+
+
+def _compiled(function: Function, arguments: Sequence[torch.Tensor], deadline_s: float) -> Program:
     before = _operations_off_device()
-    results = list(function(*arguments))
+    try:
+        results = list(function(*arguments))
+    except RuntimeError as error:
+        raise CompilationError(f"XLA cannot take the program in: {error}") from error
     if left := [name for name, count in _operations_off_device().items() if count != before.get(name, 0)]:
         raise CompilationError(f"operations that XLA does not compile: {', '.join(sorted(left))}")
     _, values = _lib._get_tensors_xla_device_data_node(results)
@@ -79,8 +90,6 @@ def compile_program(
     with alias_with_buffer_donor_config():
         graph = _lib._get_graph_hash(results)
         _compile(results, deadline_s)
-    for index in donated:
-        _lib._set_buffer_donation(arguments[index], False)
     return Program(graph, inputs, places)
 
 

@@ -35,10 +35,12 @@ from zif.contract import (
 from zif.host.memory import HostAllocator
 from zif.runtime import (
     Model,
+    PromptRows,
     RequestBook,
     SampledTokens,
     Sampler,
     StepBatch,
+    TokenLogprobs,
     load_decoder,
     prompt_logprobs,
     without_guesses,
@@ -49,12 +51,10 @@ from zif_tpu.blocks import PageBlocks
 from zif_tpu.buckets import Buckets, StepGroup, StepShape
 from zif_tpu.device import XlaDevice
 from zif_tpu.packing import Packing, num_blocks
-from zif_tpu.programs import CompilationError, Program, compile_program, wait_for_late_compilations
+from zif_tpu.programs import CompilationError, Program, compile_program
 from zif_tpu.sampling import Choice, Places, choice_for, choose, logits_of, places_for, read_choices
 
 logger = logging.getLogger(__name__)
-
-_CLOSE_DEADLINE_S = 60.0
 
 _SamplingKey = tuple[int, Choice]
 
@@ -141,19 +141,23 @@ class XlaRunner(ModelRunner):
         self._kv_dtype = getattr(torch, layout.dtype)
         dtype = stored_dtype(self._kv_dtype, self._device.pjrt_device)
         num_rows = arena.num_bytes // (2 * num_kv_heads * head_dim * dtype.itemsize)
-        rows = self._zeros("kv", dtype, num_rows, 2 * num_kv_heads, head_dim)
+        rows = self._device.allocator.zeros("kv", dtype, num_rows, 2 * num_kv_heads, head_dim)
         self._rows = self._device.sharding.cache(rows)
         # One row more than there can be tokens in a step: where padding leaves its results.
         num_places = max(config.max_num_batched_tokens, self._buckets.samples[-1]) + 1
-        self._hidden = self._zeros("activations", self._dtype, num_places, self._hidden_size())
+        self._hidden = self._device.allocator.zeros("activations", self._dtype, num_places, self._hidden_size())
 
     @property
     def verifies_drafts(self) -> bool:
         return True
 
     def attach_store(self, store: KVStore) -> bool:
+        try:
+            self._blocks = PageBlocks(self._arena, self, self._device.settings.compile_deadline_s)
+        except CompilationError as error:
+            logger.warning("blocks stay on the device: no program copies them: %s", error)
+            return False
         self._store = store
-        self._blocks = PageBlocks(self._arena, self, self._device.settings.compile_deadline_s)
         return True
 
     def warm_up(self, progress: Progress) -> None:
@@ -182,7 +186,6 @@ class XlaRunner(ModelRunner):
         return CompletedStep(result)
 
     def close(self) -> None:
-        wait_for_late_compilations(_CLOSE_DEADLINE_S)
         self._layers.clear()
         self._programs.clear()
         for name in ("_model", "_book", "_sampler", "_rows", "_hidden", "_blocks", "_store"):
@@ -217,19 +220,26 @@ class XlaRunner(ModelRunner):
             sampled = self._sample(batch, refused)
             doubtful = self._book.take(step, batch, sampled, result)
         for rows in prompts:
-            entries = result.prompt_logprobs[rows.request_id] = []
-            size = self._buckets.samples[-1]
-            for start in range(0, len(rows.tokens), size):
-                piece = slice(start, start + size)
-                logits = self._logits(places[rows.tokens[piece]])
-                entries += prompt_logprobs(logits, torch.from_numpy(rows.targets[piece]), rows.num_logprobs)
+            try:
+                result.prompt_logprobs[rows.request_id] = self._prompt_logprobs(rows, places)
+            except CompilationError as error:
+                result.faults.setdefault(rows.request_id, str(error))
         if doubtful:
             again = self._compute(without_guesses(step, doubtful))
             for request, token_ids in zip(doubtful, again.sampled, strict=True):
                 result.sampled[request] = token_ids
+                result.faults.pop(step.request_ids[request], None)
             result.logprobs.update(again.logprobs)
             result.faults.update(again.faults)
         return result
+
+    def _prompt_logprobs(self, rows: PromptRows, places: "np.ndarray[Any, np.dtype[np.int64]]") -> list[TokenLogprobs]:
+        entries, size = [], self._buckets.samples[-1]
+        for start in range(0, len(rows.tokens), size):
+            piece = slice(start, start + size)
+            logits = self._logits(places[rows.tokens[piece]])
+            entries += prompt_logprobs(logits, torch.from_numpy(rows.targets[piece]), rows.num_logprobs)
+        return entries
 
     def _run_layers(self, batch: StepBatch, places: "np.ndarray[Any, np.dtype[np.int64]]") -> dict[int, str]:
         """Compute all tokens of a step. Returns why requests could not be computed, by index."""
@@ -246,27 +256,46 @@ class XlaRunner(ModelRunner):
 
     def _sample(self, batch: StepBatch, refused: dict[int, str]) -> SampledTokens:
         positions = self._book.positions(batch)
-        size = self._buckets.samples_for(len(positions.rows))
-        program = self._program((size, choice_for(self._sampler, positions.rows)))
-        at = [index for index, request in enumerate(batch.sample_requests.tolist()) if request in refused]
+        count, wanted = len(positions.rows), choice_for(self._sampler, positions.rows)
+        size, choice, program = self._sampling_program(count, wanted)
         if isinstance(program, CompilationError):
-            return SampledTokens(
-                [0] * len(positions.rows), faults=dict.fromkeys(range(len(positions.rows)), str(program))
-            )
+            return SampledTokens([0] * count, faults=dict.fromkeys(range(count), f"no program samples: {program}"))
         results = self._run_sampling(program, places_for(self._sampler, positions, size))
-        sampled = read_choices(results[: len(positions.rows)], self._sampler, positions)
-        faults = {index: refused[int(batch.sample_requests[index])] for index in at}
+        faults = {i: refused[r] for i, r in enumerate(batch.sample_requests.tolist()) if r in refused}
+        if wanted == Choice.OPEN != choice:
+            # The others' tokens are there; those that need their logits on the host go without.
+            needs = np.flatnonzero(~self._sampler.is_plain(positions.rows)).tolist()
+            faults = {**dict.fromkeys(needs, "no program brings logits to the host: its compilation failed"), **faults}
+        sampled = read_choices(results[:count], self._sampler, positions, has_logits=choice == Choice.OPEN)
         return SampledTokens(sampled.token_ids, sampled.logprobs, {**sampled.faults, **faults})
 
     def _logits(self, numbers: "np.ndarray[Any, np.dtype[np.int64]]") -> torch.Tensor:
-        """Return the logits of hidden states that were kept, in host memory. numbers: [P]. Returns [P, V]."""
-        size = self._buckets.samples_for(len(numbers))
-        program = self._program((size, Choice.OPEN))
+        """Return the logits of hidden states that were kept, in host memory. numbers: [P]. Returns [P, V].
+
+        Raises `CompilationError` when no program gives them.
+        """
+        size, choice, program = self._sampling_program(len(numbers), Choice.OPEN)
         if isinstance(program, CompilationError):
             raise program
+        if choice != Choice.OPEN:
+            raise CompilationError("no program brings logits to the host: its compilation failed")
         places = Places.of(size, len(numbers))
         places.integers[: len(numbers), 0] = numbers
         return logits_of(self._run_sampling(program, places)[: len(numbers)])
+
+    def _sampling_program(self, count: int, wanted: Choice) -> tuple[int, Choice, Program | CompilationError]:
+        """Return a program for at least so many places, the wanted one if it could be made.
+
+        Without it another serves: OPEN does what DRAWN does, DRAWN what GREEDY does; of OPEN, DRAWN serves a part.
+        """
+        sizes = [size for size in self._buckets.samples if size >= count]
+        more = [choice for choice in (Choice.DRAWN, Choice.OPEN) if choice != wanted]
+        for choice in (wanted, *(more if wanted != Choice.OPEN else [Choice.DRAWN])):
+            for size in sizes:
+                program = self._program((size, choice))
+                if isinstance(program, Program):
+                    return size, choice, program
+        return sizes[0], wanted, self._program((sizes[0], wanted))
 
     def _run_sampling(self, program: Program, places: Places) -> torch.Tensor:
         (results,) = program(self._hidden, self._up(places.integers), self._up(places.reals))
@@ -336,11 +365,6 @@ class XlaRunner(ModelRunner):
     def _keep_weight(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         self._device.allocator.reserve(max(1, tensor.nbytes), "weights")
         return self._device.sharding.weight(name, tensor.to(self._device.array_device))
-
-    def _zeros(self, tag: str, dtype: torch.dtype, *shape: int) -> torch.Tensor:
-        """Allocate an array whose type XLA knows; bytes seen as another type would be copied by every program."""
-        self._device.allocator.reserve(int(np.prod(shape)) * dtype.itemsize, tag)
-        return torch.zeros(shape, dtype=dtype).to(self._device.array_device)
 
     def _up(self, array: "np.ndarray[Any, np.dtype[Any]]") -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self._device.array_device)

@@ -97,8 +97,10 @@ def choose(logits: torch.Tensor, integers: torch.Tensor, reals: torch.Tensor, ch
     return torch.cat((columns, logits), dim=1) if choice == Choice.OPEN else columns
 
 
-def read_choices(results: torch.Tensor, sampler: Sampler, positions: SamplePositions) -> SampledTokens:
-    """Turn what a program chose into tokens and faults; places that it could not serve are chosen here.
+def read_choices(
+    results: torch.Tensor, sampler: Sampler, positions: SamplePositions, *, has_logits: bool
+) -> SampledTokens:
+    """Turn what a program chose into tokens and faults; places that it could not serve are chosen here, given logits.
 
     results: [S, 2 or 2 + V], host memory, without padding.
     """
@@ -106,7 +108,7 @@ def read_choices(results: torch.Tensor, sampler: Sampler, positions: SamplePosit
     faults = {index: raw_fault(peak) for index, peak in enumerate(results[:, _PEAK].tolist()) if not np.isfinite(peak)}
     logprobs = {}
     here = np.flatnonzero(~sampler.is_plain(positions.rows))
-    if len(here):
+    if len(here) and has_logits:
         part = SamplePositions(positions.table, positions.rows[here], positions.num_tokens[here])
         sampled = sampler.sample(results[torch.from_numpy(here), _NUM_RESULTS:].clone(), part)
         for index, token_id in zip(here.tolist(), sampled.token_ids, strict=True):

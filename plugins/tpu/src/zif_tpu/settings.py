@@ -29,8 +29,7 @@ def read_settings(environ: Mapping[str, str] | None = None) -> TpuSettings:
     latter a folder, or "off". Raises `ConfigError` on a value that cannot be.
     """
     variables = os.environ if environ is None else environ
-    default = Path(variables.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "zif" / "xla"
-    folder = variables.get("ZIF_TPU_CACHE", str(default))
+    folder = variables.get("ZIF_TPU_CACHE") or _cache_folder(variables)
     return TpuSettings(
         pjrt_device=variables.get("PJRT_DEVICE", "").upper(),
         num_devices=int(_number(variables, "CPU_NUM_DEVICES", "1", smallest=1)),
@@ -42,11 +41,17 @@ def read_settings(environ: Mapping[str, str] | None = None) -> TpuSettings:
 def set_up_process(pjrt_device: str, environ: MutableMapping[str, str] | None = None) -> None:
     """Tell XLA which device to drive, before it is loaded. Mutates the process's environment."""
     variables = os.environ if environ is None else environ
-    variables.setdefault("PJRT_DEVICE", pjrt_device)
+    variables["PJRT_DEVICE"] = pjrt_device  # which XLA knows in capitals only
     if "xla_allow_excess_precision" not in variables.get("XLA_FLAGS", ""):
         # A sum that the model keeps in bfloat16 is rounded to it also where the next operation follows at once.
         variables["XLA_FLAGS"] = f"{variables.get('XLA_FLAGS', '')} --xla_allow_excess_precision=false".strip()
     threads.limit_spinning(variables)
+
+
+def _cache_folder(variables: Mapping[str, str]) -> str:
+    home = variables.get("HOME")
+    base = variables.get("XDG_CACHE_HOME") or (str(Path(home) / ".cache") if home else "")
+    return str(Path(base) / "zif" / "xla") if base else "off"
 
 
 def _number(variables: Mapping[str, str], name: str, default: str, smallest: int) -> float:
