@@ -268,7 +268,8 @@ def _plan_notes(workload: Workload, device: DeviceInfo, software: _Software) -> 
     if not software.ipex_reason:
         yield "IPEX serves decoding without window and sinks; torch's own kernels serve the rest of attention"
     else:
-        yield f"IPEX does not serve ({software.ipex_reason}): paged attention, norms and rotations run in torch's own operations"
+        lost = "paged attention, norms and rotations run in torch's own operations"
+        yield f"IPEX does not serve ({software.ipex_reason}): {lost}"
     yield f"collectives run over {'oneCCL' if software.oneccl else 'gloo'}"
     native = {"bfloat16": {"amx_bf16", "avx512_bf16"}, "float16": {"avx512_fp16"}}
     if workload.dtype in native and not native[workload.dtype] & {*instructions.split()}:
