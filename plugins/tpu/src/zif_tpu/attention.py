@@ -75,10 +75,11 @@ class PreparedStep:
 
 
 class XlaAttention(AttentionBackend[LayerCache, PreparedStep]):
-    """Attention with float32 scores and sums. Keeps no state."""
+    """Attention with float32 scores and sums; on a TPU its ragged kernel where that serves. Keeps no state."""
 
-    def __init__(self, array_device: str) -> None:
+    def __init__(self, array_device: str, *, uses_kernel: bool = False) -> None:
         self._array_device = array_device
+        self._uses_kernel = uses_kernel
 
     def kv_layout(self, spec: KVSpec) -> KVLayout:
         return kv_layout(spec)
@@ -135,8 +136,18 @@ class XlaAttention(AttentionBackend[LayerCache, PreparedStep]):
             f"window {params.window!r} of a layer, {prepared.window!r} of its group"
         )
         padded = query if prepared.gather is None else query.index_select(0, prepared.gather)
-        out = _attend(padded, cache, prepared, params)
+        out = self._attend(padded, cache, prepared, params)
         return (out if prepared.scatter is None else out.index_select(0, prepared.scatter)).to(query.dtype)
+
+    def _attend(
+        self, query: torch.Tensor, cache: LayerCache, prepared: PreparedStep, params: AttentionParams
+    ) -> torch.Tensor:
+        if self._uses_kernel:
+            from zif_tpu import ragged
+
+            if ragged.serves(cache, params):
+                return ragged.attend(query, cache, prepared, params)
+        return _attend(query, cache, prepared, params)
 
     def _on_device(self, array: "np.ndarray[Any, np.dtype[Any]]") -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64)).to(self._array_device)

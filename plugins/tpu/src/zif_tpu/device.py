@@ -35,7 +35,7 @@ class XlaDevice(Device):
         self.settings = settings
         _set_up_compiler(pjrt_device, settings.cache_folder)
         self.allocator = XlaAllocator(plan.memory.available_bytes, self.array_device)
-        self.attention = XlaAttention(self.array_device)
+        self.attention = XlaAttention(self.array_device, uses_kernel=pjrt_device == "TPU")
         self.ops = XlaOps()
         self.sharding = Sharding(plan.tensor_parallel_size)
         self._closed = False

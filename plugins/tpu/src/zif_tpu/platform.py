@@ -230,6 +230,8 @@ def _plan_notes(buckets: Buckets, pjrt_device: str, tensor_parallel_size: int) -
     ]
     if tensor_parallel_size > 1:
         notes.append("memory is planned as if every device held all weights and KV: it holds a part of them")
+    if pjrt_device == "TPU":
+        notes.append("torch_xla's ragged kernel attends where heads are multiples of 128 and there are no sinks")
     if pjrt_device == "CPU":
         notes.append("XLA cannot load compiled programs for this device: each process compiles anew")
     return tuple(notes)
