@@ -37,7 +37,7 @@ def test_attention_through_the_kernels_arguments(requests, window, softcap):
     query = torch.randn(int(lengths.sum()), HEADS, DIM, generator=chance)
     params = AttentionParams(scale=DIM**-0.5, window=window, softcap=softcap)
 
-    expected = _attend(ReferenceAttention(), spec, whole, step, (keys, values), query, params)
+    expected = _expected(spec, (whole, step), (keys, values), query, params)
     ours = XlaAttention("cpu")
     arena = _arena(ours, spec, int(counts.sum()) + 1)
     rows = torch.zeros(arena.num_bytes // (8 * KV_HEADS * DIM), 2 * KV_HEADS, DIM)
@@ -67,7 +67,9 @@ def _arena(backend, spec, num_blocks):
     return KVArena(group.layout.block_bytes, num_blocks, (group,))
 
 
-def _attend(backend, spec, whole, step, stored, query, params):
+def _expected(spec, batches, stored, query, params):
+    whole, step = batches
+    backend = ReferenceAttention()
     arena = _arena(backend, spec, int(whole.block_table.max()) + 1)
     cache = backend.bind(arena, 0, torch.zeros(arena.num_bytes, dtype=torch.uint8))[1]
     backend.write(*stored, cache, backend.prepare(whole))
