@@ -10,7 +10,7 @@ from typing import Any
 
 from zif.contract import Capabilities, Collective, Feature
 
-FLAGS = ("graph_capture", "batch_invariant", "fork_safe", "spawn_safe")
+FLAGS = ("graph_capture", "batch_invariant", "fork_safe", "spawn_safe", "static_code")
 INJECTION = "fault_injection"
 """Claimed by a note that begins with "faults: " and names the environment variable that lets faults happen."""
 INJECTION_NOTE = "faults: "
@@ -27,6 +27,7 @@ _HOME_LEVELS = {
     "collective_dtype": ("L6",),
     "graph_capture": ("L4",),
     "batch_invariant": ("L4",),
+    "static_code": ("L8",),
     INJECTION: ("L7",),
 }
 
@@ -76,7 +77,7 @@ class Claims:
         names |= {f"head_size:{size}" for size in declared["head_sizes"]}
         names |= {f"collective:{name}" for name in declared["collectives"]}
         names |= {f"collective_dtype:{name}" for name in declared["collective_dtypes"]}
-        names |= {flag for flag in FLAGS if declared[flag]}
+        names |= {flag for flag in FLAGS if declared.get(flag, False)}
         names |= {INJECTION for note in declared["notes"] if note.startswith(INJECTION_NOTE)}
         computes = not any(note.startswith(IDLE_NOTE) for note in declared["notes"])
         return cls(frozenset(names), tuple(declared["head_sizes"]), declared["max_head_size"], computes)

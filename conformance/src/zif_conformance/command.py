@@ -44,6 +44,7 @@ def run_suite(arguments: argparse.Namespace) -> int:
     from zif_conformance.bundle.matrix import headline
     from zif_conformance.conduct import Conductor
     from zif_conformance.profiles import parse_levels, profile
+    from zif_conformance.simulation import simulate_missing_hardware
     from zif_conformance.supervisor import RunOptions
 
     if arguments.platform is None:
@@ -52,6 +53,7 @@ def run_suite(arguments: argparse.Namespace) -> int:
         raise ConfigError("--level does not go with --profile, which is a fixed list; leave one of them out")
     chosen = profile(arguments.profile or "core") if arguments.level is None else None
     levels = chosen.levels if chosen else tuple(sorted(parse_levels(arguments.level)))
+    simulate_missing_hardware(arguments.platform)
     options = RunOptions(arguments.platform, levels, arguments.workers)
     result = Conductor(options, chosen, arguments.bundle).run()
     for error in result["errors"]:

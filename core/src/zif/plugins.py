@@ -98,7 +98,7 @@ class PlatformRegistry:
     def _preferred(self) -> Platform:
         choices = [e for e in self.platforms.values() if e.platform.preference is not None]
         choices.sort(key=lambda e: (-(e.platform.preference or 0), e.platform.name))
-        usable = [e.platform for e in choices if e.probe().devices]
+        usable = [e.platform for e in choices if any(not device.simulated for device in e.probe().devices)]
         if not usable:
             reasons = [f"\n  {e.platform.name}: {e.probe().reason}" for e in choices]
             reasons += [f"\n  {failure.name}: failed to load: {failure.reason}" for failure in self.failures]

@@ -32,7 +32,14 @@ def headline(result: Mapping[str, Any]) -> str:
         return f"{platform}: partial run, no verdict"
     if result["profile"] is None:
         return f"{platform}: levels {', '.join(result['levels'])}, no verdict"
-    return f"{platform}: {result['verdict']} to {result['profile']['name']} {result['profile']['version']}"
+    profile = f"{result['profile']['name']} {result['profile']['version']}"
+    return f"{platform}: {result['verdict']} to {profile}{simulation(result)}"
+
+
+def simulation(result: Mapping[str, Any]) -> str:
+    """Say that no hardware was there, or nothing."""
+    device = result["device"] or {}
+    return f" in simulation ({device.get('device_id', device['architecture'])})" if device.get("simulated") else ""
 
 
 def subject_counts(result: Mapping[str, Any]) -> list[tuple[str, dict[str, int]]]:
@@ -69,7 +76,7 @@ def _names(results: Iterable[Mapping[str, Any]], kind: str) -> list[str]:
 def _profile_cell(result: Mapping[str, Any]) -> str:
     if result["profile"] is None or result["verdict"] is None:
         return "no verdict"
-    return f"{result['profile']['name']} {result['profile']['version']}: {result['verdict']}"
+    return f"{result['profile']['name']} {result['profile']['version']}: {result['verdict']}{simulation(result)}"
 
 
 def _passed_cell(result: Mapping[str, Any]) -> str:

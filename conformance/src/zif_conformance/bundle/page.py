@@ -60,7 +60,10 @@ def _header(result: Mapping[str, Any]) -> str:
     verdict = result["verdict"] or ("partial run" if result["status"] == "partial" else "no verdict")
     name = f" · {profile['name']} {profile['version']}" if profile else f" · {', '.join(result['levels'])}"
     score = "" if result["score"] is None else f" · {result['score']:.1%} of the must-pass tests that apply"
-    facts = " · ".join(filter(None, [platform.get("distribution"), device.get("name"), device.get("architecture")]))
+    simulated = "simulated: no hardware was tested" if device.get("simulated") else None
+    facts = " · ".join(
+        filter(None, [platform.get("distribution"), device.get("name"), device.get("architecture"), simulated])
+    )
     return (
         f"<header><h1>{_text(platform['name'])}{_text(name)}</h1>"
         f'<span class="badge {verdict.replace(" ", "-")}">{_text(verdict)}</span>'

@@ -26,7 +26,10 @@ def summary(result: Mapping[str, Any]) -> dict[str, Any]:
     return {
         **{name: result[name] for name in _KEPT},
         "platform": {name: result["platform"][name] for name in ("name", "distribution", "fingerprint")},
-        "device": {"architecture": device.get("architecture", "none")},
+        "device": {
+            "architecture": device.get("architecture", "none"),
+            **({"simulated": True} if device.get("simulated") else {}),
+        },
         "claims": [{"claim": claim["claim"], "outcome": claim["outcome"]} for claim in result["claims"]],
     }
 

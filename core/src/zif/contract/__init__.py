@@ -7,6 +7,7 @@ Standard library and pluggy only; nothing here touches a device.
 from zif.contract.arrays import Array, HostArray
 from zif.contract.attention import AttentionBackend, AttentionBatch, AttentionParams
 from zif.contract.capabilities import Capabilities, Collective, Feature, Numerics
+from zif.contract.code import CompiledKernel
 from zif.contract.collectives import Communicator, CommunicatorError, CommunicatorGroup
 from zif.contract.config import EngineConfig
 from zif.contract.device import Device, Health
@@ -96,6 +97,7 @@ __all__ = [
     "Communicator",
     "CommunicatorError",
     "CommunicatorGroup",
+    "CompiledKernel",
     "CompletedStep",
     "CrossAttentionSpec",
     "Decision",

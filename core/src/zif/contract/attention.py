@@ -29,7 +29,7 @@ class AttentionBatch:
     query_start: [R + 1], int32. seq_lens: [R], int32, known tokens with KV after this step's write (so the last query
     of request r is at position seq_lens[r] - 1). block_table: [R, max_blocks], int32, logical block to block id;
     entries that no query can see are undefined. slots: [T], int64, block id * block_size + offset, where each token's
-    KV goes. `window` is the group's window in tokens, or None.
+    KV goes. `window` is the group's window in tokens, or None. `group` is its index in the arena.
     """
 
     query_start: HostArray
@@ -38,6 +38,7 @@ class AttentionBatch:
     slots: HostArray
     block_size: int
     window: int | None
+    group: int = 0
 
 
 @dataclass(frozen=True, slots=True)

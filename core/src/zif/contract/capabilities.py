@@ -54,7 +54,8 @@ class Capabilities:
     """The claims of one device. Each claim is an obligation: the conformance suite exercises it.
 
     `dtypes` and `kv_dtypes` use torch's names without the prefix ("float32", "bfloat16"). `head_sizes` empty means any
-    size from 1 to `max_head_size`. `block_sizes` are the tokens per KV block that attention accepts.
+    size from 1 to `max_head_size`. `block_sizes` are the tokens per KV block that attention accepts. With `static_code`,
+    `Platform.compiled_kernels` shows the code of the kernels.
     """
 
     dtypes: tuple[Numerics, ...]
@@ -69,6 +70,7 @@ class Capabilities:
     batch_invariant: bool = False
     fork_safe: bool = False
     spawn_safe: bool = True
+    static_code: bool = False
     notes: tuple[str, ...] = field(default=())
 
     def numerics(self, dtype: str) -> Numerics | None:

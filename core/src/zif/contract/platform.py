@@ -1,16 +1,22 @@
 """A vendor's platform: describes devices, plans workloads, opens devices. Import-light."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from zif.contract.capabilities import Capabilities
+from zif.contract.code import CompiledKernel
 from zif.contract.device import Device
 from zif.contract.plan import Plan, Refusal, Workload
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceInfo:
-    """One device as probe saw it. `runtime` are (name, version or value) pairs for people and reports."""
+    """One device as probe saw it. `runtime` are (name, version or value) pairs for people and reports.
+
+    A `simulated` device computes on the host what the hardware would: for proofs without it. It serves only a user who
+    names its platform, and every report says so.
+    """
 
     device_id: str
     name: str
@@ -19,15 +25,21 @@ class DeviceInfo:
     available_bytes: int
     capabilities: Capabilities
     runtime: tuple[tuple[str, str], ...] = ()
+    simulated: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """What there is. `reason` says why when `devices` is empty; `steps` lists what was tried, in order."""
+    """What there is. `reason` says why when `devices` is empty; `steps` lists what was tried, in order.
+
+    `simulation` names environment variables and their values with which a process finds simulated devices instead;
+    empty when there are none. Whoever proves a platform may set them before the process starts.
+    """
 
     devices: tuple[DeviceInfo, ...]
     reason: str = ""
     steps: tuple[str, ...] = ()
+    simulation: tuple[tuple[str, str], ...] = ()
 
 
 class Platform(ABC):
@@ -52,3 +64,11 @@ class Platform(ABC):
     @abstractmethod
     def open(self, plan: Plan, rank: int) -> Device:
         """Open the plan's device for `rank`. The only call that touches hardware; called in the worker process."""
+
+    def compiled_kernels(self) -> Iterable[CompiledKernel]:
+        """Compile the kernels and configurations that the platform ships, without a device, and say what came of each.
+
+        Takes minutes. Nothing by default; a platform whose devices claim `static_code` answers with some for each
+        architecture that it ships kernels for.
+        """
+        return ()

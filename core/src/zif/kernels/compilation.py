@@ -19,9 +19,13 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class CompiledSpecialization:
-    """The result. `assembly` is the text of the last stage that has one, `binary` what the driver would load."""
+    """The result. `assembly` is the text of the last stage that has one, `binary` what the driver would load.
+
+    `multiplies` says whether the kernel, as it was written for these constants, multiplies matrices.
+    """
 
     specialization: Specialization
+    multiplies: bool
     assembly: str
     binary: bytes
     shared_bytes: int
@@ -63,4 +67,5 @@ def compile_one(specialization: Specialization, target: Target) -> CompiledSpeci
     )
     text = next(compiled.asm[stage] for stage in ("ptx", "amdgcn") if stage in compiled.asm)
     binary = next(compiled.asm[stage] for stage in ("cubin", "hsaco") if stage in compiled.asm)
-    return CompiledSpecialization(specialization, text, binary, compiled.metadata.shared)
+    multiplies = "tt.dot" in compiled.asm["ttir"]
+    return CompiledSpecialization(specialization, multiplies, text, binary, compiled.metadata.shared)

@@ -27,9 +27,13 @@ class Launcher(ABC):
     def __call__(
         self, kernel: Any, grid: tuple[int, ...], arguments: Sequence[Argument], config: LaunchConfig, **constants: Any
     ) -> None:
-        """Start `kernel` on a grid of programs; a grid without programs starts nothing."""
+        """Start `kernel` on a grid of programs; a grid without programs starts nothing.
+
+        Tiles that the kernel does not name are for the host alone.
+        """
         if 0 not in grid:
-            self._start(kernel, grid, arguments, config, {**constants, **dict(config.tiles)})
+            tiles = {name: size for name, size in config.tiles if name in kernel.arg_names}
+            self._start(kernel, grid, arguments, config, {**constants, **tiles})
 
     @abstractmethod
     def _start(

@@ -186,6 +186,7 @@ class BatchState:
             slots=slots,
             block_size=size,
             window=spec.window if isinstance(spec, SlidingWindowSpec) else None,
+            group=group,
         )
 
     def _state_batch(

@@ -52,20 +52,20 @@ class _LayerCache:
 
 
 class StepAttention:
-    """Attention of every layer, bound to one step."""
+    """Attention of every layer, bound to one step. `prepared` is what the backend prepared, by layer group."""
 
     def __init__(
         self, backend: AttentionBackend[Any, Any], layers: dict[int, _LayerCache], prepared: Mapping[int, Any]
     ) -> None:
         self._backend = backend
         self._layers = layers
-        self._prepared = prepared
+        self.prepared = prepared
 
     def __call__(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, params: AttentionParams
     ) -> torch.Tensor:
         home = self._layers[layer]
-        prepared = self._prepared[home.group]
+        prepared = self.prepared[home.group]
         if not home.is_reader:
             self._backend.write(key, value, home.cache, prepared)
         return self._backend.attend(query, home.cache, prepared, params)
