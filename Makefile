@@ -28,9 +28,12 @@ INSTALLED_DEV := $(VENV)/.installed-dev
 PROJECTS := core plugins/cpu conformance
 SOURCES := core plugins conformance examples
 VENDORS := intel tpu
-TYPED := core/src plugins/cpu/src $(VENDORS:%=plugins/%/src) conformance/src
-TESTS := core/tests plugins/cpu/tests $(VENDORS:%=plugins/%/tests) conformance/tests
-FAST := $(addprefix core/tests/,contract host house settings scheduling kv null simulation text cli) conformance/tests
+# Their kernels run in Triton's interpreter and are compiled without a GPU in the environment of developers.
+GPUS := nvidia amd
+PLUGINS := cpu $(GPUS) $(VENDORS)
+TYPED := core/src $(PLUGINS:%=plugins/%/src) conformance/src
+TESTS := core/tests $(PLUGINS:%=plugins/%/tests) conformance/tests
+FAST := $(addprefix core/tests/,accelerator contract host house settings scheduling kv null simulation text cli) conformance/tests
 
 .PHONY: run test test-intel test-tpu check simulate bench conform self-test matrix freeze lock clean environment
 
@@ -52,6 +55,16 @@ check: $(INSTALLED_DEV)
 	$(BIN)/mypy $(TYPED)
 	PYTHONPATH=plugins/intel/src:plugins/tpu/src $(BIN)/lint-imports
 	$(BIN)/python -m pytest -q -n $(WORKERS) -m "not slow" $(wildcard $(FAST))
+
+# The suite without a GPU: kernels in the interpreter, and the code of what is compiled for each architecture.
+conform-gpus: $(INSTALLED_DEV)
+	for gpu in $(GPUS); do \
+	    TRITON_INTERPRET=1 $(BIN)/zif conform --platform $$gpu --profile core --bundle $(BUNDLES)/$$gpu --workers $(WORKERS) && \
+	    $(BIN)/zif conform verify $(BUNDLES)/$$gpu || exit 1; \
+	done
+
+static-code: $(INSTALLED_DEV)
+	for gpu in $(GPUS); do TRITON_INTERPRET=1 $(BIN)/python -m zif_conformance.pytest_code $$gpu || exit 1; done
 
 simulate: $(INSTALLED)
 	$(BIN)/zif simulate --seed $(SEED) --steps 2000000 --workers $(WORKERS)
@@ -87,8 +100,8 @@ $(INSTALLED): pyproject.toml $(CONSTRAINTS) $(PROJECTS:%=%/pyproject.toml)
 	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) $(PROJECTS:%=--editable ./%)
 	touch $@
 
-$(INSTALLED_DEV): $(INSTALLED)
-	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable './core[dev]'
+$(INSTALLED_DEV): $(INSTALLED) $(GPUS:%=plugins/%/pyproject.toml)
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable './core[dev]' $(GPUS:%=--editable ./plugins/%)
 	touch $@
 
 clean:

@@ -19,7 +19,10 @@ COMPUTING = "computing"
 IDLE_NOTE = "computes nothing"
 KINDS = ("feature", "dtype", "kv_dtype", "block_size", "head_size", "collective", "collective_dtype")
 
-_WORDS = (*FLAGS, INJECTION, COMPUTING)
+HARDWARE = "hardware"
+"""Claimed by all devices but simulated ones, whose speed says nothing."""
+
+_WORDS = (*FLAGS, INJECTION, COMPUTING, HARDWARE)
 _CORE = ("L0", "L1", "L2", "L3", "L5")
 _HOME_LEVELS = {
     f"feature:{Feature.TENSOR_PARALLEL.value}": ("L6",),
@@ -61,6 +64,7 @@ class Claims:
     head_sizes: tuple[int, ...]
     max_head_size: int
     computes: bool = True
+    simulated: bool = False
 
     @classmethod
     def of(cls, capabilities: Capabilities) -> "Claims":
@@ -80,7 +84,8 @@ class Claims:
         names |= {flag for flag in FLAGS if declared.get(flag, False)}
         names |= {INJECTION for note in declared["notes"] if note.startswith(INJECTION_NOTE)}
         computes = not any(note.startswith(IDLE_NOTE) for note in declared["notes"])
-        return cls(frozenset(names), tuple(declared["head_sizes"]), declared["max_head_size"], computes)
+        sizes = tuple(declared["head_sizes"]), declared["max_head_size"]
+        return cls(frozenset(names), *sizes, computes, declared.get("simulated", False))
 
     def has(self, claim: Feature | Collective | str) -> bool:
         """Say whether the device claims it."""
@@ -88,6 +93,8 @@ class Claims:
         kind, _, value = name.partition(":")
         if name == COMPUTING:
             return self.computes
+        if name == HARDWARE:
+            return not self.simulated
         if kind == "head_size" and not self.head_sizes:
             return 1 <= int(value) <= self.max_head_size
         return name in self.names

@@ -95,7 +95,6 @@ def device_json(info: DeviceInfo) -> dict[str, Any]:
         "architecture": info.architecture,
         "memory_bytes": info.memory_bytes,
         "runtime": dict(info.runtime),
-        "simulated": info.simulated,
         "capabilities": capabilities_json(info.capabilities),
     }
 

@@ -9,6 +9,7 @@
     ├── PlatformError
     │   ├── PlatformNotFoundError   no installed plugin has this name
     │   ├── PlatformUnavailableError  the plugin is there, its device is not
+    │   ├── DeviceLostError         an open device, or this process's context on it, is gone
     │   ├── PlanRefusedError        the device cannot run this workload; every reason inside
     │   └── ContractError           a plugin breaks the plugin contract
     ├── OutOfMemoryError            an allocator's limit is reached; recoverable      (MemoryError)
@@ -54,6 +55,10 @@ class PlatformNotFoundError(PlatformError):
 
 class PlatformUnavailableError(PlatformError):
     """The plugin is installed, but its device cannot be used here."""
+
+
+class DeviceLostError(PlatformError):
+    """An open device, or this process's context on it, is gone; nothing that it held can be used any more."""
 
 
 class PlanRefusedError(PlatformError):

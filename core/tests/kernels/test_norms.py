@@ -33,3 +33,11 @@ def test_rows_may_be_strided():
     weight = torch.ones(64)
     expected = ReferenceOps().rms_norm(x, weight, 1e-5, 0.0)
     torch.testing.assert_close(rms_norm(InterpretedLauncher(), x, weight, 1e-5, 0.0), expected)
+
+
+def test_shapes_that_do_not_fit():
+    x, launch = torch.randn(4, 64), InterpretedLauncher()
+    with pytest.raises(ValueError, match=r"weight is \(32,\), and the rows of x have 64 elements"):
+        rms_norm(launch, x, torch.ones(32), 1e-5, 0.0)
+    with pytest.raises(ValueError, match=r"residual is \(3, 64\), and x \(4, 64\)"):
+        add_rms_norm(launch, x, x[:3], torch.ones(64), 1e-5, 0.0)

@@ -39,7 +39,12 @@ def headline(result: Mapping[str, Any]) -> str:
 def simulation(result: Mapping[str, Any]) -> str:
     """Say that no hardware was there, or nothing."""
     device = result["device"] or {}
-    return f" in simulation ({device.get('device_id', device['architecture'])})" if device.get("simulated") else ""
+    return f" in simulation ({device['architecture']})" if is_simulated(device) else ""
+
+
+def is_simulated(device: Mapping[str, Any]) -> bool:
+    """Say whether a device of a result, or of its summary, was only simulated."""
+    return bool(device.get("simulated") or device.get("capabilities", {}).get("simulated"))
 
 
 def subject_counts(result: Mapping[str, Any]) -> list[tuple[str, dict[str, int]]]:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from importlib import resources
 from typing import Any
 
-from zif_conformance.bundle.matrix import headline, subject_counts
+from zif_conformance.bundle.matrix import headline, is_simulated, subject_counts
 from zif_conformance.bundle.plots import duration_plot, headroom_plot
 from zif_conformance.outcomes import Verdict, reason_line
 
@@ -60,7 +60,7 @@ def _header(result: Mapping[str, Any]) -> str:
     verdict = result["verdict"] or ("partial run" if result["status"] == "partial" else "no verdict")
     name = f" · {profile['name']} {profile['version']}" if profile else f" · {', '.join(result['levels'])}"
     score = "" if result["score"] is None else f" · {result['score']:.1%} of the must-pass tests that apply"
-    simulated = "simulated: no hardware was tested" if device.get("simulated") else None
+    simulated = "simulated: no hardware was tested" if is_simulated(device) else None
     facts = " · ".join(
         filter(None, [platform.get("distribution"), device.get("name"), device.get("architecture"), simulated])
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from zif.errors import ConfigError
-from zif_conformance.bundle.matrix import support_table
+from zif_conformance.bundle.matrix import is_simulated, support_table
 from zif_conformance.bundle.verify import read_result, verify_bundle
 
 BEGIN = "<!-- support matrix: written by `zif conform matrix`, not by hand -->"
@@ -28,7 +28,7 @@ def summary(result: Mapping[str, Any]) -> dict[str, Any]:
         "platform": {name: result["platform"][name] for name in ("name", "distribution", "fingerprint")},
         "device": {
             "architecture": device.get("architecture", "none"),
-            **({"simulated": True} if device.get("simulated") else {}),
+            **({"simulated": True} if is_simulated(device) else {}),
         },
         "claims": [{"claim": claim["claim"], "outcome": claim["outcome"]} for claim in result["claims"]],
     }

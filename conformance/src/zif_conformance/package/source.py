@@ -10,7 +10,7 @@ from pathlib import Path
 
 from zif_conformance.package.names import module_folder
 
-_ALLOWED_CORE = ("zif.contract", "zif.errors", "zif.host", "zif.reference")
+_ALLOWED_CORE = ("zif.accelerator", "zif.contract", "zif.errors", "zif.host", "zif.kernels", "zif.reference")
 _TORCH_TIER = "zif.runtime"
 _IMPORTERS = ("import_module", "__import__")
 _GUARDED = ("zif", "torch", "numpy")

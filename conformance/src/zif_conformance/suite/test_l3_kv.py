@@ -191,6 +191,7 @@ class Serving:
             slots=np.concatenate(slots),
             block_size=size,
             window=self.windows[group],
+            group=group,
         )
 
 

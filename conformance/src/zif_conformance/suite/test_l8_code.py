@@ -1,4 +1,4 @@
-"""L8: the code of compiled kernels, judged without the device: what multiplies matrices, what is spilled, how wide it loads.
+"""L8: the code of compiled kernels, judged without the device: matrix instructions, spills, wide loads, shared memory.
 
 The platform compiles every kernel and configuration that it ships and counts in the binaries; the suite holds it to
 its own statements and to what no kernel may do.

@@ -12,11 +12,7 @@ from zif.contract.plan import Plan, Refusal, Workload
 
 @dataclass(frozen=True, slots=True)
 class DeviceInfo:
-    """One device as probe saw it. `runtime` are (name, version or value) pairs for people and reports.
-
-    A `simulated` device computes on the host what the hardware would: for proofs without it. It serves only a user who
-    names its platform, and every report says so.
-    """
+    """One device as probe saw it. `runtime` are (name, version or value) pairs for people and reports."""
 
     device_id: str
     name: str
@@ -25,7 +21,11 @@ class DeviceInfo:
     available_bytes: int
     capabilities: Capabilities
     runtime: tuple[tuple[str, str], ...] = ()
-    simulated: bool = False
+
+    @property
+    def simulated(self) -> bool:
+        """Say whether the host computes what the hardware would."""
+        return self.capabilities.simulated
 
 
 @dataclass(frozen=True, slots=True)

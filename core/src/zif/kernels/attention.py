@@ -17,7 +17,7 @@ from zif.contract import AttentionBackend, AttentionBatch, AttentionParams, KVAr
 from zif.host.layout import kv_layout
 from zif.kernels.launch import Launcher
 from zif.kernels.paged import _merge_splits, _paged_attention, _write_kv
-from zif.kernels.step_buffers import StepArrays, StepBuffers
+from zif.kernels.step_buffers import StepArrays, StepBuffers, StepKey
 from zif.kernels.tuning import LaunchConfig
 
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
@@ -114,7 +114,7 @@ class PagedAttention(AttentionBackend[PagedCache, PreparedPages]):
         self._launch = launch
         self._batch_invariant = batch_invariant
         self._buffers = StepBuffers(array_device)
-        self._padded: dict[tuple[int, int], PreparedPages] = {}
+        self._padded: dict[StepKey, PreparedPages] = {}
 
     def kv_layout(self, spec: KVSpec) -> KVLayout:
         return kv_layout(spec)
@@ -157,7 +157,7 @@ class PagedAttention(AttentionBackend[PagedCache, PreparedPages]):
 
     def _prepare_padded(self, batch: AttentionBatch, bucket: int) -> PreparedPages:
         """Refill the buffers of this group and bucket; a new answer only where they had to grow."""
-        key = batch.group, bucket
+        key = StepKey(batch.group, batch.window, batch.block_size, bucket)
         arrays = self._buffers.refill(key, batch)
         known = self._padded.get(key)
         if known is None or known.arrays is not arrays:
@@ -196,8 +196,10 @@ def paged_attention(
 ) -> torch.Tensor:
     """Attend from each query, [T, H, D], to the tokens of its own request. Returns [T, H, D], dtype of query.
 
-    Raises `ValueError` when query heads are no multiple of KV heads.
+    Raises `ValueError` when query heads are no multiple of KV heads, or for a window without causality.
     """
+    if call.params.window is not None and not call.extras.causal:
+        raise ValueError(f"window={call.params.window!r} needs causality; leave out the window")
     if query.shape[1] % cache.num_kv_heads:
         raise ValueError(f"{query.shape[1]} query heads are no multiple of {cache.num_kv_heads} KV heads")
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
@@ -266,7 +268,6 @@ class _Launch:
             WINDOWED=params.window is not None,
             CAPPED=params.softcap is not None,
             SPLIT_KEYS=self.call.split_keys if grid[2] > 1 else 0,
-            PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
         )
 
     def _merge(
@@ -363,6 +364,8 @@ def representative(launch: Launcher) -> None:
         ((64, 8), 64, (torch.bfloat16, torch.bfloat16), gpt_oss),
         ((16, 8), 256, (torch.bfloat16, torch.bfloat16), gemma),
         ((32, 32), 96, (torch.bfloat16, torch.bfloat16), plain),
+        ((8, 1), 512, (torch.bfloat16, torch.bfloat16), plain),
+        ((32, 8), 128, (torch.float32, torch.float32), plain),
     ):
         for lengths in ((1,) * 64, (4,) * 16, (2048,)):
             _start_on_meta(launch, (heads, head_dim, dtypes), params, np.array(lengths))

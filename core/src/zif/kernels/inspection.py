@@ -20,16 +20,21 @@ from zif.kernels.launch import Specialization
 from zif.kernels.tuning import Tuning
 
 _SHOWN_LINES = 12
+_NARROW = frozenset({"*bf16", "*fp16", "*fp8e4nv", "*fp8e4b8", "*fp8e5", "*i8"})
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One architecture: what to compile for, its tuning, its shared memory, and how many spilled registers it bears."""
+    """One architecture: what to compile for, its tuning, its shared memory, and how many spilled registers it bears.
+
+    Kernels over `missing_types` are left out: the compiler has no such type there, and the platform does not claim it.
+    """
 
     target: Target
     tuning: Tuning
     max_shared_bytes: int
     max_spills: int
+    missing_types: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +59,8 @@ def inspect(module: str, architectures: Sequence[str], workers: int = 2) -> Iter
 def print_kernels(architecture: str, part: Part, count: Callable[[CompiledSpecialization], Counts]) -> None:
     """Compile every kernel for the architecture and print one JSON object a line."""
     for specialization in specializations(part.tuning):
+        if part.missing_types & {kind for _, kind in specialization.signature}:
+            continue
         compiled = compile_one(specialization, part.target)
         counts = count(compiled)
         kernel = CompiledKernel(
@@ -83,8 +90,7 @@ def _inspect_one(module: str, architecture: str) -> list[CompiledKernel]:
 
 def _narrow(specialization: Specialization) -> bool:
     """Say whether matrix units take the operands: float32 in full precision goes without them on most parts."""
-    constants = dict(specialization.constants)
-    return constants.get("PRECISION") != "ieee"
+    return any(kind in _NARROW for _, kind in specialization.signature)
 
 
 def _describe(specialization: Specialization) -> str:

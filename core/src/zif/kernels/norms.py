@@ -29,7 +29,8 @@ def _rms_norm(
 
 
 def rms_norm(launch: Launcher, x: torch.Tensor, weight: torch.Tensor, eps: float, weight_offset: float) -> torch.Tensor:
-    """Implement `OpTable.rms_norm`."""
+    """Implement `OpTable.rms_norm`. Raises `ValueError` on a weight of another size."""
+    _check(x, weight)
     rows = _rows(x)
     normed = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     num_rows, columns = rows.shape
@@ -55,7 +56,10 @@ def rms_norm(launch: Launcher, x: torch.Tensor, weight: torch.Tensor, eps: float
 def add_rms_norm(
     launch: Launcher, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, weight_offset: float
 ) -> NormOutput:
-    """Implement `OpTable.add_rms_norm`."""
+    """Implement `OpTable.add_rms_norm`. Raises `ValueError` on shapes that do not fit."""
+    _check(x, weight)
+    if residual.shape != x.shape:
+        raise ValueError(f"residual is {tuple(residual.shape)}, and x {tuple(x.shape)}; they must be alike")
     rows, added = _rows(x), _rows(residual)
     normed, total = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
     num_rows, columns = rows.shape
@@ -75,6 +79,11 @@ def representative(launch: Launcher) -> None:
             weight = torch.empty(columns, dtype=dtype, device="meta")
             rms_norm(launch, x, weight, 1e-5, 0.0)
             add_rms_norm(launch, x, x, weight, 1e-5, 0.0)
+
+
+def _check(x: torch.Tensor, weight: torch.Tensor) -> None:
+    if weight.shape != x.shape[-1:]:
+        raise ValueError(f"weight is {tuple(weight.shape)}, and the rows of x have {x.shape[-1]} elements")
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:

@@ -20,12 +20,23 @@ class StepArrays:
     slots: torch.Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class StepKey:
+    """Whose buffers they are: one layer group's, for one number of requests. Groups differ in more than their number
+    where a caller holds several models."""
+
+    group: int
+    window: int | None
+    block_size: int
+    bucket: int
+
+
 class StepBuffers:
     """Memory of one device for the integers of steps."""
 
     def __init__(self, array_device: str) -> None:
         self._device = torch.device(array_device)
-        self._kept: dict[tuple[int, int], StepArrays] = {}
+        self._kept: dict[StepKey, StepArrays] = {}
 
     def copy(self, batch: AttentionBatch, more: Sequence[NDArray[np.int32]]) -> tuple[StepArrays, list[torch.Tensor]]:
         """Copy a step, and `more` arrays with it."""
@@ -43,7 +54,7 @@ class StepBuffers:
         slots, query_start, seq_lens, flat, *others = packed.split(sizes)
         return StepArrays(query_start, seq_lens, flat.view(table.shape), slots.view(torch.int64)), others
 
-    def refill(self, key: tuple[int, int], batch: AttentionBatch) -> StepArrays:
+    def refill(self, key: StepKey, batch: AttentionBatch) -> StepArrays:
         """Copy a step into the buffers of `key`; the same object as before unless the block table had to grow."""
         num_requests, num_blocks = batch.block_table.shape
         kept = self._kept.get(key)
