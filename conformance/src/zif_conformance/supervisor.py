@@ -21,6 +21,7 @@ from zif_conformance.processes import Ended, TalkingProcess
 SUITE = Path(__file__).parent / "suite"
 _MAX_OPENING_CRASHES = 3
 _ALONE = ("L8", "L9")
+_SIMULATED_PATIENCE = 10.0
 """Levels that measure time: nothing else runs beside them."""
 
 Listener = Callable[[TestOutcome], None]
@@ -51,6 +52,12 @@ class Run:
     description: dict[str, Any]
     outcomes: dict[str, TestOutcome] = field(default_factory=dict)
     interrupted: str = ""
+
+    @property
+    def patience(self) -> float:
+        """Return how many times the deadline of a test it may take: more on a device that is only simulated."""
+        device = self.description.get("device") or {}
+        return _SIMULATED_PATIENCE if device.get("capabilities", {}).get("simulated") else 1.0
 
     def ordered(self) -> tuple[TestOutcome, ...]:
         """Return the outcomes in the order of collection; what has none yet was not run."""
@@ -146,7 +153,8 @@ class Supervisor:
             asked = Path(folder) / "tests.txt"
             asked.write_text("\n".join(by_id), encoding="utf-8")
             process = _start_pytest(self._options, cases, ["--zif-tests", str(asked), "--basetemp", f"{folder}/pytest"])
-            follower = _Follower(process, by_id, self._options, self._stopped)
+            options = replace(self._options, setup_s=self._options.setup_s * run.patience)
+            follower = _Follower(process, by_id, options, self._stopped, run.patience)
             for outcome in follower.outcomes():
                 self._note(run, outcome)
             ended = follower.end()
@@ -224,8 +232,10 @@ class _Follower:
         cases: Mapping[str, TestCase],
         options: RunOptions,
         stopped: threading.Event,
+        patience: float,
     ) -> None:
         self._process = process
+        self._patience = patience
         self._options = options
         self._cases = cases
         self._stopped = stopped
@@ -259,16 +269,19 @@ class _Follower:
             return self._process.kill(f"no end after {seconds:.0f} s, past the deadline: the process was killed")
         return self._process.finish()
 
+    def _deadline_s(self, case: TestCase) -> float:
+        return case.declaration.deadline_s * self._patience
+
     def _take(self, event: dict[str, Any]) -> float:
         """Take in one event; return how long the next may take."""
         kind = event["event"]
         if kind == "started":
             self.running, self.in_setup, self.since = self._cases[event["id"]], True, time.monotonic()
-            return max(self._options.setup_s, self.running.declaration.deadline_s)
+            return max(self._options.setup_s, self._deadline_s(self.running))
         if kind == "called" and self.running is not None:
             self.in_setup = False
             self.num_called += 1
-            return self.running.declaration.deadline_s
+            return self._deadline_s(self.running)
         if kind == "finished":
             self.running = None
             self.num_finished += 1

@@ -198,6 +198,8 @@ def paged_attention(
 
     Raises `ValueError` when query heads are no multiple of KV heads, or for a window without causality.
     """
+    if query.stride()[1:] != (query.shape[2], 1):
+        raise ValueError(f"query has strides {query.stride()}; heads and elements must be adjacent: make it contiguous")
     if call.params.window is not None and not call.extras.causal:
         raise ValueError(f"window={call.params.window!r} needs causality; leave out the window")
     if query.shape[1] % cache.num_kv_heads:

@@ -8,11 +8,28 @@ from zif.kernels.tuning import Tuning
 FAMILIES = (
     "activations",
     "attention",
+    "blocks",
+    "convolution",
+    "delta_rule",
+    "experts",
+    "grammar",
+    "greedy",
+    "int4_linear",
+    "latent_attention",
+    "linear",
+    "logprobs",
     "norms",
+    "penalties",
+    "quantization",
+    "quantized_linear",
+    "rotary",
+    "routing",
+    "sampling",
+    "state_space",
 )
 """Modules of this room with a function `representative`."""
 
-WALKS_OVER_KV = frozenset({"paged_attention", "write_kv", "latent_attention", "write_latent"})
+WALKS_OVER_KV = frozenset({"paged_attention", "write_kv", "latent_decode"})
 """Kernels that read or write keys and values, with accesses of 16 bytes."""
 
 

@@ -8,9 +8,9 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 from zif.contract import CompiledKernel
 from zif.errors import ZifError
@@ -27,6 +27,8 @@ _NARROW = frozenset({"*bf16", "*fp16", "*fp8e4nv", "*fp8e4b8", "*fp8e5", "*i8"})
 class Part:
     """One architecture: what to compile for, its tuning, its shared memory, and how many spilled registers it bears.
 
+    `max_spills` is for every kernel that `more_spills` does not name.
+
     Kernels over `missing_types` are left out: the compiler has no such type there, and the platform does not claim it.
     """
 
@@ -34,6 +36,7 @@ class Part:
     tuning: Tuning
     max_shared_bytes: int
     max_spills: int
+    more_spills: Mapping[str, int] = field(default_factory=dict)
     missing_types: frozenset[str] = frozenset()
 
 
@@ -69,7 +72,7 @@ def print_kernels(architecture: str, part: Part, count: Callable[[CompiledSpecia
             num_matrix_instructions=counts.matrix_instructions,
             needs_matrix_instructions=compiled.multiplies and _narrow(specialization),
             num_spills=counts.spills,
-            max_spills=part.max_spills,
+            max_spills=part.more_spills.get(specialization.name, part.max_spills),
             num_wide_loads=counts.wide_loads,
             needs_wide_loads=specialization.name in WALKS_OVER_KV,
             shared_bytes=compiled.shared_bytes,

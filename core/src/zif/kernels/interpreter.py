@@ -39,7 +39,7 @@ class InterpretedLauncher(Launcher):
         constants: dict[str, Constant],
     ) -> None:
         assert hasattr(kernel, "rewrite"), "triton was imported without TRITON_INTERPRET=1: kernels are compiled here"
-        with _exact_conversions(), np.errstate(all="ignore"):
+        with _exact_conversions(), _patching_once(), np.errstate(all="ignore"):
             _InPlace(kernel.rewrite(), kernel.arg_names, grid)(*arguments, **constants)
 
 
@@ -47,6 +47,41 @@ class _InPlace(interpreter.GridExecutor):  # type: ignore[misc]
     """Host memory is written as it is: copying it back onto itself would copy the whole KV arena."""
 
     def _restore_args_dev(self, *arguments: Any) -> None: ...
+
+
+class _NothingToRestore:
+    """Stands for the interpreter's record of what it has patched."""
+
+    def restore(self) -> None: ...
+
+
+@contextlib.contextmanager
+def _patching_once() -> Iterator[None]:
+    """Keep the interpreter from giving triton's language its meaning anew at every call of every kernel and helper.
+
+    That takes longer than most of them, and in such a process the language can have no other meaning. Sets a function
+    of the interpreter's module, and puts it back; the language stays as the interpreter has made it.
+    """
+    patch = interpreter._patch_lang
+
+    def patch_once(function: Any) -> _NothingToRestore:
+        language = frozenset(id(value) for value in function.__globals__.values() if value in (tl, tl.core))
+        if language not in _PATCHED:
+            _PATCHED.add(language)
+            patch(function)
+            # Triton 3.6 converts an array of one element, which numpy no longer allows.
+            tl.tensor.__index__ = lambda tensor: int(tensor.handle.data.item())
+        return _NothingToRestore()
+
+    interpreter._patch_lang = patch_once
+    try:
+        yield
+    finally:
+        interpreter._patch_lang = patch
+
+
+_PATCHED: set[frozenset[int]] = set()
+"""Which modules of triton's language this process's interpreter has patched: a fact about them, not about us."""
 
 
 @contextlib.contextmanager

@@ -30,7 +30,7 @@ def _paged_attention(
     num_members, query_stride, block_stride, table_stride, num_heads, window, scale, softcap,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr,
-    SINGLE: tl.constexpr, SPLIT_KEYS: tl.constexpr, PRECISION: tl.constexpr,
+    SINGLE: tl.constexpr, SPLIT_KEYS: tl.constexpr,
 ):  # fmt: skip
     QUERIES: tl.constexpr = BLOCK_M // GROUP
     LOG2E: tl.constexpr = 1.4426950408889634
@@ -99,7 +99,7 @@ def _paged_attention(
         block = tl.load(table + key // BLOCK_SIZE, mask=seen, other=0).to(tl.int64)
         place = block * block_stride + head_start + (key % BLOCK_SIZE) * HEAD_DIM
         k = tl.load(keys + place[None, :] + d[:, None], mask=seen[None, :] & in_head[:, None], other=0.0)
-        scores = tl.dot(q, k.to(q.dtype), input_precision=PRECISION) * factor
+        scores = tl.dot(q, k.to(q.dtype), input_precision="ieee") * factor
         if CAPPED:
             # tanh, by its series where the difference of exponentials would lose digits.
             x = scores / softcap
@@ -111,11 +111,14 @@ def _paged_attention(
         if slopes is not None:
             slope = tl.load(slopes + head, mask=in_use, other=0.0)
             scores += slope[:, None] * (key[None, :] - position[:, None]).to(tl.float32)
-        visible = seen[None, :]
-        if CAUSAL:
-            visible = visible & (key[None, :] <= position[:, None])
+        # One comparison decides: a key that is not seen lies far ahead of every query.
+        ahead = tl.where(seen, key, 1 << 30)[None, :]
         if WINDOWED:
-            visible = visible & (key[None, :] > position[:, None] - window)
+            visible = (position[:, None] - ahead).to(tl.uint32, bitcast=True) < window.to(tl.uint32)
+        elif CAUSAL:
+            visible = ahead <= position[:, None]
+        else:
+            visible = ahead < (1 << 30)
         scores = tl.where(visible, scores * LOG2E, float("-inf"))
         raised = tl.maximum(peak, tl.max(scores, axis=1))
         # A row that has seen no key yet has the peak -inf, and -inf - -inf is no number.
@@ -125,7 +128,7 @@ def _paged_attention(
         total = total * decay + tl.sum(weights, axis=1)
         v = tl.load(values + place[:, None] + d[None, :], mask=seen[:, None] & in_head[None, :], other=0.0)
         weighted = tl.dot(
-            weights.to(q.dtype), v.to(q.dtype), weighted * decay[:, None], input_precision=PRECISION
+            weights.to(q.dtype), v.to(q.dtype), weighted * decay[:, None], input_precision="ieee"
         )  # fmt: skip
         peak = raised
     stored = in_use[:, None] & in_head[None, :]

@@ -134,9 +134,14 @@ class _StepAttention:
 
 
 def _rows(heads: torch.Tensor, size: int) -> torch.Tensor:
-    """Reorder [1, H, T, D] to [T, H, size]; zeros behind the head's elements change no score and no weighted sum."""
+    """Reorder [1, H, T, D] to [T, H, size]; zeros behind the head's elements change no score and no weighted sum.
+
+    Attention is promised that heads and elements are adjacent; tokens may be apart.
+    """
     rows = heads[0].transpose(0, 1)
-    return torch.nn.functional.pad(rows, (0, size - rows.shape[-1])) if rows.shape[-1] < size else rows
+    if rows.shape[-1] < size:
+        rows = torch.nn.functional.pad(rows, (0, size - rows.shape[-1]))
+    return rows if rows.stride()[1:] == (size, 1) else rows.contiguous()
 
 
 def load_transformers_model(

@@ -17,8 +17,12 @@ ARCHITECTURES = ("gfx942", "gfx950", "gfx1100", "gfx1201")
 """What kernels are shipped for."""
 
 _SHARED_BYTES = {"gfx942": 64 << 10, "gfx950": 160 << 10, "gfx1100": 64 << 10, "gfx1201": 64 << 10}
-_MAX_SPILLS = {"gfx942": 0, "gfx950": 16, "gfx1100": 128, "gfx1201": 16}
-"""Where registers are few, heads of 512 elements do not fit into them."""
+_MAX_SPILLS = {"gfx942": 0, "gfx950": 16, "gfx1100": 32, "gfx1201": 32}
+_MORE_SPILLS = {
+    "gfx1100": {"paged_attention": 112, "latent_decode": 416, "state_space_chunk": 96, "delta_chunk": 160},
+    "gfx1201": {"latent_decode": 128},
+}
+"""Where a lane has 256 registers, operands of 512 elements do not fit into them."""
 _WARP_SIZES = {"gfx942": 64, "gfx950": 64, "gfx1100": 32, "gfx1201": 32}
 _MATRIX = re.compile(r"\bv_(?:mfma|smfmac|wmma|swmmac)_\w+")
 _SPILL = re.compile(r"[sv]gpr_spill_count:\s*(\d+)")
@@ -40,7 +44,8 @@ def count(compiled: CompiledSpecialization) -> Counts:
 def main(architecture: str) -> None:
     """Print the kernels of one architecture."""
     target = Target("hip", architecture, _WARP_SIZES[architecture])
-    part = Part(target, read_tuning(architecture), _SHARED_BYTES[architecture], _MAX_SPILLS[architecture])
+    limits = _SHARED_BYTES[architecture], _MAX_SPILLS[architecture], _MORE_SPILLS.get(architecture, {})
+    part = Part(target, read_tuning(architecture), *limits)
     print_kernels(architecture, part, count)
 
 
