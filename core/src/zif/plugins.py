@@ -16,6 +16,8 @@ import pluggy
 from zif.contract import ENTRY_POINT_GROUP, PROJECT_NAME, Platform, Probe, hooks
 from zif.errors import ContractError, PlatformNotFoundError, PlatformUnavailableError
 
+_ONLY_SIMULATED = "its device is simulated on the host; name the platform to use it all the same"
+
 
 @dataclass(frozen=True, slots=True)
 class PluginFailure:
@@ -100,7 +102,7 @@ class PlatformRegistry:
         choices.sort(key=lambda e: (-(e.platform.preference or 0), e.platform.name))
         usable = [e.platform for e in choices if any(not device.simulated for device in e.probe().devices)]
         if not usable:
-            reasons = [f"\n  {e.platform.name}: {e.probe().reason}" for e in choices]
+            reasons = [f"\n  {e.platform.name}: {e.probe().reason or _ONLY_SIMULATED}" for e in choices]
             reasons += [f"\n  {failure.name}: failed to load: {failure.reason}" for failure in self.failures]
             raise PlatformUnavailableError(
                 "no installed platform has a device here; install one, for example: pip install 'zif[cpu]'"

@@ -1,5 +1,6 @@
 """Loading plugins under guard, and choosing a platform. The entry points are made up, so nothing is installed."""
 
+from dataclasses import replace
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -11,6 +12,8 @@ from zif.plugins import PlatformRegistry
 
 PRESENT = NullPlatform().probe()
 ABSENT = Probe(devices=(), reason="no such device", steps=("looked under the table", "looked in the attic"))
+_DEVICE = PRESENT.devices[0]
+SIMULATED = Probe((replace(_DEVICE, capabilities=replace(_DEVICE.capabilities, simulated=True)),))
 
 
 class FakePlatform(Platform):
@@ -208,6 +211,13 @@ class TestSelection:
             FakePlatform("high", preference=9, probe=ABSENT),
         )
         assert registry.select(None).name == "middle"
+
+    def test_a_simulated_device_serves_only_who_names_its_platform(self):
+        simulated = FakePlatform("simulated", preference=9, probe=SIMULATED)
+        assert registry_of(simulated, FakePlatform("low", preference=-5)).select(None).name == "low"
+        assert registry_of(simulated).select("simulated") is simulated
+        with pytest.raises(PlatformUnavailableError, match="simulated: its device is simulated on the host; name"):
+            registry_of(simulated).select(None)
 
     def test_equally_preferred_platforms_are_not_chosen_between(self):
         registry = registry_of(FakePlatform("a", preference=1), FakePlatform("b", preference=1))
