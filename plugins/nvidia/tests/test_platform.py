@@ -75,8 +75,8 @@ def test_without_a_driver_the_interpreter_is_offered_for_tests(platform):
     [
         ({"torch": None, "cuda": ()}, {}, "install torch>=2.8"),
         ({"torch": "2.7.1"}, {}, "torch 2.7.1 is too old"),
-        ({"torch": "2.9.0+cpu", "cuda": ()}, {}, "whl/cu130"),
-        ({"torch": "2.9.0+rocm6.4", "cuda": ()}, {"cuda": 12080}, "whl/cu128"),
+        ({"torch": "2.9.0+cpu", "cuda": ()}, {}, "build that is, cu130"),
+        ({"torch": "2.9.0+rocm6.4", "cuda": ()}, {"cuda": 12080}, "build that is, cu128"),
         ({"torch": "2.9.0+rocm6.4", "cuda": ()}, {"cuda": 12020}, "torch 2.9.0+rocm6.4 is not built for CUDA"),
         ({"triton": None}, {}, "install triton 3.6 to 3.9"),
         ({"triton": "3.5.1"}, {}, "triton 3.5.1 is not supported"),

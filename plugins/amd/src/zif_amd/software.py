@@ -54,8 +54,8 @@ class Software:
             return ""
         if not self.rocm:
             return (
-                f"torch {self.torch} is not built for ROCm; install a build whose version ends in +rocm, from "
-                "https://download.pytorch.org/whl/ (rocm6.4 or later)"
+                f"torch {self.torch} is not built for ROCm; install the wheel of a build that is, whose version "
+                "ends in +rocm6.4 or later: PyTorch's installation page has the command"
             )
         oldest = next((driver for rocm, driver in _OLDEST_DRIVERS if release(self.rocm) >= rocm), ())
         if hardware.release and hardware.release < oldest:

@@ -61,8 +61,8 @@ class Software:
             return ""
         if not self.cuda:
             return (
-                f"torch {self.torch} is not built for CUDA; install a build that is, as with "
-                f"pip install torch --index-url https://download.pytorch.org/whl/{_wheel_for(hardware)}"
+                f"torch {self.torch} is not built for CUDA; install the wheel of a build that is, "
+                f"{_wheel_for(hardware)}: PyTorch's installation page has the command"
             )
         oldest = _OLDEST_DRIVERS.get(self.cuda[0], "")
         too_old = _numbers(hardware.driver) < _numbers(oldest) and hardware.cuda < self.cuda
