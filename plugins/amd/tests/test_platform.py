@@ -203,7 +203,10 @@ def test_a_torch_for_other_hardware_is_a_reason(machine, platform, versions, tor
     machine.add("MI300X")
     versions |= {"torch": torch, "rocm": ""}
     reason = platform.probe().reason
-    assert f"torch {torch} is not built for ROCm; install the wheel of a build that is, whose version ends in +rocm6.4" in reason
+    assert (
+        f"torch {torch} is not built for ROCm; install the wheel of a build that is, whose version ends in +rocm6.4"
+        in reason
+    )
     assert reason.endswith(HINT)
 
 
