@@ -64,6 +64,13 @@ def test_the_headline_says_it(simulated):
     assert is_simulated(device) == simulated
 
 
+@pytest.mark.parametrize("result", [{"status": "partial"}, {"status": "complete", "profile": None, "levels": ["L3"]}])
+def test_the_headline_says_it_without_a_verdict(result):
+    device = {"architecture": "interpreter", "capabilities": {"simulated": True}}
+    line = headline({"platform": {"name": "acme"}, "device": device, **result})
+    assert line.endswith("no verdict in simulation (interpreter)")
+
+
 def test_a_simulated_run_is_given_time():
     assert Run((), (), {}).patience == 1
     assert Run((), (), {"device": {"capabilities": {"simulated": False}}}).patience == 1

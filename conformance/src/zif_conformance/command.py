@@ -28,6 +28,9 @@ def register(commands: Any) -> None:
     parser.add_argument(
         "--workers", metavar="N", type=_positive, default=1, help="processes beside each other (default: 1)"
     )
+    parser.add_argument(
+        "--hardware", action="store_true", help="fail where the platform has no device, instead of simulating one"
+    )
     parser.set_defaults(run=run_suite)
     actions = parser.add_subparsers(title="actions", metavar="ACTION")
     _add_verify(actions)
@@ -53,7 +56,8 @@ def run_suite(arguments: argparse.Namespace) -> int:
         raise ConfigError("--level does not go with --profile, which is a fixed list; leave one of them out")
     chosen = profile(arguments.profile or "core") if arguments.level is None else None
     levels = chosen.levels if chosen else tuple(sorted(parse_levels(arguments.level)))
-    simulate_missing_hardware(arguments.platform)
+    if not arguments.hardware:
+        simulate_missing_hardware(arguments.platform)
     options = RunOptions(arguments.platform, levels, arguments.workers)
     result = Conductor(options, chosen, arguments.bundle).run()
     for error in result["errors"]:

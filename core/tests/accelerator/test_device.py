@@ -41,6 +41,14 @@ def test_services_are_those_given(device):
     device.synchronize()
 
 
+def test_a_loss_while_core_computes_is_told(device):
+    lost = r"device 'cpu' is lost: .*outside its memory; start the process anew"
+    with pytest.raises(DeviceLostError, match=lost), device.watch():
+        raise RuntimeError("an illegal memory access was encountered")
+    with pytest.raises(RuntimeError, match="shapes"), device.watch():
+        raise RuntimeError("shapes do not fit")
+
+
 def test_health_until_it_is_closed(device):
     assert device.health(20.0).healthy
     device.allocator.allocate(100, "kv")

@@ -1,5 +1,6 @@
 """Paged attention by kernels against the reference in float64, request by request."""
 
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -7,8 +8,10 @@ import pytest
 import torch
 
 from zif.contract import AttentionBatch, AttentionParams, FullAttentionSpec, KVArena, KVGroup, SlidingWindowSpec
-from zif.kernels.attention import AttentionCall, Extras, PagedAttention, PagedCache, paged_attention, write_kv
+from zif.kernels.attention import PagedAttention
 from zif.kernels.interpreter import InterpretedLauncher
+from zif.kernels.launch import Recorder
+from zif.kernels.paged_calls import AttentionCall, Extras, PagedCache, paged_attention, write_kv
 from zif.kernels.tuning import INTERPRETER_FOLDER, LaunchConfig, Tuning
 from zif.reference.attention import ReferenceAttention
 
@@ -68,15 +71,20 @@ class Case:
         seq_lens = np.array(self.lengths, np.int32)
         return AttentionBatch(starts, seq_lens, self.table, np.concatenate(slots), self.block_size, self.window)
 
-    def run(self, backend, params, *, fresh=False):
-        """Write everything, then attend from the new tokens; windows only see what they may."""
+    def run(self, backend, params, *, writes_again=True):
+        """Write everything, then the step's own tokens again, as a layer does before it attends."""
         spec = self.spec()
         group = KVGroup(spec, backend.kv_layout(spec))
         arena = KVArena(group.layout.block_bytes, self.num_blocks, (group,))
         memory = torch.full((arena.num_bytes // self.dtype.itemsize,), torch.nan, dtype=self.dtype)
         cache = backend.bind(arena, 0, memory.view(torch.uint8))[LAYER]
         backend.write(self.key, self.value, cache, backend.prepare(self.batch(whole=True)))
-        return backend.attend(self.query, cache, backend.prepare(self.batch(whole=False)), params)
+        prepared = backend.prepare(self.batch(whole=False))
+        if writes_again:
+            ends = np.cumsum(self.lengths)
+            rows = np.concatenate([np.arange(e - new, e) for e, (new, _) in zip(ends, self.requests, strict=True)])
+            backend.write(self.key[rows], self.value[rows], cache, prepared)
+        return backend.attend(self.query, cache, prepared, params)
 
     def expected(self, params):
         wide = replace_dtype(self, torch.float64)
@@ -138,6 +146,30 @@ def test_splits_of_long_rows(lengths, programs):
     check(case, AttentionParams(scale=0.2), InterpretedLauncher(SplitTuning(programs, block_n=64)))
 
 
+class DenseTuning(SplitTuning):
+    """Prompts of `shortest` tokens and more go to the array library."""
+
+    def __init__(self, shortest):
+        super().__init__()
+        self._shortest = shortest
+
+    def config(self, kernel, **quantities):
+        if kernel == "dense_prefill":
+            return LaunchConfig((("MIN_QUERIES", self._shortest),))
+        return super().config(kernel, **quantities)
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (6, 2)])
+def test_whole_prompts_of_the_array_library(heads):
+    requests = [(20, 20), (20, 20), (1, 9), (30, 30), (16, 40), (12, 12), (20, 20)]
+    case, launch = Case(requests, heads=heads, dtype=torch.bfloat16), InterpretedLauncher(DenseTuning(16))
+    spans = PagedAttention(launch, "cpu").prepare(case.batch(whole=False)).dense
+    assert [(span.first, span.last, span.count) for span in spans] == [(0, 40, 2), (41, 71, 1), (99, 119, 1)]
+    for params in (AttentionParams(scale=0.2), AttentionParams(scale=0.2, softcap=2.0)):
+        got = case.run(PagedAttention(launch, "cpu"), params)
+        torch.testing.assert_close(got.double(), case.expected(params), atol=2e-2, rtol=2e-2)
+
+
 def test_one_key_carries_the_answer():
     case = Case([(1, 700), (3, 90)])
     case.key.zero_()
@@ -197,6 +229,36 @@ def test_results_do_not_depend_on_the_batch_where_that_is_asked():
     apart = single.run(PagedAttention(launch, "cpu", batch_invariant=True), AttentionParams(scale=0.2))
     assert torch.equal(together[:1], apart)
     torch.testing.assert_close(together.double(), case.expected(AttentionParams(scale=0.2)), atol=3e-6, rtol=3e-6)
+
+
+@pytest.mark.parametrize("window", [1, 7, 500, 511, 512, 1023])
+def test_windows_do_not_lose_keys_where_results_do_not_depend_on_the_batch(window):
+    case = Case([(1, 1500), (3, 700)], window=window)
+    launch, params = InterpretedLauncher(SplitTuning(block_n=64)), AttentionParams(scale=0.2, window=window)
+    got = case.run(PagedAttention(launch, "cpu", batch_invariant=True), params)
+    torch.testing.assert_close(got.double(), case.expected(params), atol=3e-6, rtol=3e-6)
+
+
+def test_a_step_is_compiled_for_few_kinds_of_arguments():
+    """What the compiler makes a kernel of its own for must not follow the numbers of a step."""
+    recorder = Recorder(Tuning.read())
+    rng = np.random.default_rng(0)
+    for _ in range(60):
+        requests = [(1, int(rng.integers(1, 5000))) for _ in range(rng.integers(1, 40))]
+        requests += [(int(n), int(n)) for n in rng.integers(2, 60, rng.integers(0, 4))]
+        case = Case(requests, heads=(8, 2), dtype=torch.bfloat16)
+        backend = PagedAttention(recorder, "cpu")
+        prepared = backend.prepare(case.batch(whole=False))
+        part = 2 * 16 * 32
+        cache = PagedCache(
+            torch.empty(part, dtype=torch.bfloat16), torch.empty(part, dtype=torch.bfloat16), part, 2, 16, 32
+        )
+        backend.write(case.query[:, :2], case.query[:, :2], cache, prepared)
+        backend.attend(case.query, cache, prepared, AttentionParams(scale=0.2))
+    counts = Counter(found.name for found in recorder.recorded)
+    assert counts["write_kv"] <= 2
+    assert counts["paged_attention"] <= 12
+    assert counts["merge_splits"] <= 14
 
 
 class TestExtras:

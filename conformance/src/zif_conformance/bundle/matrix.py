@@ -27,13 +27,15 @@ def matrix_markdown(result: Mapping[str, Any]) -> str:
 
 def headline(result: Mapping[str, Any]) -> str:
     """Say in one line what the run found."""
-    platform = result["platform"]["name"]
+    return f"{result['platform']['name']}: {_finding(result)}{simulation(result)}"
+
+
+def _finding(result: Mapping[str, Any]) -> str:
     if result["status"] == "partial":
-        return f"{platform}: partial run, no verdict"
+        return "partial run, no verdict"
     if result["profile"] is None:
-        return f"{platform}: levels {', '.join(result['levels'])}, no verdict"
-    profile = f"{result['profile']['name']} {result['profile']['version']}"
-    return f"{platform}: {result['verdict']} to {profile}{simulation(result)}"
+        return f"levels {', '.join(result['levels'])}, no verdict"
+    return f"{result['verdict']} to {result['profile']['name']} {result['profile']['version']}"
 
 
 def simulation(result: Mapping[str, Any]) -> str:

@@ -39,8 +39,17 @@ def keep_summaries(folders: Sequence[Path], into: Path) -> None:
     results = _verified(folders)
     into.mkdir(parents=True, exist_ok=True)
     for result in results:
+        kept = into / f"{result['platform']['name']}.json"
+        if is_simulated(result["device"] or {}) and kept.exists() and not _is_kept_simulated(kept):
+            raise ConfigError(
+                f"{kept} is of hardware, and the new bundle of a simulated device; remove the file to replace it"
+            )
         text = json.dumps(summary(result), indent=1, ensure_ascii=True)
-        (into / f"{result['platform']['name']}.json").write_text(f"{text}\n", encoding="utf-8")
+        kept.write_text(f"{text}\n", encoding="utf-8")
+
+
+def _is_kept_simulated(path: Path) -> bool:
+    return is_simulated(json.loads(path.read_text(encoding="utf-8"))["device"])
 
 
 def kept_matrix(folder: Path) -> str:

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Collection
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,6 +66,9 @@ class AcceleratorDevice(Device):
     def synchronize(self) -> None:
         with device_faults(self.array_device):
             _synchronize(self.array_device)
+
+    def watch(self) -> AbstractContextManager[None]:
+        return device_faults(self.array_device)
 
     def health(self, deadline_s: float) -> Health:
         if self._closed:

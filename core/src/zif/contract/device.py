@@ -1,6 +1,7 @@
 """An opened device: the services of one worker process."""
 
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +42,13 @@ class Device(ABC):
     @abstractmethod
     def synchronize(self) -> None:
         """Wait until everything submitted has run."""
+
+    def watch(self) -> AbstractContextManager[None]:
+        """Return a context in which core computes on the device and reads what was computed.
+
+        An error inside that means that the device is lost leaves it as `DeviceLostError`. By default all errors pass.
+        """
+        return nullcontext()
 
     @abstractmethod
     def health(self, deadline_s: float) -> Health:

@@ -66,9 +66,9 @@ class Platform(ABC):
         """Open the plan's device for `rank`. The only call that touches hardware; called in the worker process."""
 
     def compiled_kernels(self) -> Iterable[CompiledKernel]:
-        """Compile the kernels and configurations that the platform ships, without a device, and say what came of each.
+        """Compile the kernels that the platform ships, for shapes that models use, and say what came of each.
 
-        Takes minutes. Nothing by default; a platform whose devices claim `static_code` answers with some for each
-        architecture that it ships kernels for.
+        Needs no device and takes minutes. Nothing by default; a platform whose devices claim `static_code` answers with
+        some for each architecture that it ships tables for.
         """
         return ()

@@ -5,6 +5,7 @@ planned and submitted, as far ahead as the runner takes them; results are applie
 that request; an exception out of a step ends the engine, because its state is then unknown.
 """
 
+import contextlib
 import hashlib
 import logging
 import time
@@ -34,7 +35,7 @@ from zif.engine.outputs import RequestOutput
 from zif.engine.planning import PlannedModel
 from zif.engine.proposers import make_proposer, set_drafts
 from zif.engine.vocabulary import Vocabulary
-from zif.errors import EngineError, RequestError
+from zif.errors import DeviceLostError, EngineError, RequestError
 
 logger = logging.getLogger(__name__)
 
@@ -159,8 +160,12 @@ class Engine:
             self._closed = True
             if self._parts.store is not None:
                 self._parts.store.close()
-            self._parts.runner.close()
-            self._parts.device.close()
+            try:
+                # What a lost device held is gone with it, and who lost it has been told.
+                with contextlib.suppress(DeviceLostError), self._parts.device.watch():
+                    self._parts.runner.close()
+            finally:
+                self._parts.device.close()
 
     def _submit_ahead(self) -> None:
         """Plan and submit steps until the runner has as many under way as it takes, or there is nothing to plan."""

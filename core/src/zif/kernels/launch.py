@@ -99,13 +99,16 @@ class Recorder(Launcher):
         names = [name for name in kernel.arg_names if name not in constants]
         assert len(names) == len(arguments), f"{kernel.fn.__name__}: {names} got {len(arguments)} arguments"
         passed = dict(zip(names, arguments, strict=True))
-        fixed = {name: value for name, value in passed.items() if value is None or (_is_int(value) and value == 1)}
+        # What Triton makes constants of: nothing, and ones, unless the kernel takes them as any number.
+        plain = {*getattr(kernel, "do_not_specialize", ())}
+        ones = {name for name, value in passed.items() if _is_int(value) and value == 1 and name not in plain}
+        fixed = {name: value for name, value in passed.items() if value is None or name in ones}
         typed = {name: value for name, value in passed.items() if name not in fixed}
         specialization = Specialization(
             kernel,
             tuple((name, _type_name(value)) for name, value in typed.items()),
             tuple(sorted({**constants, **fixed}.items())),
-            frozenset(name for name, value in typed.items() if _is_aligned(value)),
+            frozenset(name for name, value in typed.items() if name not in plain and _is_aligned(value)),
             config,
         )
         if specialization not in self.recorded:

@@ -13,13 +13,14 @@ from zif.reference.ops import ReferenceOps
 class KernelOps(ReferenceOps):
     """Operators by kernels, for float32, bfloat16 and float16.
 
-    Ids of experts are looked at, which waits for the device, unless they come from `route` of the same object: these
-    exist by construction.
+    Ids of experts are looked at, which waits for the device, unless they come from `route` of the same object,
+    over no more experts than there are: these exist by construction.
     """
 
     def __init__(self, launch: Launcher) -> None:
         self._launch = launch
         self._routed: weakref.ref[torch.Tensor] | None = None
+        self._num_routed = 0
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float, weight_offset: float) -> torch.Tensor:
         return norms.rms_norm(self._launch, x, weight, eps, weight_offset)
@@ -39,12 +40,14 @@ class KernelOps(ReferenceOps):
 
     def route(self, logits: torch.Tensor, num_experts_per_token: int, routing_kind: Routing) -> RouterOutput:
         routed = routing.route(self._launch, logits, num_experts_per_token, routing_kind)
-        self._routed = weakref.ref(routed.expert_ids)
+        self._routed, self._num_routed = weakref.ref(routed.expert_ids), logits.shape[1]
         return routed
 
     def experts(
         self, x: torch.Tensor, weights: ExpertWeights, routed: RouterOutput, activation: Activation
     ) -> torch.Tensor:
-        if self._routed is None or self._routed() is not routed.expert_ids:
-            experts.check_expert_ids(routed.expert_ids, weights.gate_up.shape[0])
+        num_experts = weights.gate_up.shape[0]
+        known = self._routed is not None and self._routed() is routed.expert_ids
+        if not known or self._num_routed > num_experts:
+            experts.check_expert_ids(routed.expert_ids, num_experts)
         return experts.experts(self._launch, x, weights, routed, activation)

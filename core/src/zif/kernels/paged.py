@@ -23,7 +23,7 @@ def _find(member_start, num_members, tile, QUERIES: tl.constexpr):
     return low
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_members", "table_stride", "window"])
 def _paged_attention(
     query, keys, values, out, partial, extremes, lse, sinks, slopes,
     members, member_start, query_start, seq_lens, block_table, scales,
@@ -147,7 +147,7 @@ def _paged_attention(
             tl.store(lse + row * num_heads + head, peak / LOG2E + tl.log(total), mask=in_use)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_members"])
 def _merge_splits(
     partial, extremes, out, lse, members, member_start, query_start, seq_lens, scales, num_members, num_heads,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,

@@ -21,8 +21,9 @@ import torch
 from zif.contract import AttentionBatch, AttentionParams
 from zif.errors import ConfigError
 from zif.kernels import norms
-from zif.kernels.attention import AttentionCall, PagedAttention, PagedCache, paged_attention
+from zif.kernels.attention import PagedAttention
 from zif.kernels.launch import DeviceLauncher, Launcher
+from zif.kernels.paged_calls import AttentionCall, PagedCache, paged_attention
 from zif.kernels.tuning import LaunchConfig, Tuning
 
 Work = Callable[[Launcher], object]

@@ -36,41 +36,53 @@ class StepBuffers:
 
     def __init__(self, array_device: str) -> None:
         self._device = torch.device(array_device)
-        self._kept: dict[StepKey, StepArrays] = {}
+        self._kept: dict[StepKey, tuple[torch.Tensor, StepArrays]] = {}
 
-    def copy(self, batch: AttentionBatch, more: Sequence[NDArray[np.int32]]) -> tuple[StepArrays, list[torch.Tensor]]:
+    def copy(self, batch: AttentionBatch, more: Sequence[NDArray[np.int64]]) -> tuple[StepArrays, list[torch.Tensor]]:
         """Copy a step, and `more` arrays with it."""
-        table = np.ascontiguousarray(batch.block_table)
-        # The slots come first, where the alignment of eight bytes is sure.
-        parts = [
-            batch.slots.astype(np.int64).view(np.int32),
-            batch.query_start,
-            batch.seq_lens,
-            table.reshape(-1),
-            *more,
-        ]
-        sizes = [len(part) for part in parts]
-        packed = torch.from_numpy(np.concatenate(parts, dtype=np.int32)).to(self._device)
-        slots, query_start, seq_lens, flat, *others = packed.split(sizes)
-        return StepArrays(query_start, seq_lens, flat.view(table.shape), slots.view(torch.int64)), others
+        table = np.ascontiguousarray(batch.block_table, dtype=np.int32)
+        packed, sizes = _packed(batch, table, more)
+        arrays, others = _views(torch.from_numpy(packed).to(self._device), sizes, table.shape)
+        return arrays, others
 
     def refill(self, key: StepKey, batch: AttentionBatch) -> StepArrays:
         """Copy a step into the buffers of `key`; the same object as before unless the block table had to grow."""
         num_requests, num_blocks = batch.block_table.shape
         kept = self._kept.get(key)
-        if kept is None or kept.block_table.shape[1] < num_blocks:
+        if kept is None or kept[1].block_table.shape[1] < num_blocks:
             # Room to grow: a graph that was captured over the buffers is lost when they move.
-            widened = 1 << max(6, (num_blocks - 1).bit_length())
-            kept = self._kept[key] = StepArrays(
-                self._integers(batch.query_start),
-                self._integers(batch.seq_lens),
-                torch.zeros(num_requests, widened, dtype=torch.int32, device=self._device),
-                torch.zeros(len(batch.slots), dtype=torch.int64, device=self._device),
-            )
-        kept.seq_lens.copy_(torch.from_numpy(np.asarray(batch.seq_lens, dtype=np.int32)))
-        kept.block_table[:, :num_blocks].copy_(torch.from_numpy(np.asarray(batch.block_table, dtype=np.int32)))
-        kept.slots.copy_(torch.from_numpy(np.ascontiguousarray(batch.slots, dtype=np.int64)))
-        return kept
+            width = 1 << max(6, (num_blocks - 1).bit_length())
+        else:
+            width = kept[1].block_table.shape[1]
+        table = np.zeros((num_requests, width), dtype=np.int32)
+        table[:, :num_blocks] = batch.block_table
+        packed, sizes = _packed(batch, table, ())
+        if kept is None or kept[1].block_table.shape[1] != width:
+            # Buffers outlive the mode in which a caller happens to make them.
+            with torch.inference_mode(False):
+                memory = torch.zeros(len(packed), dtype=torch.int32, device=self._device)
+                kept = self._kept[key] = memory, _views(memory, sizes, table.shape)[0]
+        kept[0].copy_(torch.from_numpy(packed))
+        return kept[1]
 
-    def _integers(self, array: NDArray[np.int32]) -> torch.Tensor:
-        return torch.tensor(array, dtype=torch.int32, device=self._device)
+
+def _packed(
+    batch: AttentionBatch, table: NDArray[np.int32], more: Sequence[NDArray[np.int64]]
+) -> tuple[NDArray[np.int32], list[int]]:
+    """Return all integers in one array, and the sizes of the parts."""
+    # The slots come first, where the alignment of eight bytes is sure.
+    slots = np.ascontiguousarray(batch.slots, dtype=np.int64).view(np.int32)
+    parts = [slots, batch.query_start, batch.seq_lens, table.reshape(-1), *more]
+    # Every part begins at a multiple of 16 bytes: kernels are compiled for how their arguments are aligned.
+    padded = [np.pad(part, (0, -len(part) % 4)) for part in parts]
+    return np.concatenate(padded, dtype=np.int32, casting="unsafe"), [len(part) for part in parts]
+
+
+def _views(
+    packed: torch.Tensor, sizes: Sequence[int], table_shape: tuple[int, ...]
+) -> tuple[StepArrays, list[torch.Tensor]]:
+    """View the parts of a packed array."""
+    places = np.cumsum([0, *(size + -size % 4 for size in sizes)]).tolist()
+    parts = [packed[first : first + size] for first, size in zip(places, sizes, strict=False)]
+    slots, query_start, seq_lens, flat, *others = parts
+    return StepArrays(query_start, seq_lens, flat.view(table_shape), slots.view(torch.int64)), others

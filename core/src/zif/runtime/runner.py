@@ -120,10 +120,12 @@ class TorchRunner(ModelRunner):
     @torch.inference_mode()
     def submit(self, step: StepPlan) -> StepFuture:
         self._book.apply(step)
-        lost = self._copy_blocks(step)
+        with self._device.watch():
+            lost = self._copy_blocks(step)
         if not step.request_ids:
             return CompletedStep(StepResult(step.step, [], lost=lost))
-        result = self._compute(step)
+        with self._device.watch():
+            result = self._compute(step)
         result.lost = lost
         self._book.settle(step, result)
         return CompletedStep(result)

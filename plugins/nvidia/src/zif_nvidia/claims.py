@@ -83,7 +83,8 @@ def _capabilities(architecture: Architecture | None, *, collectives: bool) -> Ca
         features=_FEATURES,
         kv_dtypes=dtypes,
         block_sizes=(16, 32, 64, 128),
-        max_head_size=512,
+        # Heads of 512 elements in float32 take more shared memory than the parts before sm_80 have.
+        max_head_size=512 if architecture is None or architecture.bfloat16 else 256,
         collectives=frozenset(Collective) if collectives else frozenset(),
         collective_dtypes=_COLLECTIVE_DTYPES if collectives else (),
         graph_capture=architecture is not None,

@@ -18,7 +18,7 @@ from zif.kernels.inspection import Counts, Part, inspect, print_kernels
 from zif_nvidia.tables import read_tuning
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
-"""What kernels are shipped for; parts between them run the code of the one below."""
+"""What tables are shipped for. Other parts run the portable tables, which show here where these have no rule."""
 
 _SHARED_BYTES = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10}
 _MAX_SPILLS = {"sm_80": 32, "sm_90": 0, "sm_100": 16}
