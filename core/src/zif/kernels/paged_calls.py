@@ -237,6 +237,7 @@ class _Launch:
             head_dim=self.cache.head_dim,
             query_bytes=query.element_size(),
             kv_bytes=self.cache.keys.element_size(),
+            windowed=int(self.call.params.window is not None),
         )
         if config["BLOCK_M"] >= group:
             return config
