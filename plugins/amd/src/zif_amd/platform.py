@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from zif.accelerator.planned_memory import check_planned_memory
 from zif.contract import (
     CompiledKernel,
     Device,
@@ -129,6 +130,7 @@ class AmdPlatform(Platform):
                 f"rank {rank!r} needs a GPU of its own, and there are {len(from_there_on)} from {plan.device_id!r} on; "
                 "start fewer ranks, or make more GPUs visible"
             )
+        check_planned_memory(plan, from_there_on[rank])
         return open_gpu(plan, rank, from_there_on[rank])
 
     def compiled_kernels(self) -> Iterable[CompiledKernel]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from zif.accelerator.planned_memory import check_planned_memory
 from zif.contract import (
     CompiledKernel,
     Device,
@@ -20,7 +21,6 @@ from zif.contract import (
     Probe,
     Refusal,
     Workload,
-    format_bytes,
     negotiate,
 )
 from zif.errors import PlatformUnavailableError
@@ -137,7 +137,7 @@ class NvidiaPlatform(Platform):
                 f"rank {rank!r} needs a GPU of its own, and there are {len(from_there_on)} from {plan.device_id!r} on; "
                 "start fewer ranks, or make more GPUs visible"
             )
-        _check_memory(plan, from_there_on[rank])
+        check_planned_memory(plan, from_there_on[rank])
         return open_gpu(plan, rank, from_there_on[rank])
 
     def compiled_kernels(self) -> Iterable[CompiledKernel]:
@@ -166,14 +166,3 @@ def _why_left_out(gpu: Gpu, software: Software) -> str:
     if gpu.problem:
         return f"{gpu.name}: {gpu.problem}"
     return why_unsupported(gpu.architecture) or software.architecture_problem(ARCHITECTURES[gpu.architecture])
-
-
-def _check_memory(plan: Plan, device: DeviceInfo) -> None:
-    """Check that what was planned is still free. Raises `PlatformUnavailableError`."""
-    memory = plan.memory
-    needed = memory.weight_bytes + memory.kv_bytes + memory.activation_bytes
-    if needed > device.available_bytes:
-        raise PlatformUnavailableError(
-            f"{device.device_id!r} ({device.name}) has {format_bytes(device.available_bytes)} free, and the plan needs "
-            f"{format_bytes(needed)}: it was taken since; end the processes that use it (nvidia-smi), or plan again"
-        )
