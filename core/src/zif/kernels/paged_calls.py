@@ -82,6 +82,11 @@ class Extras:
     lse: torch.Tensor | None = None
     causal: bool = True
 
+    @property
+    def are_plain(self) -> bool:
+        """Say whether nothing is asked beyond the contract."""
+        return self.slopes is None and self.lse is None and self.causal
+
 
 @dataclass(frozen=True, slots=True)
 class AttentionCall:
@@ -135,7 +140,7 @@ def paged_attention(
         raise ValueError(f"{query.shape[1]} query heads are no multiple of {cache.num_kv_heads} KV heads")
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     long = step.long
-    if call.fresh is not None and step.dense and serves(query, call.params):
+    if call.fresh is not None and step.dense and call.extras.are_plain and serves(query, call.params):
         attend_dense((query, *call.fresh), step.dense, call.params.scale, out)
         long = step.others
     for members in (step.short, long):
