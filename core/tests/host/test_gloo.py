@@ -2,6 +2,8 @@
 
 import multiprocessing
 import socket
+import subprocess
+import sys
 import threading
 import time
 import traceback
@@ -159,3 +161,20 @@ def test_a_group_of_one_works(tmp_path):
     for result in (communicator.all_reduce(array), communicator.all_gather(array), communicator.all_to_all(array)):
         assert torch.equal(result, array)
     communicator.close()
+
+
+def test_a_process_may_end_right_after_its_last_call(tmp_path):
+    """A thread that let go of gloo's objects while Python ends would take the process down."""
+    code = """if True:
+        import sys
+        import torch
+        from zif.contract import CommunicatorGroup
+        from zif.host.gloo import GlooCommunicator
+        communicator = GlooCommunicator(CommunicatorGroup("alone", 0, 1, sys.argv[1], 20.0))
+        communicator.all_reduce(torch.ones(2))
+        communicator.close()
+    """
+    for repeat in range(3):
+        command = [sys.executable, "-c", code, f"file://{tmp_path}/store{repeat}"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import textwrap
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -165,3 +166,12 @@ def test_the_interpreter_is_a_device(tmp_path):
         TRITON_INTERPRET="1",
     )
     assert said == "interpreter cpu PagedAttention True [1.0, 1.0]"
+
+
+def test_memory_that_was_taken_since_the_plan_is_told(gpus):
+    plan = gpus.plan(WORKLOAD)
+    plan = replace(plan, memory=replace(plan.memory, weight_bytes=1 << 50))
+    with pytest.raises(
+        PlatformUnavailableError, match="it was taken since; end the processes that use it, or plan again"
+    ):
+        gpus.open(plan, 0)

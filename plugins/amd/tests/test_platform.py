@@ -388,14 +388,3 @@ def test_probing_and_planning_on_a_machine_with_a_gpu_import_no_library(machine)
     environment = {**os.environ, "PYTHONPATH": paths}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "[]", done.stderr
-
-
-def test_memory_that_was_taken_since_the_plan_is_told(machine, platform):
-    machine.add("MI300X")
-    plan = platform.plan(WORKLOAD)
-    needed = 1 << 50
-    plan = replace(plan, memory=replace(plan.memory, weight_bytes=needed))
-    with pytest.raises(
-        PlatformUnavailableError, match="it was taken since; end the processes that use it, or plan again"
-    ):
-        platform.open(plan, 0)

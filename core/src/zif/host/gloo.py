@@ -168,6 +168,8 @@ def _serve(calls: "queue.SimpleQueue[_Call | None]") -> None:
             call.done.set_exception(error)
         else:
             call.done.set_result(None)
+        # What the call holds must not die in this thread while the process exits: gloo's destructors end it then.
+        del call
 
 
 MakeGroup = Callable[[Store, CommunicatorGroup, timedelta], object]
