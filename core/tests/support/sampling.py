@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from zif.contract import OpTable
 from zif.contract.sampling import SamplingParams
 from zif.contract.step import RequestStart
 from zif.runtime.sampler import SampledTokens, Sampler
@@ -36,12 +37,18 @@ class SampledRequest:
 
 
 class SampledBatch:
-    """A sampler and a token table that hold `requests`, request i in row `rows[i]`."""
+    """A sampler and a token table that hold `requests`, request i in row `rows[i]`. `ops` are asked to choose."""
 
-    def __init__(self, requests: list[SampledRequest], vocab_size: int, rows: list[int] | None = None) -> None:
+    def __init__(
+        self,
+        requests: list[SampledRequest],
+        vocab_size: int,
+        rows: list[int] | None = None,
+        ops: OpTable | None = None,
+    ) -> None:
         self.rows = np.array(range(len(requests)) if rows is None else rows, dtype=np.int64)
         max_rows = int(self.rows.max(initial=0)) + 1
-        self.sampler = Sampler(max_rows, vocab_size, "cpu")
+        self.sampler = Sampler(max_rows, vocab_size, "cpu", ops)
         self.tokens = TokenTable(max_rows, capacity=4)
         for row, request in zip(self.rows.tolist(), requests, strict=True):
             self.tokens.set_row(row, request.prompt + request.output, len(request.prompt))

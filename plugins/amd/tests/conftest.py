@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from zif.host.packages import release
+
 GIB = 1 << 30
 _VARIABLES = (
     "TRITON_INTERPRET",
@@ -130,7 +132,7 @@ def versions(monkeypatch):
     """Installed versions, those that fit unless a test changes them."""
     installed = {"torch": "2.11.0+rocm7.1", "rocm": "7.1", "triton": "3.6.0"}
     monkeypatch.setattr("zif_amd.software.installed_version", installed.get)
-    monkeypatch.setattr("zif_amd.software.rocm_of_torch", lambda: installed["rocm"])
+    monkeypatch.setattr("zif_amd.software.rocm_of_torch", lambda: release(installed["rocm"]))
     monkeypatch.setattr("zif_amd.software.triton_version", lambda: installed["triton"])
     monkeypatch.setattr("zif_amd.notes.installed_version", lambda name: None)
     return installed

@@ -2,9 +2,8 @@
 
 import pytest
 
-from zif.errors import ConfigError
 from zif_amd.hardware import read_hardware
-from zif_amd.settings import AmdSettings, VisibleDevices, let_collectives_fail, num_threads, read_settings
+from zif_amd.settings import AmdSettings, VisibleDevices, let_collectives_fail, read_settings
 from zif_amd.visibility import visible_gpus
 
 
@@ -79,25 +78,13 @@ def test_when_it_can_open_none_that_is_the_problem(machine, gpus):
 
 def test_settings():
     assert read_settings({}) == AmdSettings()
-    environ = {"HIP_VISIBLE_DEVICES": "0,1", "TRITON_INTERPRET": "1", "HSA_OVERRIDE_GFX_VERSION": "9.0.10"}
-    assert read_settings(environ) == AmdSettings((VisibleDevices("HIP_VISIBLE_DEVICES", ("0", "1")),), True, 90010)
-
-
-@pytest.mark.parametrize(("text", "expected"), [("1", True), ("true", True), ("0", False), ("", False), ("no", False)])
-def test_the_interpreter_is_asked_for_as_triton_reads_it(text, expected):
-    assert read_settings({"TRITON_INTERPRET": text}).interpreted is expected
+    environ = {"HIP_VISIBLE_DEVICES": "0,1", "HSA_OVERRIDE_GFX_VERSION": "9.0.10"}
+    assert read_settings(environ) == AmdSettings((VisibleDevices("HIP_VISIBLE_DEVICES", ("0", "1")),), 90010)
 
 
 @pytest.mark.parametrize("text", ["11", "gfx1100", "11.0.0.0"])
 def test_an_override_of_another_form_is_a_problem(text):
     assert f"HSA_OVERRIDE_GFX_VERSION={text!r}" in read_settings({"HSA_OVERRIDE_GFX_VERSION": text}).problem
-
-
-def test_threads_of_the_interpreter():
-    assert num_threads({}) is None
-    assert num_threads({"OMP_NUM_THREADS": "3"}) == 3
-    with pytest.raises(ConfigError, match="OMP_NUM_THREADS"):
-        num_threads({"OMP_NUM_THREADS": "none"})
 
 
 def test_collectives_fail_softly_unless_the_user_says_otherwise():

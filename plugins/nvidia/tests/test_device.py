@@ -5,13 +5,13 @@ import subprocess
 import sys
 from datetime import timedelta
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from zif.contract import CommunicatorError, CommunicatorGroup
-from zif.errors import DeviceLostError, PlatformUnavailableError
+from zif.errors import PlatformUnavailableError
 from zif_nvidia import device as opening
 from zif_nvidia.collectives import NcclGroups
 from zif_nvidia.platform import NvidiaPlatform
@@ -22,7 +22,8 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture
-def info(versions, nvml):
+def info(versions, nvml, monkeypatch):
+    monkeypatch.setenv("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
     return NvidiaPlatform(load=lambda: nvml("H100")).probe().devices[0]
 
 
@@ -45,8 +46,11 @@ def seen(monkeypatch):
     return seen
 
 
-def test_a_gpu_that_torch_sees_as_the_driver_does_passes(info, seen):
-    opening._check_torch(info)
+def test_a_gpu_that_torch_sees_as_the_driver_does_is_opened_with_nccl_and_its_tables(info, seen):
+    parts = NvidiaPlatform()._parts()
+    parts.prepare(info)
+    assert isinstance(parts.make_groups(info.device_id), NcclGroups)
+    assert parts.read_tuning(info.architecture).kernels()
 
 
 @pytest.mark.parametrize(
@@ -61,21 +65,13 @@ def test_a_gpu_that_torch_sees_as_the_driver_does_passes(info, seen):
 def test_what_torch_sees_otherwise_is_told(info, seen, change, said):
     setattr(seen, *change)
     with pytest.raises(PlatformUnavailableError, match=said):
-        opening._check_torch(info)
+        opening.prepare(info)
 
 
 def test_a_torch_without_cuda_is_told(info, monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", None)
     with pytest.raises(PlatformUnavailableError, match="is not built for CUDA"):
-        opening._check_torch(info)
-
-
-def test_a_context_that_is_broken_when_it_is_made_is_a_lost_device(info, seen, monkeypatch):
-    monkeypatch.setattr(opening, "_check_triton", lambda *, interpreted: None)
-    monkeypatch.setenv("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
-    seen.error = RuntimeError("CUDA error: unknown error")
-    with pytest.raises(DeviceLostError, match="'cuda:0'"):
-        opening.open_gpu(None, 0, info)
+        opening.prepare(info)
 
 
 @pytest.mark.parametrize(
@@ -83,33 +79,6 @@ def test_a_context_that_is_broken_when_it_is_made_is_a_lost_device(info, seen, m
 )
 def test_code_runs_within_its_major_version_and_ptx_on_later_ones(name, runs):
     assert opening._runs(name, 90) == runs
-
-
-def _triton(monkeypatch, kind):
-    language = ModuleType("triton.language")
-    language.cdiv = type(kind, (), {})()
-    package = ModuleType("triton")
-    package.language = language
-    monkeypatch.setitem(sys.modules, "triton", package)
-    monkeypatch.setitem(sys.modules, "triton.language", language)
-
-
-@pytest.mark.parametrize(
-    ("kind", "interpreted", "said"),
-    [
-        ("JITFunction", False, ""),
-        ("InterpretedFunction", True, ""),
-        ("JITFunction", True, "imported before TRITON_INTERPRET=1"),
-        ("InterpretedFunction", False, "unset it before the process starts"),
-    ],
-)
-def test_triton_in_the_other_mode_is_refused(monkeypatch, kind, interpreted, said):
-    _triton(monkeypatch, kind)
-    if not said:
-        opening._check_triton(interpreted=interpreted)
-        return
-    with pytest.raises(PlatformUnavailableError, match=said):
-        opening._check_triton(interpreted=interpreted)
 
 
 def test_what_is_set_for_the_runtimes_leaves_the_users_choice():
@@ -164,12 +133,6 @@ def _group(rank=0, size=1):
 def test_a_group_is_bound_to_its_device_and_deadline(nccl):
     NcclGroups("cuda:1")(Store({"here/1": "yes"}), _group(0, 2), timedelta(seconds=7))
     assert Group.made == [(0, 2, 7.0, False), "cuda:1"]
-
-
-def test_ranks_that_do_not_come_are_an_error_before_nccl_waits_for_them(nccl):
-    with pytest.raises(RuntimeError, match="here/1"):
-        NcclGroups("cuda:0")(Store(), _group(0, 2), timedelta(seconds=7))
-    assert "cuda:0" not in Group.made
 
 
 def test_a_torch_without_nccl_is_an_error(monkeypatch):

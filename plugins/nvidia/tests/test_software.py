@@ -4,7 +4,6 @@ from types import SimpleNamespace
 
 import pytest
 
-from zif_nvidia import software
 from zif_nvidia.software import cuda_of_torch
 
 
@@ -12,7 +11,7 @@ from zif_nvidia.software import cuda_of_torch
 def torch_folder(tmp_path, monkeypatch):
     """A folder of torch that could be imported, empty."""
     spec = SimpleNamespace(origin=str(tmp_path / "__init__.py"))
-    monkeypatch.setattr(software.importlib.util, "find_spec", lambda _: spec)
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: spec)
     return tmp_path
 
 

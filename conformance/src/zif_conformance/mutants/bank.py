@@ -55,6 +55,7 @@ def all_mutants() -> tuple[Mutant, ...]:
     """Return the bank."""
     from zif_conformance.mutants import (
         attention,
+        choices,
         collectives,
         hooks,
         masks,
@@ -67,7 +68,20 @@ def all_mutants() -> tuple[Mutant, ...]:
         tables,
     )
 
-    rooms = (package, planning, memory, operators, products, masks, attention, tables, models, hooks, collectives)
+    rooms = (
+        package,
+        planning,
+        memory,
+        operators,
+        choices,
+        products,
+        masks,
+        attention,
+        tables,
+        models,
+        hooks,
+        collectives,
+    )
     return tuple(mutant for room in rooms for mutant in room.MUTANTS)
 
 

@@ -9,7 +9,17 @@ import math
 import torch
 from torch.nn import functional
 
-from zif.contract import Activation, ExpertWeights, NormOutput, OpTable, RotatedHeads, RouterOutput, Routing
+from zif.contract import (
+    Activation,
+    ChosenTokens,
+    DrawOptions,
+    ExpertWeights,
+    NormOutput,
+    OpTable,
+    RotatedHeads,
+    RouterOutput,
+    Routing,
+)
 from zif_conformance.reference_platform.faults import FaultInjector
 
 _SWIGLU_LIMIT = 7.0
@@ -71,6 +81,34 @@ class TorchOperators(OpTable):
             share = routed.weights[tokens, choices].float()
             total[tokens] += share[:, None] * _expert(x[tokens].float(), weights, expert, activation)
         return total.to(x.dtype)
+
+    def choose_tokens(self, logits: torch.Tensor, options: DrawOptions) -> ChosenTokens:
+        self._faults.kernel()
+        peaks = logits.amax(dim=-1)
+        token_ids = logits.argmax(dim=-1)
+        for row in (peaks.isfinite() & torch.from_numpy(options.temperature > 0)).nonzero().flatten().tolist():
+            token_ids[row] = _drawn(logits[row], options.part(row, row + 1))
+        return ChosenTokens(token_ids, peaks)
+
+
+def _drawn(logits: torch.Tensor, options: DrawOptions) -> int:
+    """Draw one token. logits: [V], with a finite maximum. options: of one row."""
+    scores = (logits - logits.max()) / float(options.temperature[0])
+    ordered, order = scores.sort(descending=True, stable=True)
+    likelihoods = scores.exp()
+    likelihoods = likelihoods.where(likelihoods >= float(options.min_p[0]), 0.0)
+    last = min(int(options.top_k[0]), len(scores)) - 1
+    weights = (likelihoods * 2.0**40).long().where(scores >= ordered[last], 0)
+    if options.top_p[0] < 1:
+        reached = weights[order].cumsum(0) >= _share(int(weights.sum()), int(float(options.top_p[0]) * 2.0**62))
+        weights = weights.where(scores >= ordered[int(reached.int().argmax())], 0)
+    goal = _share(int(weights.sum()), int(options.fractions[0]))
+    return int((weights.cumsum(0) <= goal).sum())
+
+
+def _share(total: int, numerator: int) -> int:
+    """Return floor(total * numerator / 2**62), in integers of any size."""
+    return total * numerator >> 62
 
 
 def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

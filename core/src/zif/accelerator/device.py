@@ -44,6 +44,7 @@ class AcceleratorDevice(Device):
     """
 
     allocator: AcceleratorAllocator
+    compiles_on_first_use = True
 
     def __init__(self, plan: Plan, rank: int, services: Services) -> None:
         self.plan = plan

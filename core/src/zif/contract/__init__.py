@@ -28,7 +28,17 @@ from zif.contract.kv import NEVER, BlockTest, KVArena, KVGroup, KVLayout, KVSpec
 from zif.contract.memory import Allocator, Buffer, MemoryStats
 from zif.contract.model import ModelDescription
 from zif.contract.negotiation import KVSizing, Offer, format_bytes, negotiate, slab_arena
-from zif.contract.ops import Activation, ExpertWeights, NormOutput, OpTable, RotatedHeads, RouterOutput, Routing
+from zif.contract.ops import (
+    Activation,
+    ChosenTokens,
+    DrawOptions,
+    ExpertWeights,
+    NormOutput,
+    OpTable,
+    RotatedHeads,
+    RouterOutput,
+    Routing,
+)
 from zif.contract.plan import Decision, MemoryPlan, Outcome, Plan, Refusal, SchedulerConstraints, Workload
 from zif.contract.platform import DeviceInfo, Platform, Probe
 from zif.contract.request import (
@@ -92,6 +102,7 @@ __all__ = [
     "Buffer",
     "CacheKey",
     "Capabilities",
+    "ChosenTokens",
     "ChunkedLocalSpec",
     "Collective",
     "Communicator",
@@ -104,6 +115,7 @@ __all__ = [
     "Device",
     "DeviceInfo",
     "Draft",
+    "DrawOptions",
     "EagerGraphs",
     "EngineConfig",
     "ExpertWeights",

@@ -25,7 +25,8 @@ class Device(ABC):
     """What `Platform.open` returns. Attributes are ready to use and do not change.
 
     `array_device` is the name under which the array library knows the device. A platform that brings its own model
-    runner may leave the services that its runner does not use to core's defaults.
+    runner may leave the services that its runner does not use to core's defaults. `compiles_on_first_use`: kernels are
+    compiled when a step first needs them, so core's runner computes steps of every kind before requests come.
     """
 
     plan: Plan
@@ -34,6 +35,7 @@ class Device(ABC):
     attention: AttentionBackend[Any, Any]
     ops: OpTable
     graphs: GraphRunner = EagerGraphs()
+    compiles_on_first_use: bool = False
 
     @abstractmethod
     def communicator(self, group: CommunicatorGroup) -> Communicator:

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from enum import StrEnum
 
-from zif.contract.arrays import Array
+from zif.contract.arrays import Array, HostArray
 
 
 class Activation(StrEnum):
@@ -74,6 +74,38 @@ class RotatedHeads:
     key: Array
 
 
+@dataclass(frozen=True, slots=True)
+class DrawOptions:
+    """How the next token of each of S rows is chosen: columns on the host, one entry per row.
+
+    temperature: [S], float32; 0 takes the most likely token and ignores the other columns. min_p: [S], float32. top_k:
+    [S], int64, at least the vocabulary size meaning no limit. top_p: [S], float64, 1 meaning no limit. fractions: [S],
+    int64, random numerators over 2**62.
+    """
+
+    temperature: HostArray
+    min_p: HostArray
+    top_k: HostArray
+    top_p: HostArray
+    fractions: HostArray
+
+    def part(self, begin: int, end: int) -> "DrawOptions":
+        """Return the options of rows `begin` to `end - 1`."""
+        columns = (self.temperature, self.min_p, self.top_k, self.top_p, self.fractions)
+        return DrawOptions(*(column[begin:end] for column in columns))
+
+
+@dataclass(frozen=True, slots=True)
+class ChosenTokens:
+    """token_ids: [S], int64. peaks: [S], float32, the largest logit of each row, NaN where the row has a NaN.
+
+    The token of a row whose peak is not finite is void, and in the vocabulary.
+    """
+
+    token_ids: Array
+    peaks: Array
+
+
 class OpTable(ABC):
     """The operators, as methods."""
 
@@ -111,3 +143,15 @@ class OpTable(ABC):
     @abstractmethod
     def experts(self, x: Array, weights: ExpertWeights, routed: RouterOutput, activation: Activation) -> Array:
         """Sum the chosen experts' outputs by their weights. x: [T, C]. Returns [T, C], dtype of x."""
+
+    def choose_tokens(self, logits: Array, options: DrawOptions) -> ChosenTokens | None:
+        """Choose the next token of each row on the device, or return None: core then uses the array library.
+
+        logits: [S, V], float32, S at least 1. Does not wait for the device. A token's likelihood is exp((logit -
+        largest logit) / temperature), in float32. min_p drops the tokens below it, then top_k those below the k-th most
+        likely, then top_p those below the fewest most likely that hold the share p of the weight left; tokens that tie
+        with the last one kept are kept. A token's weight is floor(2**40 * likelihood); the one drawn is the first at
+        which the running sum of the kept weights exceeds floor(their total * fraction / 2**62). The most likely token
+        is the lowest id among equals. A row's token depends on its row alone.
+        """
+        return None

@@ -15,7 +15,7 @@ _TANH_SCALE = tl.constexpr(-2.0 * (2.0 / 3.141592653589793) ** 0.5)
 _TANH_CUBIC = tl.constexpr(0.044715)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _gated_activation(
     gate_up, out, num_rows, row_stride, columns,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, ACTIVATION: tl.constexpr,

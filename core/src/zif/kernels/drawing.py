@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from zif.kernels.greedy import ChosenTokens
+from zif.contract import ChosenTokens
 from zif.kernels.launch import Argument, Launcher
 
 _INFINITY = tl.constexpr(float("inf"))

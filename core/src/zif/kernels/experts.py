@@ -16,7 +16,7 @@ from zif.kernels.launch import Launcher
 from zif.kernels.linear import check_dtype, tile_of
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_pairs"])
 def _count_pairs(expert_ids, counts, num_pairs, PAIRS: tl.constexpr):
     expert = tl.program_id(0)
     found = tl.full((PAIRS,), 0, tl.int32)
@@ -26,7 +26,7 @@ def _count_pairs(expert_ids, counts, num_pairs, PAIRS: tl.constexpr):
     tl.store(counts + expert, tl.sum(found, axis=0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_pairs", "num_tiles"])
 def _place_pairs(
     expert_ids, counts, pairs, tile_experts, num_pairs, num_experts, num_tiles,
     ROWS: tl.constexpr, PAIRS: tl.constexpr, EXPERTS: tl.constexpr,
@@ -71,7 +71,7 @@ def _gated(gate, up, ACTIVATION: tl.constexpr):
     return value
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tiles"])
 def _expert_linear(
     x, weight, bias, out, pairs, tile_experts, num_tiles, num_columns, inner, num_chosen,
     x_stride, expert_stride, weight_stride, bias_stride, up_offset,

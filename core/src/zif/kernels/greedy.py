@@ -3,12 +3,11 @@
 A row is cut into chunks, one program each; a second kernel merges them. The result does not depend on the cut.
 """
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 
+from zif.contract import ChosenTokens
 from zif.kernels.launch import Launcher
 
 _INFINITY = tl.constexpr(float("inf"))
@@ -48,17 +47,6 @@ def _merge_peaks(
     # Only where a row is NaN does no token have the peak.
     tl.store(token_ids + row, tl.where(token == _NO_TOKEN, 0, token).to(tl.int64))
     tl.store(peaks + row, tl.where(tl.max(is_nan.to(tl.int32), axis=0) > 0, _NAN, peak))
-
-
-@dataclass(frozen=True, slots=True)
-class ChosenTokens:
-    """token_ids: [S], int64. peaks: [S], float32, the largest logit of each row, NaN where the row has a NaN.
-
-    The token of a row whose peak is not finite is void, and in the vocabulary.
-    """
-
-    token_ids: torch.Tensor
-    peaks: torch.Tensor
 
 
 def greedy(launch: Launcher, logits: torch.Tensor) -> ChosenTokens:

@@ -100,7 +100,7 @@ class Recorder(Launcher):
         assert len(names) == len(arguments), f"{kernel.fn.__name__}: {names} got {len(arguments)} arguments"
         passed = dict(zip(names, arguments, strict=True))
         # What Triton makes constants of: nothing, and ones, unless the kernel takes them as any number.
-        plain = {*getattr(kernel, "do_not_specialize", ())}
+        plain = _unspecialized(kernel)
         ones = {name for name, value in passed.items() if _is_int(value) and value == 1 and name not in plain}
         fixed = {name: value for name, value in passed.items() if value is None or name in ones}
         typed = {name: value for name, value in passed.items() if name not in fixed}
@@ -131,6 +131,12 @@ _POINTERS = {
     torch.int64: "*i64",
     torch.uint64: "*u64",
 }
+
+
+def _unspecialized(kernel: Any) -> frozenset[str]:
+    """Return the arguments that a kernel takes as any number. The interpreter keeps what it was told elsewhere."""
+    told = vars(kernel).get("do_not_specialize") or vars(kernel).get("kwargs", {}).get("do_not_specialize")
+    return frozenset(told or ())
 
 
 def _type_name(value: Argument) -> str:

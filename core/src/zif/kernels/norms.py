@@ -8,7 +8,7 @@ from zif.contract import NormOutput
 from zif.kernels.launch import Launcher
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _rms_norm(
     x, residual, weight, normed, total, num_rows, x_stride, residual_stride, columns, eps, weight_offset,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, ADDS: tl.constexpr,

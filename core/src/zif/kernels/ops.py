@@ -4,8 +4,18 @@ import weakref
 
 import torch
 
-from zif.contract import Activation, ExpertWeights, NormOutput, RotatedHeads, RouterOutput, Routing
-from zif.kernels import activations, experts, norms, rotary, routing
+from zif.contract import (
+    Activation,
+    ChosenTokens,
+    DrawOptions,
+    ExpertWeights,
+    NormOutput,
+    RotatedHeads,
+    RouterOutput,
+    Routing,
+)
+from zif.kernels import activations, experts, norms, rotary, routing, sampling
+from zif.kernels.greedy import greedy
 from zif.kernels.launch import Launcher
 from zif.reference.ops import ReferenceOps
 
@@ -51,3 +61,8 @@ class KernelOps(ReferenceOps):
         if not known or self._num_routed > num_experts:
             experts.check_expert_ids(routed.expert_ids, num_experts)
         return experts.experts(self._launch, x, weights, routed, activation)
+
+    def choose_tokens(self, logits: torch.Tensor, options: DrawOptions) -> ChosenTokens:
+        if not options.temperature.any():
+            return greedy(self._launch, logits)
+        return sampling.sample(self._launch, logits, sampling.columns_on_device(options, logits.device))

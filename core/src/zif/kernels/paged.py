@@ -147,11 +147,11 @@ def _paged_attention(
             tl.store(lse + row * num_heads + head, peak / LOG2E + tl.log(total), mask=in_use)
 
 
-@triton.jit(do_not_specialize=["num_members"])
+@triton.jit(do_not_specialize=["num_members", "num_splits"])
 def _merge_splits(
-    partial, extremes, out, lse, members, member_start, query_start, seq_lens, scales, num_members, num_heads,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
-    SINGLE: tl.constexpr, NUM_SPLITS: tl.constexpr,
+    partial, extremes, out, lse, members, member_start, query_start, seq_lens, scales,
+    num_members, num_splits, num_heads,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, SINGLE: tl.constexpr,
 ):  # fmt: skip
     QUERIES: tl.constexpr = BLOCK_M // GROUP
     LOG2E: tl.constexpr = 1.4426950408889634
@@ -176,7 +176,7 @@ def _merge_splits(
     peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     weighted = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    for split in range(NUM_SPLITS):
+    for split in range(num_splits):
         part = (split * tl.num_programs(0).to(tl.int64) + tile) * tl.num_programs(1) + kv_head
         other_peak = tl.load(extremes + (part * BLOCK_M + m) * 2, mask=in_use, other=float("-inf"))
         other_total = tl.load(extremes + (part * BLOCK_M + m) * 2 + 1, mask=in_use, other=0.0)
@@ -196,7 +196,7 @@ def _merge_splits(
         tl.store(lse + row * num_heads + head, peak / LOG2E + tl.log(total), mask=in_use)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _write_kv(
     key, value, keys, values, slots, scales, num_rows, key_stride, value_stride, block_stride,
     NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr,

@@ -225,11 +225,10 @@ class _Launch:
             _merge_splits,
             grid,
             (partial, extremes, out, self.call.extras.lse, members.ids, members.starts, self.arrays.query_start)
-            + (self.arrays.seq_lens, self.cache.scales, members.ids.shape[0], out.shape[1]),
+            + (self.arrays.seq_lens, self.cache.scales, members.ids.shape[0], num_splits, out.shape[1]),
             self.launch.tuning.config("merge_attention", head_dim=self.cache.head_dim),
             **shapes,
             BLOCK_M=block_m,
-            NUM_SPLITS=num_splits,
         )
 
     def _config(self, query: torch.Tensor, group: int) -> LaunchConfig:
@@ -261,5 +260,5 @@ class _Launch:
             return max(1, -(-(max_keys + config["BLOCK_N"]) // self.call.split_keys))
         wanted = config["PROGRAMS"] // max(1, num_tiles * self.cache.num_kv_heads)
         wanted = max(1, min(wanted, max_keys // _MIN_SPLIT_KEYS, _MAX_SPLITS))
-        # A power of two, because each number of splits is a merge of its own to compile.
+        # A power of two, as all measurements had it.
         return 1 << (wanted.bit_length() - 1)

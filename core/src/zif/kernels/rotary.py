@@ -91,7 +91,7 @@ def _turn_heads(
         _store_heads(target + place, passed, both, scale, FORMAT)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _rotate_heads(
     query, key, value, cos, sin, slots, query_out, key_out, num_tokens,
     query_stride, key_stride, value_stride, cos_stride, sin_stride,

@@ -8,7 +8,7 @@ from zif.contract import RouterOutput, Routing
 from zif.kernels.launch import Launcher
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _route(
     logits, weights, expert_ids, num_rows, num_experts, num_chosen, stride,
     ROWS: tl.constexpr, EXPERTS: tl.constexpr, CHOSEN: tl.constexpr, ROUTING: tl.constexpr,

@@ -6,12 +6,14 @@ those lets through a few tokens more than the filter itself, and these are searc
 too many does a search go over the whole row.
 """
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
 
+from zif.contract import ChosenTokens, DrawOptions
 from zif.kernels.drawing import DrawingRows, SamplingColumns, draw, keep_likely, survey
-from zif.kernels.greedy import ChosenTokens, greedy
+from zif.kernels.greedy import greedy
 from zif.kernels.launch import Launcher
 
 
@@ -39,6 +41,28 @@ _DTYPES = {
     "top_p": torch.float64,
     "fractions": torch.int64,
 }
+_HOST_DTYPES = {
+    "temperature": np.float32,
+    "min_p": np.float32,
+    "top_k": np.int64,
+    "top_p": np.float64,
+    "fractions": np.int64,
+}
+
+
+def columns_on_device(options: DrawOptions, device: torch.device) -> SamplingColumns:
+    """Copy options of rows to the device, in one transfer that nobody waits for."""
+    columns = [np.asarray(getattr(options, name), dtype=numpy_dtype) for name, numpy_dtype in _HOST_DTYPES.items()]
+    num_rows = len(columns[0])
+    # Room for a multiple of 16 bytes each: kernels are compiled for how their arguments are aligned.
+    padded = -(-num_rows // 4) * 4
+    packed = np.zeros(sum(padded * column.itemsize for column in columns), dtype=np.uint8)
+    places = np.cumsum([0, *(padded * column.itemsize for column in columns)]).tolist()
+    for place, column in zip(places, columns, strict=False):
+        packed[place : place + column.nbytes] = column.view(np.uint8)
+    memory = torch.from_numpy(packed).to(device, non_blocking=True)
+    parts = zip(places, places[1:], _DTYPES.values(), strict=False)
+    return SamplingColumns(*(memory[begin:end].view(dtype)[:num_rows] for begin, end, dtype in parts))
 
 
 def draw_fractions(launch: Launcher, states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

@@ -4,12 +4,12 @@ A vendor whose device runs whole compiled programs brings a runner of its own an
 modules behind them are core's affair.
 """
 
-from zif.contract import TokenLogprobs
+from zif.contract import DrawOptions, TokenLogprobs
 from zif.models.model import LayerAttention, Model
 from zif.models.weights import load_decoder
 from zif.runtime.batch import StepBatch
 from zif.runtime.book import PromptRows, RequestBook
-from zif.runtime.drawing import WEIGHT_SCALE, DrawOptions, fraction_of
+from zif.runtime.drawing import WEIGHT_SCALE, fraction_of
 from zif.runtime.logprobs import prompt_logprobs
 from zif.runtime.randomness import FRACTION_BITS
 from zif.runtime.sampler import OPTIONS_FAULT, SampledTokens, Sampler, raw_fault

@@ -6,12 +6,11 @@ likely one has weight zero and is never drawn. Every filter keeps the tokens who
 that tie at the border are kept together, as Hugging Face's top-k does. The sampler calls `draw_tokens`.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from zif.contract import DrawOptions
 from zif.runtime.randomness import FRACTION_BITS
 
 MAX_VOCAB_SIZE = 2**21
@@ -29,29 +28,11 @@ NUCLEUS_GROWTH = 16
 BLOCK = 512
 
 
-@dataclass(frozen=True, slots=True)
-class DrawOptions:
-    """Options of R rows, one entry per row; `top_k` at least the vocabulary size and `top_p` 1 mean no limit.
-
-    `fractions` are the random numbers, numerators over 2**62.
-    """
-
-    temperature: NDArray[np.float32]
-    min_p: NDArray[np.float32]
-    top_k: NDArray[np.int64]
-    top_p: NDArray[np.float64]
-    fractions: NDArray[np.int64]
-
-    def part(self, begin: int, end: int) -> "DrawOptions":
-        """Return the options of rows `begin` to `end - 1`."""
-        columns = (self.temperature, self.min_p, self.top_k, self.top_p, self.fractions)
-        return DrawOptions(*(column[begin:end] for column in columns))  # type: ignore[arg-type]
-
-
 def draw_tokens(logits: torch.Tensor, batch: NDArray[np.int64], options: DrawOptions) -> torch.Tensor:
     """Draw one token for each of the rows `batch` of logits.
 
     logits: [S, V], float32, finite maximum per row (otherwise that row's token is arbitrary). batch: [R].
+    options: of R rows, with temperatures above 0.
     Returns [R], int64, on the device of logits.
     """
     rows_at_once = max(1, CHUNK_ELEMENTS // logits.shape[1])

@@ -4,6 +4,7 @@ It uses a device only through the contract: allocator, attention, ops and graphs
 tensors brings its own runner through the hook `zif_model_runner`.
 """
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -29,6 +30,7 @@ from zif.contract import (
     StepResult,
     carry_out,
 )
+from zif.errors import DeviceLostError
 from zif.models.model import Model
 from zif.runtime.batch import StepBatch
 from zif.runtime.blocks import ArenaBlocks
@@ -37,6 +39,9 @@ from zif.runtime.logprobs import prompt_logprobs
 from zif.runtime.sampler import Sampler
 from zif.runtime.states import StateMemory
 from zif.runtime.verification import without_guesses
+from zif.runtime.warm_up import WarmUpSteps
+
+logger = logging.getLogger(__name__)
 
 MAX_LOGIT_ELEMENTS = 1 << 24
 """Prompt log-probabilities are computed in pieces of at most this many logits, to bound memory."""
@@ -85,15 +90,18 @@ class TorchRunner(ModelRunner):
         self._book: RequestBook
         self._sampler: Sampler
         self._blocks: ArenaBlocks
+        self._arena: KVArena
         self._store: KVStore | None = None
 
     def load(self, model: ModelDescription, progress: Progress) -> None:
         self._model = _load_model(model, self._device, progress)
         self._run_layers = self._device.graphs.wrap(self._model.forward)
         self._vocab_size = model.vocab_size
-        self._sampler = Sampler(self._config.max_num_seqs, model.vocab_size, self._device.array_device)
+        device = self._device
+        self._sampler = Sampler(self._config.max_num_seqs, model.vocab_size, device.array_device, device.ops)
 
     def start(self, arena: KVArena) -> None:
+        self._arena = arena
         self._book = RequestBook(self._config, arena.groups, self._sampler)
         if not arena.groups:
             return
@@ -108,6 +116,24 @@ class TorchRunner(ModelRunner):
                 self._layers[layer] = _LayerCache(index, cache)
             if isinstance(group.spec, AttentionSpec):
                 self._layers.update((r, replace(self._layers[o], is_reader=True)) for r, o in group.spec.readers)
+
+    def warm_up(self, progress: Progress) -> None:
+        if not self._device.compiles_on_first_use:
+            return
+        steps = WarmUpSteps(self._config, self._device.plan.constraints, self._arena, self._vocab_size)
+        kinds = steps.kinds()
+        for done, rows in enumerate(kinds):
+            progress(done, len(kinds))
+            plan = steps.plan(rows)
+            try:
+                self.submit(plan).result()
+            except DeviceLostError:
+                raise
+            except Exception as error:  # compilers raise what they like, and a step that needs this will say it again
+                logger.warning("warming up %d requests, %d tokens: %s", len(rows), plan.total_tokens, error)
+            finally:
+                self._book.apply(steps.release(plan))
+        progress(len(kinds), len(kinds))
 
     @property
     def verifies_drafts(self) -> bool:
@@ -132,7 +158,7 @@ class TorchRunner(ModelRunner):
 
     def close(self) -> None:
         self._layers.clear()
-        for name in ("_model", "_run_layers", "_book", "_states", "_sampler", "_blocks"):
+        for name in ("_model", "_run_layers", "_book", "_states", "_sampler", "_blocks", "_arena"):
             self.__dict__.pop(name, None)
         self._device.allocator.free_tag("kv")
         self._device.allocator.free_tag("weights")

@@ -6,19 +6,20 @@ owns one `Sampler` and gives it the row numbers of its token table.
 
 Order within a step: logit_bias, allowed_token_ids, bad_words, min_tokens, repetition, frequency and presence
 penalties; then greedy rows take the most likely token (the lowest id among equals), the others draw after
-temperature, min_p, top_k and top_p.
+temperature, min_p, top_k and top_p. This last choice is the platform's where its operators take it
+(`OpTable.choose_tokens`), and the array library's where they do not.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from zif.contract.step import RequestStart, TokenLogprobs
-from zif.runtime.drawing import MAX_VOCAB_SIZE, DrawOptions, draw_tokens
+from zif.contract import ChosenTokens, DrawOptions, OpTable, RequestStart, TokenLogprobs
+from zif.runtime.drawing import MAX_VOCAB_SIZE, draw_tokens
 from zif.runtime.logit_rules import AllowedTokens, BadWords, LogitBias, LogitRule, MinTokens
 from zif.runtime.logprobs import token_logprobs
 from zif.runtime.penalties import Penalties
@@ -47,13 +48,15 @@ class SampledTokens:
 class Sampler:
     """Sampling options of up to `max_rows` requests, and the choice of their next tokens.
 
-    `vocab_size` is the width of the logits, `array_device` the torch device that holds them.
+    `vocab_size` is the width of the logits, `array_device` the torch device that holds them. `ops` are asked to choose
+    tokens; without them the array library does.
     """
 
-    def __init__(self, max_rows: int, vocab_size: int, array_device: str) -> None:
+    def __init__(self, max_rows: int, vocab_size: int, array_device: str, ops: OpTable | None = None) -> None:
         assert 0 < vocab_size <= MAX_VOCAB_SIZE, f"vocab_size={vocab_size!r} is outside (0, {MAX_VOCAB_SIZE}]"
         self._vocab_size = vocab_size
         self._device = torch.device(array_device)
+        self._ops = ops
         self._draws = np.zeros(max_rows, dtype=np.bool_)
         self._temperature = np.ones(max_rows, dtype=np.float32)
         self._min_p = np.zeros(max_rows, dtype=np.float32)
@@ -96,12 +99,8 @@ class Sampler:
         reporting = np.flatnonzero(self._reports[rows])
         raw = logits[torch.from_numpy(reporting).to(self._device)] if len(reporting) else None
         raw_peaks = self._apply_rules(logits, positions)
-        peaks, chosen = logits.max(dim=1)
-        drawing = np.flatnonzero(self._draws[rows])
-        if len(drawing):
-            options = self.draw_options(rows[drawing], positions.num_tokens[drawing])
-            drawn = draw_tokens(logits, drawing, options)
-            chosen[torch.from_numpy(drawing).to(self._device)] = drawn
+        tokens = self._choose(logits, positions)
+        chosen, peaks = tokens.token_ids, tokens.peaks
         raw_peaks = peaks if raw_peaks is None else raw_peaks
         # One transfer to the host: it waits for the device.
         token_ids, sane, raw_sane = torch.stack([chosen, peaks.isfinite(), raw_peaks.isfinite()]).tolist()
@@ -119,6 +118,22 @@ class Sampler:
         for rule in rules:
             rule.apply(logits, positions)
         return raw_peaks
+
+    def _choose(self, logits: torch.Tensor, positions: SamplePositions) -> ChosenTokens:
+        """Choose after all rules, on the device. logits: [S, V], left as they are."""
+        rows = positions.rows
+        if self._ops is not None:
+            options = self.draw_options(rows, positions.num_tokens)
+            temperature = np.where(self._draws[rows], options.temperature, np.float32(0.0))
+            chosen = self._ops.choose_tokens(logits, replace(options, temperature=temperature))
+            if chosen is not None:
+                return chosen
+        peaks, token_ids = logits.max(dim=1)
+        drawing = np.flatnonzero(self._draws[rows])
+        if len(drawing):
+            drawn = draw_tokens(logits, drawing, self.draw_options(rows[drawing], positions.num_tokens[drawing]))
+            token_ids[torch.from_numpy(drawing).to(self._device)] = drawn
+        return ChosenTokens(token_ids, peaks)
 
     def draws(self, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Say which rows draw by chance; the others take the most likely token. rows: [S]. Returns [S]."""

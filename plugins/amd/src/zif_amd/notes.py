@@ -12,9 +12,6 @@ from zif_amd.tables import tuning_folder, waves_per_eu
 
 def plan_notes(workload: Workload, device: DeviceInfo) -> Iterator[str]:
     """Yield what the device is like, what serves it, and what the workload's dtype costs on it."""
-    if device.simulated:
-        yield "kernels run in Triton's interpreter on the host: for proofs, not for use"
-        return
     architecture, facts = ARCHITECTURES[device.architecture], dict(device.runtime)
     float8 = "no fp8" if architecture.float8 is Float8.NONE else f"fp8 of the kind {architecture.float8}"
     yield (

@@ -5,12 +5,8 @@ import re
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 
-from zif.host import threads
-
-INTERPRET = "TRITON_INTERPRET"
 OVERRIDE = "HSA_OVERRIDE_GFX_VERSION"
 
-_YES = ("1", "true", "on", "yes", "y")
 _VERSION = re.compile(r"(\d{1,3})\.(\d{1,2})\.(\d{1,2})")
 
 
@@ -32,7 +28,6 @@ class AmdSettings:
     """
 
     filters: tuple[VisibleDevices, ...] = ()
-    interpreted: bool = False
     target_version: int | None = None
     problem: str = ""
 
@@ -41,7 +36,7 @@ def read_settings(environ: Mapping[str, str] | None = None) -> AmdSettings:
     """Read the settings; `environ` None is the process's environment.
 
     `ROCR_VISIBLE_DEVICES` comes first, because the lower runtime applies it; then `HIP_VISIBLE_DEVICES`, or where that
-    is not set `CUDA_VISIBLE_DEVICES`, which HIP takes for it. `TRITON_INTERPRET`. `HSA_OVERRIDE_GFX_VERSION`.
+    is not set `CUDA_VISIBLE_DEVICES`, which HIP takes for it. `HSA_OVERRIDE_GFX_VERSION`.
     """
     variables = os.environ if environ is None else environ
     names = ["ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"]
@@ -52,18 +47,9 @@ def read_settings(environ: Mapping[str, str] | None = None) -> AmdSettings:
     problem = f"{OVERRIDE}={override!r} is no version like 11.0.0; correct it or unset it" if override else ""
     return AmdSettings(
         filters=tuple(_visible(name, variables[name]) for name in names if name in variables),
-        interpreted=variables.get(INTERPRET, "").lower() in _YES,
         target_version=_version_number(version) if version else None,
         problem="" if version else problem,
     )
-
-
-def num_threads(environ: Mapping[str, str] | None = None) -> int | None:
-    """Return the threads that `OMP_NUM_THREADS` grants the interpreter, None where it is not set.
-
-    Raises `ConfigError` when it is no count.
-    """
-    return threads.thread_count(os.environ if environ is None else environ, ("OMP_NUM_THREADS",))
 
 
 def let_collectives_fail(environ: MutableMapping[str, str] | None = None) -> None:

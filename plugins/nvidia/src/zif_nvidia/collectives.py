@@ -1,42 +1,15 @@
-"""Collectives between GPUs: NCCL, through torch's process group, without touching torch's default one."""
+"""Collectives between GPUs: NCCL, through torch's process group."""
 
-from datetime import timedelta
-from typing import Any
-
-import torch
-from torch.distributed import Store  # type: ignore[attr-defined]
-
-from zif.contract import CommunicatorError, CommunicatorGroup
+from zif.accelerator.gpu.collectives import ConnectedGroups
 from zif_nvidia.settings import let_collectives_fail
 
 
-class NcclGroups:
-    """Makes process groups for one device, which each of them is bound to.
+class NcclGroups(ConnectedGroups):
+    """Groups of NCCL."""
 
-    Their calls wait on the host until the device is done: that is what keeps the deadline of the contract.
-    """
+    class_name = "ProcessGroupNCCL"
+    library = "NCCL"
+    build = "CUDA on Linux"
 
-    def __init__(self, array_device: str) -> None:
-        self._device = torch.device(array_device)
-
-    def __call__(self, store: Store, group: CommunicatorGroup, deadline: timedelta) -> object:
-        """Make a group; returns when every rank is connected. Raises `RuntimeError` when they do not come in time.
-
-        Raises `CommunicatorError` when this build of torch has no NCCL.
-        """
-        make: Any = getattr(torch.distributed, "ProcessGroupNCCL", None)
-        if make is None:
-            raise CommunicatorError(
-                f"torch {torch.__version__} is built without NCCL; install a build for CUDA on Linux"
-            )
+    def _let_calls_fail(self) -> None:
         let_collectives_fail()
-        options = make.Options()
-        options._timeout = deadline
-        options.is_high_priority_stream = False
-        joined = make(store, group.rank, group.world_size, options)
-        # NCCL waits without end for ranks that do not come, so they meet in the store first.
-        store.set(f"here/{group.rank}", "yes")
-        store.wait([f"here/{rank}" for rank in range(group.world_size)], deadline)
-        # Connected now and not at the first call, of which a barrier would have to guess the device.
-        joined.eager_connect_single_device(self._device)
-        return joined

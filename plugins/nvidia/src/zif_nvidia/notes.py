@@ -5,15 +5,15 @@ from collections.abc import Iterator
 from zif.contract import DeviceInfo
 from zif_nvidia.architectures import ARCHITECTURES, NO_MATRIX
 from zif_nvidia.hardware import Hardware
-from zif_nvidia.software import Software
+from zif_nvidia.software import minor_version_note
 from zif_nvidia.tables import tuning_folder
 
 
-def plan_notes(device: DeviceInfo, software: Software, hardware: Hardware) -> Iterator[str]:
-    """Yield what the device is like, what serves it, and what is known to be slow on it."""
-    if device.simulated:
-        yield "kernels run in Triton's interpreter on the host: for proofs, not for use"
-        return
+def plan_notes(device: DeviceInfo, cuda: tuple[int, ...], hardware: Hardware) -> Iterator[str]:
+    """Yield what the device is like, what serves it, and what is known to be slow on it.
+
+    `cuda` is what torch is built for.
+    """
     architecture, facts = ARCHITECTURES[device.architecture], dict(device.runtime)
     float8 = "fp8 in hardware" if architecture.float8 else "no fp8"
     yield (
@@ -27,7 +27,7 @@ def plan_notes(device: DeviceInfo, software: Software, hardware: Hardware) -> It
         yield f"no tuning tables for {architecture.name} yet: the portable ones serve"
     elif folder.name != architecture.name:
         yield f"no tuning tables for {architecture.name} yet: those of {folder.name} serve"
-    if note := software.minor_version_note(hardware.cuda):
+    if note := minor_version_note(cuda, hardware.cuda):
         yield note
     if others := facts.get("other processes"):
         yield f"{others} other processes use this GPU: what they take later is not counted here"

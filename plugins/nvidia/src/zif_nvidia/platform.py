@@ -1,168 +1,65 @@
-"""NVIDIA GPUs as a platform: which there are, why others are left out, how a workload is planned. No array library.
+"""NVIDIA GPUs as a platform: which there are, why others are left out, what a plan says of them. No array library.
 
 Devices are `cuda:N`, torch's name for them. With `TRITON_INTERPRET=1` there is one device, `interpreter`.
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from zif.accelerator.planned_memory import check_planned_memory
-from zif.contract import (
-    CompiledKernel,
-    Device,
-    DeviceInfo,
-    Feature,
-    KVSizing,
-    Offer,
-    Plan,
-    Platform,
-    Probe,
-    Refusal,
-    Workload,
-    negotiate,
-)
-from zif.errors import PlatformUnavailableError
-from zif.host.facts import read_host
-from zif.host.layout import kv_layout
-from zif_nvidia.architectures import ARCHITECTURES, no_bfloat16, why_unsupported
-from zif_nvidia.claims import INTERPRETER, Served, gpu_info, interpreter_info
-from zif_nvidia.hardware import Gpu, Hardware, load_nvml, read_hardware
+from zif.accelerator.gpu.platform import GpuPlatform, LeftOut, Survey
+from zif.accelerator.gpu.software import GpuSoftware
+from zif.contract import CompiledKernel, DeviceInfo, Workload
+from zif_nvidia.architectures import no_bfloat16
+from zif_nvidia.claims import served_gpu
+from zif_nvidia.hardware import load_nvml, read_hardware
 from zif_nvidia.notes import plan_notes
-from zif_nvidia.settings import INTERPRET, NvidiaSettings, num_threads, read_settings
-from zif_nvidia.software import Software
+from zif_nvidia.settings import visible_devices
+from zif_nvidia.software import build_problem, gpu_problem, read_software
 from zif_nvidia.visibility import visible_gpus
 
-_EMULATED = (
-    (Feature.QUANTIZATION_MXFP4_DEQUANTIZED, "weights are held in the model's dtype: about four times the bytes"),
-)
-_PORTABLE = (
-    ("attention", "zif.kernels.attention.PagedAttention"),
-    ("moe", "zif.kernels.ops.KernelOps"),
-    ("ops", "zif.kernels.ops.KernelOps"),
-    ("runner", "core"),
-    ("state", "zif.reference.state"),
-)
-_ON_GPU = (
-    ("allocator", "zif.accelerator.memory.AcceleratorAllocator"),
-    ("communicator", "zif_nvidia.collectives.NcclGroups"),
-    ("graphs", "zif.accelerator.graphs.BucketedGraphs"),
-)
-_ON_HOST = (
-    ("allocator", "zif.host.memory.HostAllocator"),
-    ("communicator", "zif.host.gloo.GlooCommunicator"),
-    ("graphs", "zif.contract.EagerGraphs"),
-)
-_SIMULATION = ((INTERPRET, "1"),)
-_HINT = f"{INTERPRET}=1 runs the kernels in Triton's interpreter, for tests"
+if TYPE_CHECKING:
+    from zif.accelerator.gpu.device import GpuParts
 
 
-@dataclass(frozen=True, slots=True)
-class _Survey:
-    """What was found on the way to the GPUs. `reasons` say why there are none, or why some are left out."""
-
-    devices: tuple[DeviceInfo, ...]
-    reasons: tuple[str, ...]
-    steps: tuple[str, ...]
-
-
-class NvidiaPlatform(Platform):
-    """NVIDIA GPUs. `root` is where `/proc` and `/sys` are found, `load` gives the module of nvidia-ml-py."""
+class NvidiaPlatform(GpuPlatform):
+    """NVIDIA GPUs. `load` gives the module of nvidia-ml-py."""
 
     name = "nvidia"
     vendor = "zif"
     preference = 40
+    device_kind = "cuda"
+    communicator = "zif_nvidia.collectives.NcclGroups"
 
     def __init__(self, root: Path = Path("/"), load: Callable[[], Any] = load_nvml) -> None:
-        self._root = root
+        super().__init__(root)
         self._load = load
-
-    def probe(self) -> Probe:
-        settings, software = read_settings(), Software.read()
-        problems = software.problems()
-        if settings.interpreted:
-            steps = (*software.steps(), f"{INTERPRET} is set: the kernels are interpreted, and no GPU is looked for")
-            if problems:
-                return Probe((), "; ".join(problems), steps)
-            return Probe((interpreter_info(read_host(self._root), software),), steps=steps)
-        survey = self._survey(settings, software)
-        if problems:
-            return Probe((), "; ".join((*survey.reasons, *problems)), survey.steps)
-        if not survey.devices:
-            return Probe((), "; ".join((*survey.reasons, _HINT)), survey.steps, _SIMULATION)
-        return Probe(survey.devices, steps=survey.steps)
-
-    def plan(self, workload: Workload) -> Plan | Refusal:
-        probe = self.probe()
-        if not probe.devices:
-            return Refusal(self.name, (probe.reason,))
-        device = probe.devices[0]
-        hardware = Hardware() if device.simulated else read_hardware(self._load)
-        offer = Offer(
-            platform=self.name,
-            device=device,
-            layout_of=kv_layout,
-            implementations=tuple(sorted((*_PORTABLE, *(_ON_HOST if device.simulated else _ON_GPU)))),
-            emulated=_EMULATED,
-            notes=tuple(plan_notes(device, Software.read(), hardware)),
-            sizing=KVSizing(max_share=0.5 if device.simulated else 0.9),
-        )
-        answer = negotiate(workload, offer)
-        if isinstance(answer, Refusal) and workload.dtype == "bfloat16":
-            reasons = filter(None, (no_bfloat16(device.architecture), *answer.reasons))
-            return Refusal(self.name, tuple(reasons))
-        return answer
-
-    def open(self, plan: Plan, rank: int) -> Device:
-        """Open the plan's device, or for ranks above 0 the one that many places behind it: a GPU serves one rank."""
-        if rank < 0:
-            raise PlatformUnavailableError(f"rank {rank!r} does not exist; ranks are counted from 0")
-        probe = self.probe()
-        if not probe.devices:
-            raise PlatformUnavailableError(probe.reason)
-        ids = [device.device_id for device in probe.devices]
-        if plan.device_id not in ids:
-            found = ", ".join(ids)
-            raise PlatformUnavailableError(
-                f"the plan is for {plan.device_id!r}, this process finds {found}; plan again"
-            )
-        from zif_nvidia.device import open_gpu, open_interpreter
-
-        if plan.device_id == INTERPRETER:
-            return open_interpreter(plan, rank, num_threads() or read_host(self._root).num_cores)
-        from_there_on = probe.devices[ids.index(plan.device_id) :]
-        if rank >= len(from_there_on):
-            raise PlatformUnavailableError(
-                f"rank {rank!r} needs a GPU of its own, and there are {len(from_there_on)} from {plan.device_id!r} on; "
-                "start fewer ranks, or make more GPUs visible"
-            )
-        check_planned_memory(plan, from_there_on[rank])
-        return open_gpu(plan, rank, from_there_on[rank])
 
     def compiled_kernels(self) -> Iterable[CompiledKernel]:
         from zif_nvidia.inspection import compiled_kernels
 
         return compiled_kernels()
 
-    def _survey(self, settings: NvidiaSettings, software: Software) -> _Survey:
+    def _software(self) -> GpuSoftware:
+        return read_software()
+
+    def _survey(self, software: GpuSoftware) -> Survey:
         hardware = read_hardware(self._load)
-        visible = visible_gpus(hardware.gpus, settings.visible)
-        steps = (*software.steps(), *hardware.steps, *visible.steps)
-        if reason := hardware.problem or visible.problem or software.build_problem(hardware):
-            return _Survey((), (reason,), steps)
-        served, reasons = [], []
-        for index, gpu in enumerate(visible.gpus):
-            if reason := _why_left_out(gpu, software):
-                reasons.append(f"cuda:{index}: {reason}")
-            else:
-                served.append(Served(index, gpu, ARCHITECTURES[gpu.architecture]))
-        devices = tuple(gpu_info(one, software, hardware, len(served)) for one in served)
-        return _Survey(devices, tuple(reasons), (*steps, *(f"left out: {reason}" for reason in reasons)))
+        visible = visible_gpus(hardware.gpus, visible_devices())
+        steps = (*hardware.steps, *visible.steps)
+        if problem := hardware.problem or visible.problem or build_problem(software, hardware):
+            return Survey(steps, problem=problem)
+        found = [(gpu, gpu_problem(software, gpu)) for gpu in visible.gpus]
+        return Survey(steps, tuple(LeftOut(why) if why else served_gpu(gpu, hardware) for gpu, why in found))
 
+    def _notes(self, workload: Workload, device: DeviceInfo) -> Iterable[str]:
+        return plan_notes(device, read_software().build, read_hardware(self._load))
 
-def _why_left_out(gpu: Gpu, software: Software) -> str:
-    """Say why a GPU is no device of this platform, with the next step; "" when it is."""
-    if gpu.problem:
-        return f"{gpu.name}: {gpu.problem}"
-    return why_unsupported(gpu.architecture) or software.architecture_problem(ARCHITECTURES[gpu.architecture])
+    def _advice(self, workload: Workload, device: DeviceInfo) -> Iterable[str]:
+        if workload.dtype == "bfloat16" and (reason := no_bfloat16(device.architecture)):
+            yield reason
+
+    def _parts(self) -> "GpuParts":
+        from zif_nvidia.device import PARTS
+
+        return PARTS

@@ -1,16 +1,12 @@
-"""Which builds of torch and Triton are installed and whether they fit, read from their files without importing them."""
+"""Which CUDA the installed torch is built for, and whether driver and architectures go with it. Imports neither."""
 
-import importlib.util
 import re
-from dataclasses import dataclass
-from pathlib import Path
 
-from zif.host.packages import installed_version, release, torch_problem
-from zif_nvidia.architectures import Architecture
-from zif_nvidia.hardware import Hardware
+from zif.accelerator.gpu.software import GpuSoftware, build_of_torch, dotted
+from zif.host.packages import installed_version, release
+from zif_nvidia.architectures import ARCHITECTURES, why_unsupported
+from zif_nvidia.hardware import Gpu, Hardware
 
-_MIN_TORCH = (2, 8)
-_TRITON_RANGE = (3, 6), (3, 9)
 _CUDA_LINE = re.compile(r"^cuda\b[^=]*=\s*'(\d+\.\d+)", re.MULTILINE)
 _SUFFIX = re.compile(r"\+cu(\d+)(\d)\b")
 
@@ -29,73 +25,58 @@ _OWN_DRIVERS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Software:
-    """The versions found, None where a package is not there. `cuda` is what torch was built for, () for no CUDA."""
+def read_software() -> GpuSoftware:
+    """Read what is installed."""
+    torch = installed_version("torch")
+    return GpuSoftware("CUDA", torch, cuda_of_torch(torch) if torch else (), installed_version("triton"))
 
-    torch: str | None
-    cuda: tuple[int, ...]
-    triton: str | None
 
-    @classmethod
-    def read(cls) -> "Software":
-        """Read what is installed."""
-        torch = installed_version("torch")
-        return cls(torch, cuda_of_torch(torch) if torch else (), installed_version("triton"))
-
-    def steps(self) -> tuple[str, ...]:
-        """Say what was found."""
-        return (
-            f"torch: {self.torch or 'not installed'}",
-            f"CUDA that torch is built for: {_dotted(self.cuda) or 'none'}",
-            f"triton: {self.triton or 'not installed'}",
-        )
-
-    def problems(self) -> tuple[str, ...]:
-        """Say what is missing or does not fit, whatever the device."""
-        return tuple(filter(None, (torch_problem(self.torch, _MIN_TORCH), _triton_problem(self.triton))))
-
-    def build_problem(self, hardware: Hardware) -> str:
-        """Say why this build of torch cannot run under this driver, with the next step; "" when it can."""
-        if self.torch is None:
-            return ""
-        if not self.cuda:
-            return (
-                f"torch {self.torch} is not built for CUDA; install the wheel of a build that is, "
-                f"{_wheel_for(hardware)}: PyTorch's installation page has the command"
-            )
-        oldest = _OLDEST_DRIVERS.get(self.cuda[0], "")
-        too_old = _numbers(hardware.driver) < _numbers(oldest) and hardware.cuda < self.cuda
-        if hardware.driver and oldest and too_old:
-            return (
-                f"the NVIDIA driver {hardware.driver} is too old for torch {self.torch}, built for CUDA "
-                f"{_dotted(self.cuda)}, which needs {oldest} or later; update the driver, or install a build of torch "
-                f"for CUDA {_dotted(hardware.cuda)}"
-            )
+def build_problem(software: GpuSoftware, hardware: Hardware) -> str:
+    """Say why this build of torch cannot run under this driver, with the next step; "" when it can."""
+    torch, cuda = software.torch, software.build
+    if torch is None:
         return ""
-
-    def minor_version_note(self, hardware_cuda: tuple[int, int]) -> str:
-        """Say that the driver serves this build's CUDA as an older minor version of the same major one; else ""."""
-        if not self.cuda or not any(hardware_cuda) or hardware_cuda >= self.cuda:
-            return ""
-        own = _OWN_DRIVERS.get((self.cuda[0], self.cuda[1]), "")
+    if not cuda:
         return (
-            f"the driver serves CUDA {_dotted(hardware_cuda)} and torch is built for {_dotted(self.cuda)}: that works, "
-            f"without what is new in it{f'; driver {own} has all of it' if own else ''}"
+            f"torch {torch} is not built for CUDA; install the wheel of a build that is, {_wheel_for(hardware)}: "
+            "PyTorch's installation page has the command"
         )
+    oldest = _OLDEST_DRIVERS.get(cuda[0], "")
+    too_old = _numbers(hardware.driver) < _numbers(oldest) and hardware.cuda < cuda
+    if hardware.driver and oldest and too_old:
+        return (
+            f"the NVIDIA driver {hardware.driver} is too old for torch {torch}, built for CUDA {dotted(cuda)}, which "
+            f"needs {oldest} or later; update the driver, or install a build of torch for CUDA {dotted(hardware.cuda)}"
+        )
+    return ""
 
-    def architecture_problem(self, architecture: Architecture) -> str:
-        """Say why what is installed holds no code for an architecture, with the next step; "" when it may."""
-        if self.cuda < architecture.min_cuda:
-            wanted = _dotted(architecture.min_cuda)
-            return f"{architecture.name} needs a build of torch for CUDA {wanted} or later, and torch is {self.torch}"
-        if architecture.last_cuda is not None and self.cuda[0] > architecture.last_cuda:
-            last = architecture.last_cuda
-            return f"{architecture.name} needs a build of torch for CUDA {last} or earlier, and torch is {self.torch}"
-        if self.triton is not None and release(self.triton) < architecture.min_triton:
-            wanted = _dotted(architecture.min_triton)
-            return f"{architecture.name} needs triton {wanted} or later, and triton is {self.triton}"
+
+def gpu_problem(software: GpuSoftware, gpu: Gpu) -> str:
+    """Say why a GPU cannot be used with what is installed, with the next step; "" when it may."""
+    if gpu.problem:
+        return f"{gpu.name}: {gpu.problem}"
+    if reason := why_unsupported(gpu.architecture):
+        return reason
+    architecture, torch, triton = ARCHITECTURES[gpu.architecture], software.torch, software.triton
+    needs = f"{architecture.name} needs"
+    if software.build < architecture.min_cuda:
+        return f"{needs} a build of torch for CUDA {dotted(architecture.min_cuda)} or later, and torch is {torch}"
+    if architecture.last_cuda is not None and software.build[0] > architecture.last_cuda:
+        return f"{needs} a build of torch for CUDA {architecture.last_cuda} or earlier, and torch is {torch}"
+    if triton is not None and release(triton) < architecture.min_triton:
+        return f"{needs} triton {dotted(architecture.min_triton)} or later, and triton is {triton}"
+    return ""
+
+
+def minor_version_note(cuda: tuple[int, ...], driver_cuda: tuple[int, int]) -> str:
+    """Say that the driver serves this build's CUDA as an older minor version of the same major one; else ""."""
+    if not cuda or not any(driver_cuda) or driver_cuda >= cuda:
         return ""
+    own = _OWN_DRIVERS.get((cuda[0], cuda[1]), "")
+    return (
+        f"the driver serves CUDA {dotted(driver_cuda)} and torch is built for {dotted(cuda)}: that works, "
+        f"without what is new in it{f'; driver {own} has all of it' if own else ''}"
+    )
 
 
 def cuda_of_torch(version: str) -> tuple[int, ...]:
@@ -103,24 +84,10 @@ def cuda_of_torch(version: str) -> tuple[int, ...]:
 
     Its file of versions says so, because wheels of the main index have no suffix; where it is not found, the suffix.
     """
-    spec = importlib.util.find_spec("torch")
-    found = None
-    if spec is not None and spec.origin is not None:
-        try:
-            found = _CUDA_LINE.search((Path(spec.origin).parent / "version.py").read_text(encoding="utf-8"))
-        except OSError:
-            suffix = _SUFFIX.search(version)
-            return (int(suffix[1]), int(suffix[2])) if suffix else ()
-    return release(found[1]) if found else ()
-
-
-def _triton_problem(version: str | None) -> str:
-    first, last = (_dotted(end) for end in _TRITON_RANGE)
-    if version is None:
-        return f"triton is not installed; install triton {first} to {last}"
-    if not _TRITON_RANGE[0] <= release(version) <= _TRITON_RANGE[1]:
-        return f"triton {version} is not supported; install triton {first} to {last}, and the torch that goes with it"
-    return ""
+    if (cuda := build_of_torch(_CUDA_LINE)) is not None:
+        return cuda
+    suffix = _SUFFIX.search(version)
+    return (int(suffix[1]), int(suffix[2])) if suffix else ()
 
 
 def _wheel_for(hardware: Hardware) -> str:
@@ -130,7 +97,3 @@ def _wheel_for(hardware: Hardware) -> str:
 
 def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split(".") if part.isdecimal())
-
-
-def _dotted(version: tuple[int, ...]) -> str:
-    return ".".join(map(str, version))
