@@ -33,6 +33,7 @@ VENDORS := intel tpu
 # Their kernels run in Triton's interpreter and are compiled without a GPU in the environment of developers.
 GPUS := nvidia amd
 PLUGINS := cpu $(GPUS) $(VENDORS)
+NATIVE := plugins/cpu/CMakeLists.txt $(wildcard plugins/cpu/native/*/*)
 TYPED := core/src $(PLUGINS:%=plugins/%/src) conformance/src
 TESTS := core/tests $(PLUGINS:%=plugins/%/tests) conformance/tests
 FAST := $(addprefix core/tests/,contract host house settings scheduling kv null simulation text cli) conformance/tests
@@ -95,7 +96,7 @@ lock: $(INSTALLED)
 
 environment: $(INSTALLED_DEV)
 
-$(INSTALLED): pyproject.toml $(CONSTRAINTS) $(PROJECTS:%=%/pyproject.toml)
+$(INSTALLED): pyproject.toml $(CONSTRAINTS) $(PROJECTS:%=%/pyproject.toml) $(NATIVE)
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "zif needs Python 3.11 or later: set PYTHON")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) $(PROJECTS:%=--editable ./%)

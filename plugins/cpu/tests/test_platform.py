@@ -107,7 +107,8 @@ def test_a_missing_torch_is_a_reason_not_an_exception():
     assert "torch is not installed" in _python(code)
 
 
-def test_a_plan_says_what_serves_and_what_is_emulated(machine):
+def test_a_plan_says_what_serves_and_what_is_emulated(machine, monkeypatch):
+    monkeypatch.setenv("ZIF_CPU_ISA", "torch")
     features = frozenset({Feature.ATTENTION_FULL, Feature.MIXTURE_OF_EXPERTS})
     plan = CpuPlatform(machine()).plan(replace(WORKLOAD, features=features))
     decisions = {d.feature: d for d in plan.decisions}

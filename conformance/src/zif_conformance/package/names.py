@@ -21,4 +21,5 @@ def module_folder(package: str) -> Path:
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise ContractError(f"package {package!r} has no folder of source files; install the plugin as a package")
-    return Path(next(iter(spec.submodule_search_locations)))
+    # An editable package with compiled parts has a second folder, which holds only these.
+    return Path(spec.origin).parent if spec.origin else Path(next(iter(spec.submodule_search_locations)))

@@ -72,15 +72,27 @@ class TiledAttention(AttentionBackend[LayerCache, PreparedStep]):
         assert params.window == prepared.window, (
             f"window {params.window!r} of a layer, {prepared.window!r} of its group"
         )
-        layer = _Layer(cache, params, self._scratch)
         out = torch.empty_like(query)
+        layer = _Layer(cache, params, self._scratch)
         for decode in prepared.decodes:
             out[decode.rows] = layer.decode(query[decode.rows], decode).to(query.dtype)
+        self.attend_chunks(query, cache, prepared, params, out)
+        return out
+
+    def attend_chunks(
+        self,
+        query: torch.Tensor,
+        cache: LayerCache,
+        prepared: PreparedStep,
+        params: AttentionParams,
+        out: torch.Tensor,
+    ) -> None:
+        """Attend from the rows of prompt chunks alone. Mutates these rows of `out`, [T, H, D]."""
+        layer = _Layer(cache, params, self._scratch)
         for chunk in prepared.chunks:
             rows = slice(chunk.first_row, chunk.last_row)
             parts = None if params.softcap is not None or params.sinks is not None else chunk.fused
             out[rows] = layer.chunk(query[rows], chunk) if parts is None else layer.fused(query[rows], parts)
-        return out
 
 
 class _Scratch:

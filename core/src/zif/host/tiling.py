@@ -178,18 +178,20 @@ class PreparedStep:
     chunks: tuple[PromptChunk, ...]
 
 
-def prepare_step(batch: AttentionBatch, limits: TileLimits) -> PreparedStep:
-    """Cut one step into tiles."""
+def prepare_step(batch: AttentionBatch, limits: TileLimits, shortest: int = 1) -> PreparedStep:
+    """Cut one step into tiles. Requests with fewer than `shortest` tokens are left to the caller."""
     slots = torch.from_numpy(np.asarray(batch.slots, dtype=np.int64))
     lengths = np.diff(batch.query_start)
-    single = np.flatnonzero(lengths == 1)
+    single = np.flatnonzero(lengths == 1) if shortest <= 1 else np.empty(0, np.int64)
     return PreparedStep(
         window=batch.window,
         block_size=batch.block_size,
         write_blocks=slots // batch.block_size,
         write_offsets=slots % batch.block_size,
         decodes=tuple(_decodes(batch, single, limits)),
-        chunks=tuple(PromptChunk(batch, int(request), limits) for request in np.flatnonzero(lengths > 1)),
+        chunks=tuple(
+            PromptChunk(batch, int(request), limits) for request in np.flatnonzero(lengths >= max(2, shortest))
+        ),
     )
 
 

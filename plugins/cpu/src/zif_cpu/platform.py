@@ -22,11 +22,12 @@ from zif.contract import (
     Workload,
     negotiate,
 )
-from zif.errors import PlatformUnavailableError
+from zif.errors import ConfigError, PlatformUnavailableError
 from zif.host.facts import Host, read_host
 from zif.host.layout import kv_layout
 from zif.host.packages import installed_version, torch_problem
-from zif_cpu.settings import limit_spinning, num_threads
+from zif_cpu.library import Kernels, choose_kernels
+from zif_cpu.settings import instruction_set, limit_spinning, num_threads
 
 _MIN_TORCH = (2, 8)
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -54,19 +55,24 @@ _CAPABILITIES = Capabilities(
     notes=("threads of one process share the cores: run one rank per socket", "collectives run over gloo"),
 )
 
+_NATIVE = (("attention", "zif_cpu.attention.NativeAttention"), ("ops", "zif_cpu.operators.NativeOps"))
+
+_PORTABLE = (("attention", "zif.host.attention.TiledAttention"), ("ops", "zif.reference.ops.ReferenceOps"))
+
 _IMPLEMENTATIONS = (
     ("allocator", "zif.host.memory.HostAllocator"),
-    ("attention", "zif.host.attention.TiledAttention"),
     ("communicator", "zif.host.gloo.GlooCommunicator"),
     ("graphs", "zif.contract.EagerGraphs"),
-    ("ops", "zif.reference.ops.ReferenceOps"),
     ("runner", "core"),
     ("state", "zif.reference.state"),
 )
 
 _EMULATED = (
-    (Feature.MIXTURE_OF_EXPERTS, "zif.reference.ops.ReferenceOps: one matrix product per expert in use"),
     (Feature.QUANTIZATION_MXFP4_DEQUANTIZED, "weights are held in the model's dtype: about four times the bytes"),
+)
+
+_EMULATED_PORTABLY = (
+    (Feature.MIXTURE_OF_EXPERTS, "zif.reference.ops.ReferenceOps: one matrix product per expert in use"),
 )
 
 
@@ -87,19 +93,25 @@ class CpuPlatform(Platform):
         problem = torch_problem(torch_version, _MIN_TORCH)
         if problem or torch_version is None:
             return Probe((), problem, steps)
-        return Probe((_device_info(host, torch_version),), steps=steps)
+        try:
+            kernels = choose_kernels(instruction_set())
+        except ConfigError as error:
+            return Probe((), str(error), steps)
+        return Probe((_device_info(host, torch_version, kernels),), steps=steps)
 
     def plan(self, workload: Workload) -> Plan | Refusal:
         probe = self.probe()
         if not probe.devices:
             return Refusal(self.name, (probe.reason,))
+        kernels = choose_kernels(instruction_set())
+        native = kernels.library is not None
         offer = Offer(
             platform=self.name,
             device=probe.devices[0],
             layout_of=kv_layout,
-            implementations=_IMPLEMENTATIONS,
-            emulated=_EMULATED,
-            notes=tuple(_plan_notes(workload, probe.devices[0])),
+            implementations=tuple(sorted((*_IMPLEMENTATIONS, *(_NATIVE if native else _PORTABLE)))),
+            emulated=_EMULATED if native else (*_EMULATED_PORTABLY, *_EMULATED),
+            notes=tuple(_plan_notes(workload, probe.devices[0], kernels)),
             sizing=KVSizing(max_share=0.5),
         )
         return negotiate(workload, offer)
@@ -113,10 +125,20 @@ class CpuPlatform(Platform):
         limit_spinning()
         from zif.host.device import HostDevice
 
-        return HostDevice(plan, rank, num_threads() or read_host(self._root).num_cores)
+        threads = num_threads() or read_host(self._root).num_cores
+        kernels = choose_kernels(instruction_set())
+        if kernels.library is None:
+            return HostDevice(plan, rank, threads)
+        from zif_cpu.attention import NativeAttention
+        from zif_cpu.operators import NativeOps
+
+        kernels.library.use(kernels.isa, threads)
+        return HostDevice(
+            plan, rank, threads, NativeAttention(kernels.library), NativeOps(kernels.library, kernels.isa)
+        )
 
 
-def _device_info(host: Host, torch_version: str) -> DeviceInfo:
+def _device_info(host: Host, torch_version: str, kernels: Kernels) -> DeviceInfo:
     return DeviceInfo(
         device_id="cpu",
         name=host.processor,
@@ -128,14 +150,19 @@ def _device_info(host: Host, torch_version: str) -> DeviceInfo:
             ("torch", torch_version),
             ("cores", str(host.num_cores)),
             ("instruction set", " ".join(host.isa_features) or "baseline"),
+            ("kernels", kernels.isa or "torch"),
         ),
     )
 
 
-def _plan_notes(workload: Workload, device: DeviceInfo) -> Iterator[str]:
+def _plan_notes(workload: Workload, device: DeviceInfo, kernels: Kernels) -> Iterator[str]:
     """Yield what a user should know before the weights load."""
     runtime = dict(device.runtime)
     yield f"{runtime['cores']} cores, instruction set: {runtime['instruction set']}"
+    if kernels.library is None:
+        yield f"torch computes in place of native kernels: {kernels.reason}"
+    else:
+        yield f"native kernels: {kernels.isa}" + ("" if kernels.isa != "portable" else ", which are slow")
     native = {"bfloat16": {"amx_bf16", "avx512_bf16", "bf16", "svebf16"}, "float16": {"avx512_fp16", "asimd"}}
     if workload.dtype in native and not native[workload.dtype] & {*runtime["instruction set"].split()}:
         yield f"this processor has no {workload.dtype} instructions: float32 may be faster, at twice the bytes"

@@ -17,6 +17,14 @@ def num_threads(environ: Mapping[str, str] | None = None) -> int | None:
     return threads.thread_count(os.environ if environ is None else environ, _THREAD_VARIABLES)
 
 
+def instruction_set(environ: Mapping[str, str] | None = None) -> str | None:
+    """Return what `ZIF_CPU_ISA` asks for, an instruction set of the native kernels or "torch"; None when it is unset.
+
+    `environ` None is the process's environment. Whether it serves here is not looked at.
+    """
+    return (os.environ if environ is None else environ).get("ZIF_CPU_ISA") or None
+
+
 def limit_spinning() -> None:
     """Let threads that wait sleep soon (`zif.host.threads.limit_spinning`). Mutates the process's environment."""
     threads.limit_spinning(os.environ)

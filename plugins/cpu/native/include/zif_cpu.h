@@ -1,0 +1,159 @@
+// The C ABI of zif-cpu's kernels: raw pointers, sizes, strides. All sizes and strides count elements, not bytes.
+//
+// Arrays lie in host memory. The last axis of every array is dense; a first axis with a stride has it as an argument.
+// Functions return when all is written. They may be called from any thread, one call at a time runs.
+#pragma once
+
+#include <stdint.h>
+
+#define ZIF_CPU_ABI 1
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define ZIF_CPU_PUBLIC __attribute__((visibility("default")))
+
+// What elements are. Codes are part of the ABI.
+enum { ZIF_FLOAT32 = 0, ZIF_BFLOAT16 = 1, ZIF_FLOAT16 = 2 };
+
+// Gated activations, as zif.contract.Activation has them.
+enum { ZIF_SILU = 0, ZIF_GELU = 1, ZIF_GELU_TANH = 2, ZIF_SWIGLU_CLAMPED = 3 };
+
+ZIF_CPU_PUBLIC int32_t zif_cpu_abi(void);
+
+// The instruction sets that this library has kernels for and this processor runs, space separated, best last.
+ZIF_CPU_PUBLIC const char* zif_cpu_isas(void);
+
+// Choose one of them. Returns 0, or -1 for a name that is not among them.
+ZIF_CPU_PUBLIC int32_t zif_cpu_use_isa(const char* name);
+
+// Threads that compute, the caller's included; at least 1. Returns 0, or -1 when the system gives no more threads.
+ZIF_CPU_PUBLIC int32_t zif_cpu_use_threads(int32_t num_threads);
+
+// y = x @ weight.T + bias, summed in float32. x: [tokens, inputs], first axis strided. weight: [outputs, inputs].
+// bias: [outputs] or null. y: [tokens, outputs]. All of one dtype.
+ZIF_CPU_PUBLIC void zif_cpu_linear(const void* x, int64_t x_stride, const void* weight, const void* bias, void* y,
+                                   int64_t tokens, int64_t inputs, int64_t outputs, int32_t dtype);
+
+// The operators of one row take a struct: to a caller from another language, each argument costs as much as the row.
+
+// y = x / rms(x) * (weight + weight_offset), in float32, for each head of each row.
+typedef struct {
+    const void* x;         // [rows, heads, channels], first axis strided
+    const void* residual;  // the same; zif_cpu_add_rms_norm only
+    const void* weight;    // [channels]
+    void* sum;             // [rows, heads, channels], dense; zif_cpu_add_rms_norm only
+    void* y;               // [rows, heads, channels], dense
+    int64_t x_stride;
+    int64_t residual_stride;
+    int64_t rows;
+    int64_t heads;
+    int64_t channels;
+    float eps;
+    float weight_offset;
+    int32_t dtype;
+} zif_cpu_norm;
+
+ZIF_CPU_PUBLIC void zif_cpu_rms_norm(const zif_cpu_norm* call);
+
+// sum = residual + x, rounded to the dtype; y = rms_norm(sum). sum may be residual or x where those are dense.
+ZIF_CPU_PUBLIC void zif_cpu_add_rms_norm(const zif_cpu_norm* call);
+
+// Rotate the first 2 * rotated elements of each head by its token's angles; copy the rest. In float32.
+typedef struct {
+    const void* query;    // [tokens, heads, head_dim], first axis strided
+    const void* key;      // [tokens, kv_heads, head_dim], first axis strided
+    const float* cos;     // [tokens, rotated], dense
+    const float* sin;     // the same
+    void* rotated_query;  // [tokens, heads, head_dim], dense
+    void* rotated_key;    // [tokens, kv_heads, head_dim], dense
+    int64_t query_stride;
+    int64_t key_stride;
+    int64_t tokens;
+    int64_t heads;
+    int64_t kv_heads;
+    int64_t head_dim;
+    int64_t rotated;
+    int32_t interleaved;  // pairs are (2i, 2i + 1); else (i, i + rotated)
+    int32_t dtype;
+} zif_cpu_rotation;
+
+ZIF_CPU_PUBLIC void zif_cpu_rotate(const zif_cpu_rotation* call);
+
+// y = f(gate) * up, in float32.
+typedef struct {
+    const void* gate_up;  // [rows, 2 * channels], first axis strided, gate before up
+    void* y;              // [rows, channels], dense
+    int64_t stride;
+    int64_t rows;
+    int64_t channels;
+    int32_t activation;
+    int32_t dtype;
+} zif_cpu_gating;
+
+ZIF_CPU_PUBLIC void zif_cpu_gated_activation(const zif_cpu_gating* call);
+
+// Put keys and values of new tokens into their slots of a paged cache.
+// key, value: [tokens, kv_heads, head_dim], first axes strided. slots: [tokens], block * block_size + offset; negative
+// ones are skipped. Block b of head h of the cache is at keys + b * block_stride + h * block_size * head_dim.
+ZIF_CPU_PUBLIC void zif_cpu_write_kv(const void* key, int64_t key_stride, const void* value, int64_t value_stride,
+                                     void* keys, void* values, int64_t block_stride, const int64_t* slots,
+                                     int64_t tokens, int64_t kv_heads, int64_t head_dim, int64_t block_size,
+                                     int32_t dtype);
+
+// Attention over a paged cache for short queries (decoding, verification of drafts); softmax in float32.
+typedef struct {
+    const void* query;           // [tokens, heads, head_dim], first axis strided
+    void* output;                // [tokens, heads, head_dim], dense
+    const void* keys;            // as in zif_cpu_write_kv
+    const void* values;
+    const void* sinks;           // [heads], or null
+    const int32_t* requests;     // [num_requests], rows of the tables below that are served
+    const int32_t* query_start;  // [R + 1]
+    const int32_t* seq_lens;     // [R]
+    const int32_t* block_table;  // [R, ...]
+    int64_t query_stride;
+    int64_t block_stride;
+    int64_t table_stride;
+    int64_t num_requests;
+    int64_t heads;
+    int64_t kv_heads;
+    int64_t head_dim;
+    int64_t block_size;
+    int64_t window;  // 0: none
+    float scale;
+    float softcap;  // 0: none
+    int32_t dtype;
+} zif_cpu_attention;
+
+ZIF_CPU_PUBLIC void zif_cpu_attend(const zif_cpu_attention* call);
+
+// The sum of the chosen experts' outputs, weighted, of a gated mixture of experts; in float32, in the order of ids.
+// x: [tokens, channels], first axis strided. gate_up: [experts, 2 * inner, channels]. down: [experts, channels, inner].
+// Biases: [experts, 2 * inner], [experts, channels], or null. weights, ids: [tokens, chosen]. y: [tokens, channels].
+typedef struct {
+    const void* x;
+    const void* gate_up;
+    const void* gate_up_bias;
+    const void* down;
+    const void* down_bias;
+    const float* weights;
+    const int64_t* ids;
+    void* y;
+    int64_t x_stride;
+    int64_t tokens;
+    int64_t channels;
+    int64_t inner;
+    int64_t experts;
+    int64_t chosen;
+    int32_t activation;
+    int32_t dtype;
+} zif_cpu_experts_call;
+
+// Returns 0, or -1 when an id is no expert, in which case y is undefined.
+ZIF_CPU_PUBLIC int32_t zif_cpu_experts(const zif_cpu_experts_call* call);
+
+#ifdef __cplusplus
+}
+#endif

@@ -1,0 +1,21 @@
+// All kernels of one instruction set: compiled once for each, with its flags, in its namespace.
+#include "isa.h"
+
+#include "attention.h"
+#include "elementwise.h"
+#include "experts.h"
+#include "linear.h"
+
+namespace zif {
+namespace ZIF_ISA {
+
+#define ZIF_TEXT_OF(name) #name
+#define ZIF_TEXT(name) ZIF_TEXT_OF(name)
+
+extern const Kernels kernels;
+const Kernels kernels = {
+    ZIF_TEXT(ZIF_ISA), linear, rms_norm, add_rms_norm, rotate, gated_activation, write_kv, attend, experts,
+};
+
+}  // namespace ZIF_ISA
+}  // namespace zif

@@ -1,0 +1,33 @@
+// Threads that wait for work: one pool per process. An idle pool sleeps and uses no processor time.
+#pragma once
+
+#include <cstdint>
+
+namespace zif {
+
+// Run task(context, index, thread) for every index below `count`, on all threads; `thread` counts from 0 below
+// `num_threads()`. Indices are handed out one by one, in order. Returns when all have run. Tasks must not call
+// it themselves.
+void parallel(int64_t count, void (*task)(const void* context, int64_t index, int thread), const void* context);
+
+// The same for something that can be called with (index, thread).
+template <class Function>
+void parallel_for(int64_t count, const Function& function) {
+    parallel(
+        count,
+        [](const void* context, int64_t index, int thread) {
+            (*static_cast<const Function*>(context))(index, thread);
+        },
+        &function);
+}
+
+int num_threads();
+
+// Returns false when the system gives no more threads; the pool then has those that it got.
+bool use_threads(int count);
+
+// Memory of at least `bytes`, 64-byte aligned, of this thread number, undefined content, kept between calls: valid until
+// the same thread number asks for the same purpose again. Purposes: 0 to 3.
+void* scratch(int thread, int purpose, int64_t bytes);
+
+}  // namespace zif

@@ -1,0 +1,299 @@
+"""The operators that the native library serves; what it does not serve is the reference's.
+
+It serves arrays of one dtype that it has kernels for, in this process's memory, dense but for their first axis.
+Anything else goes to torch: other dtypes, views with gaps, fake arrays, empty ones, shapes that do not fit, so that
+errors are the reference's too. For inference: nothing here keeps what a gradient would need.
+"""
+
+import itertools
+from collections.abc import Mapping
+from ctypes import byref
+from struct import Struct
+from types import MappingProxyType
+
+import torch
+from torch.compiler import is_compiling
+
+from zif.contract import Activation, ExpertWeights, NormOutput, RotatedHeads, RouterOutput
+from zif.reference.ops import ReferenceOps
+from zif_cpu import compiled
+from zif_cpu.library import ACTIVATION_CODES, DTYPE_CODES, ExpertsCall, Library
+
+MAX_TOKENS = 64
+"""Up to as many tokens `linear` is native: beyond, weights are read once for many, and torch's products are faster."""
+
+_ANY_NUMBER = 1 << 30
+MAX_TOKENS_BY_ISA: Mapping[tuple[str, str], int] = MappingProxyType(
+    {
+        ("amx", "bfloat16"): 128,
+        # Processors without 16-bit products: torch widens too, and is three times as slow at it.
+        **dict.fromkeys(itertools.product(("avx2", "avx512"), ("bfloat16", "float16")), _ANY_NUMBER),
+    }
+)
+"""Where it is another number: (instruction set, dtype)."""
+
+_CODES = MappingProxyType({getattr(torch, name): code for name, code in DTYPE_CODES.items()})
+_ACTIVATIONS = MappingProxyType({Activation(name): code for name, code in ACTIVATION_CODES.items()})
+_FLOAT32 = _CODES[torch.float32]
+_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))  # a subclass may have no memory, as fake arrays
+
+# The structs of zif_cpu.h. Packed into bytes they cost a call 0.4 us; the same values as arguments cost 1.9 to 2.8.
+_norm = Struct("5P5q2fi").pack
+_rotation = Struct("6P7q2i").pack
+_gating = Struct("2P3q2i").pack
+
+
+class NativeOps(ReferenceOps):
+    """Native where the library serves the arguments, else the reference. `isa` is the instruction set in use.
+
+    Within `torch.compile` every method is one node of the graph, which runs the same code (`zif_cpu.compiled`).
+    """
+
+    def __init__(self, library: Library, isa: str) -> None:
+        raw = library.raw
+        self._linear_kernel = raw.zif_cpu_linear
+        self._rms_norm_kernel = raw.zif_cpu_rms_norm
+        self._add_rms_norm_kernel = raw.zif_cpu_add_rms_norm
+        self._rotate_kernel = raw.zif_cpu_rotate
+        self._gated_activation_kernel = raw.zif_cpu_gated_activation
+        self._experts_kernel = raw.zif_cpu_experts
+        self._max_tokens = {
+            code: MAX_TOKENS_BY_ISA.get((isa, dtype), MAX_TOKENS) for dtype, code in DTYPE_CODES.items()
+        }
+        compiled.register(
+            compiled.Eager(
+                self._linear,
+                self._rms_norm,
+                self._add_rms_norm,
+                self._rotate,
+                self._gated_activation,
+                self._experts,
+            )
+        )
+
+    def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        if is_compiling():
+            return compiled.linear(x, weight, bias)
+        return self._linear(x, weight, bias)
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float, weight_offset: float) -> torch.Tensor:
+        if is_compiling():
+            return compiled.rms_norm(x, weight, eps, weight_offset)
+        return self._rms_norm(x, weight, eps, weight_offset)
+
+    def add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, weight_offset: float
+    ) -> NormOutput:
+        if is_compiling():
+            return compiled.add_rms_norm(x, residual, weight, eps, weight_offset)
+        return self._add_rms_norm(x, residual, weight, eps, weight_offset)
+
+    def rotate(
+        self, query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool
+    ) -> RotatedHeads:
+        if is_compiling():
+            return compiled.rotate(query, key, cos, sin, interleaved)
+        return self._rotate(query, key, cos, sin, interleaved)
+
+    def gated_activation(self, gate_up: torch.Tensor, activation: Activation) -> torch.Tensor:
+        if is_compiling():
+            return compiled.gated_activation(gate_up, activation)
+        return self._gated_activation(gate_up, activation)
+
+    def experts(
+        self, x: torch.Tensor, weights: ExpertWeights, routed: RouterOutput, activation: Activation
+    ) -> torch.Tensor:
+        if is_compiling():
+            return compiled.experts(x, weights, routed, activation)
+        return self._experts(x, weights, routed, activation)
+
+    def _linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        shape, weight_shape = x.shape, weight.shape
+        code = _code(x, weight)
+        if (
+            code is None
+            or not len(shape) == len(weight_shape) == 2
+            or not shape[0] <= self._max_tokens[code]
+            or shape[1] != weight_shape[1]
+            or not (stride := _row_stride(x, shape))
+            or not weight.is_contiguous()
+            or (bias is not None and not _fits(bias, x, weight_shape[:1]))
+        ):
+            return super().linear(x, weight, bias)
+        tokens, outputs = shape[0], weight_shape[0]
+        y = x.new_empty(tokens, outputs)
+        addresses = x.data_ptr(), stride, weight.data_ptr(), None if bias is None else bias.data_ptr(), y.data_ptr()
+        self._linear_kernel(*addresses, tokens, shape[1], outputs, code)
+        return y
+
+    def _rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float, weight_offset: float) -> torch.Tensor:
+        shape = x.shape
+        code = _code(x, weight)
+        if code is None or not (stride := _row_stride(x, shape)) or not _is_vector(weight, shape[-1]):
+            return super().rms_norm(x, weight, eps, weight_offset)
+        rows, channels = shape[0], shape[-1]
+        heads = 1 if len(shape) == 2 else x.numel() // (rows * channels)
+        y = torch.empty_like(x)
+        arrays = x.data_ptr(), 0, weight.data_ptr(), 0, y.data_ptr()
+        self._rms_norm_kernel(_norm(*arrays, stride, 0, rows, heads, channels, eps, weight_offset, code))
+        return y
+
+    def _add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, weight_offset: float
+    ) -> NormOutput:
+        shape = x.shape
+        code = _code(x, weight)
+        if (
+            code is None
+            or code != _code(residual, weight)
+            or residual.shape != shape
+            or not (stride := _row_stride(x, shape))
+            or not (residual_stride := _row_stride(residual, shape))
+            or not _is_vector(weight, shape[-1])
+        ):
+            return super().add_rms_norm(x, residual, weight, eps, weight_offset)
+        rows, channels = shape[0], shape[-1]
+        heads = 1 if len(shape) == 2 else x.numel() // (rows * channels)
+        y, total = torch.empty_like(x), torch.empty_like(x)
+        arrays = x.data_ptr(), residual.data_ptr(), weight.data_ptr(), total.data_ptr(), y.data_ptr()
+        sizes = stride, residual_stride, rows, heads, channels
+        self._add_rms_norm_kernel(_norm(*arrays, *sizes, eps, weight_offset, code))
+        return NormOutput(y, total)
+
+    def _rotate(
+        self, query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool
+    ) -> RotatedHeads:
+        shape, key_shape, angles = query.shape, key.shape, cos.shape
+        code = _code(query, key)
+        if (
+            code is None
+            or not len(shape) == len(key_shape) == 3
+            or shape[0] != key_shape[0]
+            or shape[2] != key_shape[2]
+            or not (query_stride := _row_stride(query, shape))
+            or not (key_stride := _row_stride(key, key_shape))
+            or _code(cos, sin) != _FLOAT32
+            or sin.shape != angles
+            or not (cos.is_contiguous() and sin.is_contiguous())
+            or len(angles) != 2
+            or angles[0] != shape[0]
+            or 2 * angles[1] > shape[2]
+        ):
+            return super().rotate(query, key, cos, sin, interleaved)
+        query_out, key_out = torch.empty_like(query), torch.empty_like(key)
+        arrays = query.data_ptr(), key.data_ptr(), cos.data_ptr(), sin.data_ptr(), query_out.data_ptr()
+        sizes = query_stride, key_stride, *shape[:2], key_shape[1], shape[2], angles[1]
+        self._rotate_kernel(_rotation(*arrays, key_out.data_ptr(), *sizes, interleaved, code))
+        return RotatedHeads(query_out, key_out)
+
+    def _gated_activation(self, gate_up: torch.Tensor, activation: Activation) -> torch.Tensor:
+        shape = gate_up.shape
+        code = _code(gate_up, gate_up)
+        if code is None or not (stride := _row_stride(gate_up, shape)) or shape[-1] % 2:
+            return super().gated_activation(gate_up, activation)
+        channels = shape[-1] // 2
+        rows = shape[0]
+        if len(shape) != 2:
+            if not gate_up.is_contiguous():
+                return super().gated_activation(gate_up, activation)
+            rows, stride = gate_up.numel() // shape[-1], shape[-1]
+        y = gate_up.new_empty(*shape[:-1], channels)
+        arrays = gate_up.data_ptr(), y.data_ptr()
+        self._gated_activation_kernel(_gating(*arrays, stride, rows, channels, _ACTIVATIONS[activation], code))
+        return y
+
+    def _experts(
+        self, x: torch.Tensor, weights: ExpertWeights, routed: RouterOutput, activation: Activation
+    ) -> torch.Tensor:
+        call = _experts_call(x, weights, routed, activation)
+        if call is None:
+            return super().experts(x, weights, routed, activation)
+        y = torch.empty_like(x)
+        call.y = y.data_ptr()
+        if self._experts_kernel(byref(call)):
+            return super().experts(x, weights, routed, activation)  # which says what is wrong with the ids
+        return y
+
+
+def _code(x: torch.Tensor, other: torch.Tensor) -> int | None:
+    """Return the code of the dtype of both, or None where they differ or the library does not serve them."""
+    if type(x) in _PLAIN and type(other) in _PLAIN and x.is_cpu and other.is_cpu:
+        dtype = x.dtype
+        if other.dtype is dtype:
+            return _CODES.get(dtype)
+    return None
+
+
+def _row_stride(x: torch.Tensor, shape: torch.Size) -> int:
+    """Return the elements from one row, an entry of the first axis, to the next, or 0 where rows are not dense.
+
+    Also 0 where there are none, or where they overlap, because `empty_like` then gives no dense array.
+    """
+    size = x.numel()
+    if not size or len(shape) < 2:
+        return 0
+    row = size // shape[0]
+    if x.is_contiguous():
+        return row
+    strides, dense = x.stride(), 1
+    for axis in range(len(shape) - 1, 0, -1):
+        if strides[axis] != dense and shape[axis] != 1:
+            return 0
+        dense *= shape[axis]
+    return strides[0] if strides[0] >= row else 0
+
+
+def _is_vector(weight: torch.Tensor, size: int) -> bool:
+    return weight.dim() == 1 and weight.numel() == size and weight.is_contiguous()
+
+
+def _fits(array: torch.Tensor | None, x: torch.Tensor, shape: tuple[int, ...]) -> bool:
+    """Whether an array has this shape and x's dtype, dense. None, an array that is not given, fits."""
+    return array is None or (_code(array, x) is not None and array.shape == shape and array.is_contiguous())
+
+
+def _experts_call(
+    x: torch.Tensor, weights: ExpertWeights, routed: RouterOutput, activation: Activation
+) -> ExpertsCall | None:
+    """Return the call without its output, or None where the library does not serve the arguments."""
+    code, ids, shares = _code(x, weights.gate_up), routed.expert_ids, routed.weights
+    stride = _row_stride(x, x.shape)
+    if code is None or x.dim() != 2 or not stride or weights.down.dim() != 3 or ids.dim() != 2:
+        return None
+    (tokens, channels), (experts, _, inner) = x.shape, weights.down.shape
+    chosen = ids.shape[1]
+    served = (
+        _fits(weights.gate_up, x, (experts, 2 * inner, channels))
+        and _fits(weights.down, x, (experts, channels, inner))
+        and _fits(weights.gate_up_bias, x, (experts, 2 * inner))
+        and _fits(weights.down_bias, x, (experts, channels))
+        and _code(shares, shares) == _FLOAT32
+        and shares.shape == ids.shape == (tokens, chosen)
+        and ids.dtype is torch.int64
+        and ids.is_cpu
+        and shares.is_contiguous()
+        and ids.is_contiguous()
+    )
+    if not served or not chosen or not inner:
+        return None
+    return ExpertsCall(
+        x=x.data_ptr(),
+        gate_up=weights.gate_up.data_ptr(),
+        gate_up_bias=_address(weights.gate_up_bias),
+        down=weights.down.data_ptr(),
+        down_bias=_address(weights.down_bias),
+        weights=shares.data_ptr(),
+        ids=ids.data_ptr(),
+        x_stride=stride,
+        tokens=tokens,
+        channels=channels,
+        inner=inner,
+        experts=experts,
+        chosen=chosen,
+        activation=_ACTIVATIONS[activation],
+        dtype=code,
+    )
+
+
+def _address(array: torch.Tensor | None) -> int | None:
+    return None if array is None else array.data_ptr()

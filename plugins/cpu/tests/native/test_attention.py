@@ -1,0 +1,217 @@
+"""The native attention kernels against dense float64 arithmetic, on every instruction set."""
+
+import ctypes
+import itertools
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+
+from support.paged_attention import BOUND_LAYER, LAYERS, PagedStep, StepCase
+from zif.contract import AttentionBackend
+from zif.host.attention import TiledAttention
+from zif.reference.attention import ReferenceAttention
+from zif_cpu.attention import NativeAttention
+from zif_cpu.library import DTYPE_CODES, AttentionCall
+
+MIXED = ((1, 1), (1, 16), (17, 17), (1, 100), (30, 70), (33, 33), (1, 64), (2, 80))
+LONG = ((1, 255), (1, 256), (1, 257), (4, 258), (16, 300), (1, 600), (70, 90))
+EXTRAS = ({}, {"softcap": 3.0}, {"sinks": True}, {"softcap": 3.0, "sinks": True})
+CODES = {getattr(torch, name): code for name, code in DTYPE_CODES.items()}
+
+
+@dataclass
+class RawAttention(AttentionBackend):
+    """The raw functions as a backend. A prepared step is its batch; the cache is as host memory's attention binds it.
+
+    `requests`: rows of the step that are served, all by default.
+    """
+
+    raw: ctypes.CDLL
+    requests: list[int] | None = None
+
+    def kv_layout(self, spec):
+        return TiledAttention().kv_layout(spec)
+
+    def bind(self, arena, group, memory):
+        return TiledAttention().bind(arena, group, memory)
+
+    def prepare(self, batch):
+        return batch
+
+    def write(self, key, value, cache, prepared):
+        self.raw.zif_cpu_write_kv(
+            *_pointer_and_stride(key),
+            *_pointer_and_stride(value),
+            ctypes.c_void_p(cache.keys.data_ptr()),
+            ctypes.c_void_p(cache.values.data_ptr()),
+            ctypes.c_int64(cache.block_stride * cache.keys.shape[1]),
+            prepared.slots.ctypes.data_as(ctypes.c_void_p),
+            *map(ctypes.c_int64, (*key.shape, prepared.block_size)),
+            ctypes.c_int32(CODES[key.dtype]),
+        )
+
+    def attend(self, query, cache, prepared, params):
+        out = torch.full(query.shape, torch.nan, dtype=query.dtype)
+        num_requests = len(prepared.seq_lens)
+        requests = np.array(self.requests if self.requests is not None else range(num_requests), dtype=np.int32)
+        call = AttentionCall(
+            query=query.data_ptr(),
+            output=out.data_ptr(),
+            keys=cache.keys.data_ptr(),
+            values=cache.values.data_ptr(),
+            sinks=None if params.sinks is None else params.sinks.data_ptr(),
+            requests=requests.ctypes.data,
+            query_start=prepared.query_start.ctypes.data,
+            seq_lens=prepared.seq_lens.ctypes.data,
+            block_table=prepared.block_table.ctypes.data,
+            query_stride=query.stride(0),
+            block_stride=cache.block_stride * cache.keys.shape[1],
+            table_stride=prepared.block_table.shape[1],
+            num_requests=len(requests),
+            heads=query.shape[1],
+            kv_heads=cache.num_kv_heads,
+            head_dim=cache.head_dim,
+            block_size=prepared.block_size,
+            window=params.window or 0,
+            scale=params.scale,
+            softcap=params.softcap or 0.0,
+            dtype=CODES[query.dtype],
+        )
+        self.raw.zif_cpu_attend(ctypes.byref(call))
+        return out
+
+
+def _pointer_and_stride(tensor):
+    return ctypes.c_void_p(tensor.data_ptr()), ctypes.c_int64(tensor.stride(0))
+
+
+@pytest.fixture
+def native(library):
+    return RawAttention(library.raw)
+
+
+@pytest.fixture
+def threads(library):
+    """Let a test set the number of threads."""
+    yield lambda count: library.raw.zif_cpu_use_threads(ctypes.c_int32(count))
+    library.raw.zif_cpu_use_threads(ctypes.c_int32(1))
+
+
+def _assert_exact(step, backend):
+    torch.testing.assert_close(step.run(backend).double(), step.expected(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("requests", [MIXED, LONG])
+@pytest.mark.parametrize("window", [None, 1, 40, 300])
+@pytest.mark.parametrize("extras", EXTRAS)
+def test_mixed_batches_match_dense_attention(native, requests, window, extras):
+    _assert_exact(PagedStep(StepCase(requests, window=window, **extras)), native)
+
+
+@pytest.mark.parametrize("block_size", [1, 8, 16, 24, 128])
+@pytest.mark.parametrize("window", [None, 24])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_lengths_around_block_borders(native, block_size, window, dtype):
+    lengths = (1, max(1, block_size - 1), block_size + 1, 2 * block_size + 3)
+    requests = tuple((length, length + context) for length, context in itertools.product(lengths, (0, *lengths)))
+    step = PagedStep(StepCase(requests, block_size=block_size, window=window, num_kv_heads=1, head_dim=32, dtype=dtype))
+    tolerance = 1e-5 if dtype is torch.float32 else 1e-2
+    torch.testing.assert_close(step.run(native).double(), step.expected(), atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize(("num_kv_heads", "group_size"), [(1, 1), (3, 2), (1, 71), (2, 7)])
+@pytest.mark.parametrize("head_dim", [1, 8, 17, 80, 100, 512])
+def test_grouped_heads_match_dense_attention(native, num_kv_heads, group_size, head_dim):
+    requests = ((1, 16), (17, 17), (1, 100), (2, 80)) if group_size < 10 else ((1, 40), (3, 60))
+    case = StepCase(requests, num_kv_heads=num_kv_heads, group_size=group_size, head_dim=head_dim)
+    _assert_exact(PagedStep(case), native)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("head_dim", [1, 33, 64, 128])
+@pytest.mark.parametrize("extras", [{}, {"window": 20}, {"softcap": 3.0, "sinks": True}])
+def test_half_types_err_at_most_twice_as_much_as_the_reference(native, dtype, head_dim, extras):
+    step = PagedStep(StepCase(MIXED + LONG, dtype=dtype, head_dim=head_dim, **extras))
+    expected = step.expected()
+    ours, reference = step.run(native), step.run(ReferenceAttention())
+    rms = [(out.double() - expected).square().mean().sqrt() for out in (ours, reference)]
+    worst = [(out.double() - expected).abs().max() for out in (ours, reference)]
+    assert rms[0] <= 2 * rms[1]
+    assert worst[0] <= 2 * worst[1] + torch.finfo(dtype).eps * expected.abs().max()
+
+
+@pytest.mark.parametrize("dtype", CODES)
+@pytest.mark.parametrize("head_dim", [40, 64])
+@pytest.mark.parametrize("window", [None, 100])
+def test_a_row_depends_on_no_other_row_and_on_no_number_of_threads(library, native, threads, dtype, head_dim, window):
+    requests, shape = (*LONG, (16, 900)), {"group_size": 3, "head_dim": head_dim}
+    step = PagedStep(StepCase(requests, dtype=dtype, window=window, **shape))
+    alone = step.run(native)
+    threads(3)
+    assert torch.equal(step.run(native), alone)
+    ends = torch.tensor([length for length, _ in requests]).cumsum(0).tolist()
+    for row, (length, _) in enumerate(requests):
+        served = step.run(RawAttention(library.raw, [row]))
+        rows = slice(ends[row] - length, ends[row])
+        assert torch.equal(served[rows], alone[rows])
+        assert served.isnan().flatten(1).all(1).sum() == len(served) - length
+    lone = PagedStep(StepCase(tuple((1, total) for _, total in requests), dtype=dtype, window=window, **shape))
+    assert torch.equal(lone.run(native), alone[[end - 1 for end in ends]])
+
+
+@pytest.mark.parametrize("dtype", CODES)
+@pytest.mark.parametrize("head_dim", [24, 32])
+@pytest.mark.parametrize("window", [None, 3])
+def test_what_a_query_does_not_see_may_be_no_number(native, dtype, head_dim, window):
+    requests = ((9, 20), (16, 300), (5, 5))
+    step = PagedStep(StepCase(requests, dtype=dtype, window=window, head_dim=head_dim))
+    clean, start = step.run(native), 0
+    for row, (_, total) in enumerate(requests):
+        step.keys[row][total - 2] = torch.nan
+        step.values[row][total - 1] = torch.nan
+    out = step.run(native)
+    for length, _ in requests:
+        end = start + length
+        assert torch.equal(out[start : end - 2], clean[start : end - 2])
+        assert out[end - 2 : end].isnan().all()
+        start = end
+
+
+@pytest.mark.parametrize("dtype", CODES)
+def test_write_puts_rows_at_their_slots_and_keeps_all_else(native, dtype):
+    step = PagedStep(StepCase(((3, 3), (1, 1)), dtype=dtype, head_dim=5))
+    step.bind(native)
+    fused = torch.randn(4, 6, 5).to(dtype)
+    key, value = fused[:, 2:4], fused[:, 4:]
+    batch = step.batch([(0, 0, 3), (1, 0, 1)])
+    batch.slots[1] = -1
+    native.write(key, value, step.cache, batch)
+    expected = torch.full_like(step.elements, torch.nan).view(step.num_blocks, len(LAYERS), 2, 2, 16, 5)
+    for token in (0, 2, 3):
+        block, offset = divmod(int(batch.slots[token]), 16)
+        expected[block, BOUND_LAYER, 0, :, offset] = key[token]
+        expected[block, BOUND_LAYER, 1, :, offset] = value[token]
+    torch.testing.assert_close(step.elements.view(expected.shape), expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", CODES)
+def test_a_long_write_equals_a_row_by_row_one(native, threads, dtype):
+    threads(3)
+    step = PagedStep(StepCase(((300, 300),), dtype=dtype, head_dim=128))
+    step.bind(native)
+    step.write(native, [(0, 0, 300)])
+    whole = step.elements.clone()
+    step.bind(native)
+    for token in range(300):
+        step.write(native, [(0, token, token + 1)])
+    torch.testing.assert_close(step.elements, whole, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize("extras", EXTRAS)
+@pytest.mark.parametrize("requests", [MIXED, LONG, ((1, 30), (1, 200)), ((64, 64),)])
+def test_short_and_long_queries_of_one_step(library, requests, window, extras):
+    """The backend as devices have it: short queries by the kernel, long ones by torch."""
+    _assert_exact(PagedStep(StepCase(requests, window=window, **extras)), NativeAttention(library))

@@ -1,0 +1,79 @@
+"""The library's threads: asleep when idle, safe with several callers, gone and replaced in a child process."""
+
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+
+import torch
+
+from zif_cpu.library import Library, load_library
+
+from .test_linear import multiply
+
+
+def test_idle_threads_use_no_processor_time(library):
+    multiply(library, torch.randn(4, 64), torch.randn(256, 64))
+    time.sleep(0.05)
+    before = time.process_time()
+    time.sleep(1.0)
+    assert time.process_time() - before < 0.01
+
+
+def test_callers_in_several_threads_get_their_own_results(library):
+    weight = torch.randn(300, 128)
+    inputs = [torch.randn(5, 128) for _ in range(4)]
+    wrong = []
+
+    def call(x):
+        for _ in range(50):
+            if not torch.allclose(multiply(library, x, weight), x @ weight.T, atol=1e-3):
+                wrong.append(x)
+
+    threads = [threading.Thread(target=call, args=(x,)) for x in inputs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not wrong
+    assert not any(thread.is_alive() for thread in threads)
+
+
+def test_changing_the_number_of_threads_between_calls(library):
+    x, weight = torch.randn(3, 64), torch.randn(200, 64)
+    for num_threads in (1, 4, 2, 8, 1, 3):
+        assert library.raw.zif_cpu_use_threads(num_threads) == 0
+        assert torch.allclose(multiply(library, x, weight), x @ weight.T, atol=1e-3)
+
+
+def test_a_child_process_computes_too():
+    """A fork has none of the parent's threads; what waits for them would wait for ever."""
+    if not isinstance(load_library(), Library):
+        return
+    code = textwrap.dedent(
+        """
+        import os, ctypes
+        import numpy as np
+        from zif_cpu.library import load_library
+
+        library = load_library()
+        library.use(library.isas[-1], 2)
+        x, weight, y = np.ones((2, 64), np.float32), np.ones((128, 64), np.float32), np.zeros((2, 128), np.float32)
+
+        def multiply():
+            at = [array.ctypes.data for array in (x, weight, y)]
+            library.raw.zif_cpu_linear(at[0], 64, at[1], None, at[2], 2, 64, 128, 0)
+            return int(y.sum())
+
+        assert multiply() == 2 * 128 * 64
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if multiply() == 2 * 128 * 64 else 1)
+        print(os.waitpid(child, 0)[1], multiply())
+        """
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "ZIF_CPU_ISA"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == ["0", str(2 * 128 * 64)], done.stderr
