@@ -9,6 +9,7 @@
 #   make conform  prove the CPU platform and the reference platform; bundles go to build/conformance
 #   make conform-gpus  the suite on the platforms of GPUs; where there is none, in Triton's interpreter
 #   make static-code  compile the kernels for every architecture, without a GPU, and judge their code
+#   make sanitize  the native kernels of zif-cpu under the address and undefined-behaviour sanitizers
 #   make self-test  try the suite on its bank of mutants: each must be killed by the test that is known to do so
 #   make matrix  write README's support matrix from the bundles of make conform
 #   make freeze  regenerate the must-pass lists of the conformance profiles, and the list of clauses and tests
@@ -39,7 +40,7 @@ TYPED := core/src $(PLUGINS:%=plugins/%/src) conformance/src
 TESTS := core/tests $(PLUGINS:%=plugins/%/tests) conformance/tests
 FAST := $(addprefix core/tests/,contract host house settings scheduling kv null simulation text cli) conformance/tests
 
-.PHONY: run test test-intel test-tpu check simulate bench conform conform-gpus static-code self-test matrix freeze lock clean environment
+.PHONY: run test test-intel test-tpu check simulate bench conform conform-gpus static-code sanitize self-test matrix freeze lock clean environment
 
 run: $(INSTALLED)
 	$(BIN)/zif generate $(MODEL) --prompt "$(PROMPT)" --max-tokens 128 --temperature 0.6 --top-p 0.9 --request-seed 1
@@ -68,6 +69,13 @@ conform-gpus: $(INSTALLED_DEV)
 
 static-code: $(INSTALLED_DEV)
 	for gpu in $(PROVEN_GPUS); do $(BIN)/zif conform --platform $$gpu --level L8 || exit 1; done
+
+sanitize: $(INSTALLED_DEV)
+	cmake -S plugins/cpu -B build/sanitize -DZIF_CPU_SANITIZE=ON
+	cmake --build build/sanitize --parallel $(WORKERS)
+	LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so)" \
+	    ASAN_OPTIONS=detect_leaks=0 ZIF_CPU_LIBRARY=build/sanitize/libzif_cpu.so OMP_NUM_THREADS=1 \
+	    $(BIN)/python -m pytest -q -n $(WORKERS) -k "not compile" plugins/cpu/tests/native
 
 simulate: $(INSTALLED)
 	$(BIN)/zif simulate --seed $(SEED) --steps 2000000 --workers $(WORKERS)

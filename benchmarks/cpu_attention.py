@@ -12,12 +12,21 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from zif.contract import AttentionBatch, AttentionParams, FullAttentionSpec, KVArena, KVGroup, SlidingWindowSpec
+from zif.contract import (
+    AttentionBackend,
+    AttentionBatch,
+    AttentionParams,
+    FullAttentionSpec,
+    KVArena,
+    KVGroup,
+    SlidingWindowSpec,
+)
 from zif.host.attention import TiledAttention
 from zif.host.tiling import TileLimits
 
@@ -49,12 +58,11 @@ CASES = (
 )
 
 
-def paged(case: Case, dtype: torch.dtype, limits: TileLimits) -> Callable[[], torch.Tensor]:
+def paged(case: Case, dtype: torch.dtype, backend: AttentionBackend[Any, Any]) -> Callable[[], torch.Tensor]:
     """Build one step over a randomly permuted block table; return what runs its `attend`."""
     dtype_name = str(dtype).removeprefix("torch.")
     shape = ((0,), NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, dtype_name)
     spec = FullAttentionSpec(*shape) if case.window is None else SlidingWindowSpec(*shape, window=case.window)
-    backend = TiledAttention(limits)
     group = KVGroup(spec, backend.kv_layout(spec))
     per_request = -(-case.context // BLOCK_SIZE)
     num_blocks = case.num_requests * per_request
@@ -118,7 +126,7 @@ def main() -> None:
     print(f"{'case':<28} {'dtype':<9} {'paged ms':>9} {'dense ms':>9} {'ratio':>6}")
     for case in CASES:
         for dtype in (torch.float32, torch.bfloat16):
-            ours = seconds(paged(case, dtype, TileLimits(**given)), repeats)
+            ours = seconds(paged(case, dtype, TiledAttention(TileLimits(**given))), repeats)
             theirs = seconds(dense(case, dtype), repeats)
             name = str(dtype).removeprefix("torch.")
             print(f"{case.name:<28} {name:<9} {ours * 1e3:9.2f} {theirs * 1e3:9.2f} {ours / theirs:6.2f}")

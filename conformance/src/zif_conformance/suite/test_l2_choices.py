@@ -50,7 +50,7 @@ NOT_FINITE = {"nan": math.nan, "infinity": math.inf, "all-excluded": -math.inf}
 
 
 @conforms(level="L2", gate="G1", clause="9.5")
-@pytest.mark.parametrize("vocab_size", SIZES)
+@pytest.mark.parametrize("vocab_size", [SIZES[0], SIZES[-1]])
 @pytest.mark.parametrize("name", FILTERS)
 def test_value(device: Device, name: str, vocab_size: int, record_gate: Any) -> None:
     logits = zipf_logits(12, vocab_size, seed=vocab_size)
@@ -158,7 +158,8 @@ def test_strides_do_not_matter(device: Device, record_gate: Any) -> None:
     if chosen is None:
         _left_to_core(record_gate)
         return
-    hold(record_gate, exact(chosen.token_ids.cpu(), choices.token_ids, "tokens"))
+    peaks = exact(chosen.peaks.cpu(), logits.amax(dim=1), "peaks")
+    hold(record_gate, exact(chosen.token_ids.cpu(), choices.token_ids, "tokens"), peaks)
 
 
 def _choices(logits: torch.Tensor, rows: list[RowOptions]) -> Choices:

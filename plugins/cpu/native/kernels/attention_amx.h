@@ -36,6 +36,7 @@ public:
             uint32_t* to = packed_ + row / kTile * kTile * head_dim / 2 + row % kTile;
             for (int64_t i = 0; i < head_dim / 2; ++i) std::memcpy(to + i * kTile, query + row * head_dim + 2 * i, 4);
         }
+        stored();
     }
 
     // Put the dot products with kTiles * 16 keys into scores[row][key].
@@ -69,6 +70,7 @@ private:
         for (int64_t i = 0; i < kTile; ++i) {
             std::memcpy(copy + i * head_dim_, keys + offsets[i], head_dim_ * sizeof(BFloat16));
         }
+        stored();
         return copy;
     }
 

@@ -117,7 +117,11 @@ void multiply_by_dots(const Rows<T>& x, const T* weight, int64_t begin, int64_t 
         for (; token + kTileTokens <= x.tokens; token += kTileTokens) {
             dot_column<T, kTileTokens>(x, weight, token, output, stop, target);
         }
-        for (; token < x.tokens; ++token) dot_column<T, 1>(x, weight, token, output, stop, target);
+        switch (x.tokens - token) {
+            case 3: dot_column<T, 3>(x, weight, token, output, stop, target); break;
+            case 2: dot_column<T, 2>(x, weight, token, output, stop, target); break;
+            case 1: dot_column<T, 1>(x, weight, token, output, stop, target); break;
+        }
     }
 }
 

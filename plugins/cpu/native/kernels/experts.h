@@ -48,6 +48,26 @@ class Experts {
 public:
     explicit Experts(const zif_cpu_experts_call& call) : call_(call), entries_(call.tokens * call.chosen) {}
 
+    // Tokens in pieces whose scratch memory is bounded.
+    int32_t run_pieces() const {
+        const int64_t token_bytes = call_.chosen * (call_.channels + 3 * call_.inner) * int64_t(sizeof(T));
+        const int64_t piece = kPieceBytes / token_bytes > kLeastTokens ? kPieceBytes / token_bytes : kLeastTokens;
+        for (int64_t first = 0; first < call_.tokens; first += piece) {
+            zif_cpu_experts_call part = call_;
+            part.x = typed(call_.x) + first * call_.x_stride;
+            part.y = const_cast<T*>(typed(call_.y)) + first * call_.channels;
+            part.weights += first * call_.chosen;
+            part.ids += first * call_.chosen;
+            part.tokens = call_.tokens - first < piece ? call_.tokens - first : piece;
+            if (Experts(part).run() != 0) return -1;
+        }
+        return 0;
+    }
+
+private:
+    static constexpr int64_t kPieceBytes = 256 << 20;
+    static constexpr int64_t kLeastTokens = 64;
+
     int32_t run() {
         auto* table = static_cast<int64_t*>(scratch(0, 1, (2 * entries_ + 2 * call_.experts + 1) * 8));
         dispatch_ = {table, table + entries_, table + 2 * entries_, table + 2 * entries_ + call_.experts + 1, 0};
@@ -67,7 +87,6 @@ public:
         return 0;
     }
 
-private:
     static const T* typed(const void* array) { return static_cast<const T*>(array); }
 
     void lay_out() {
@@ -149,9 +168,9 @@ private:
 
 int32_t experts(const zif_cpu_experts_call* call) {
     switch (call->dtype) {
-        case ZIF_FLOAT32: return Experts<float>(*call).run();
-        case ZIF_BFLOAT16: return Experts<BFloat16>(*call).run();
-        case ZIF_FLOAT16: return Experts<Float16>(*call).run();
+        case ZIF_FLOAT32: return Experts<float>(*call).run_pieces();
+        case ZIF_BFLOAT16: return Experts<BFloat16>(*call).run_pieces();
+        case ZIF_FLOAT16: return Experts<Float16>(*call).run_pieces();
     }
     return -1;
 }

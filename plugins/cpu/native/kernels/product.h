@@ -11,10 +11,6 @@ namespace {
 constexpr int64_t kChunk = 32;     // outputs of a task
 constexpr int64_t kPartRows = 16;  // rows that are made ready at once
 
-#if defined(__AMX_BF16__)
-constexpr int64_t kTokensForTiles = 1;
-#endif
-
 inline int64_t num_chunks(int64_t outputs) { return (outputs + kChunk - 1) / kChunk; }
 
 inline int64_t chunk_end(int64_t chunk, int64_t outputs) {
@@ -24,6 +20,12 @@ inline int64_t chunk_end(int64_t chunk, int64_t outputs) {
 template <class T>
 constexpr bool kHeldAsIs = sizeof(typename Multiplier<T>::Held) == sizeof(T);
 
+#if defined(__AMX_BF16__)
+// Whether products of T are made by tiles: from one token on, as reading the weights limits even that.
+template <class T>
+constexpr bool kTiled = kHeldAsIs<T> && sizeof(T) == 2;
+#endif
+
 // Activations x, [tokens, inputs], as a product wants them: as they are, widened, or packed for tiles.
 template <class T>
 class Operand {
@@ -31,7 +33,7 @@ public:
     // The memory that `tokens` rows need; 0 where they are used as they are.
     static int64_t bytes(int64_t tokens, int64_t inputs) {
 #if defined(__AMX_BF16__)
-        if (tiled(tokens)) return packed_bytes(tokens, inputs);
+        if constexpr (kTiled<T>) return packed_bytes(tokens, inputs);
 #endif
         return kHeldAsIs<T> ? 0 : tokens * inputs * 4;
     }
@@ -47,9 +49,7 @@ public:
 
     void prepare(int64_t part) const {
 #if defined(__AMX_BF16__)
-        if constexpr (kHeldAsIs<T> && sizeof(T) == 2) {
-            if (tiled(tokens_)) return pack_tile(x_, stride_, packed(), part);
-        }
+        if constexpr (kTiled<T>) return pack_tile(x_, stride_, packed(), part);
 #endif
         if constexpr (!kHeldAsIs<T>) widen(part);
     }
@@ -57,9 +57,7 @@ public:
     // All tokens times outputs `begin` to `end` - 1 of weight, [outputs, inputs].
     void multiply(const T* weight, int64_t begin, int64_t end, const Target<T>& target) const {
 #if defined(__AMX_BF16__)
-        if constexpr (kHeldAsIs<T> && sizeof(T) == 2) {
-            if (tiled(tokens_)) return multiply_by_tiles(packed(), weight, begin, end, target);
-        }
+        if constexpr (kTiled<T>) return multiply_by_tiles(packed(), weight, begin, end, target);
 #endif
         multiply_by_dots(rows(), weight, begin, end, target);
     }
@@ -68,8 +66,6 @@ private:
     typedef typename Multiplier<T>::Held Held;
 
 #if defined(__AMX_BF16__)
-    static bool tiled(int64_t tokens) { return kHeldAsIs<T> && sizeof(T) == 2 && tokens >= kTokensForTiles; }
-
     PackedRows packed() const { return {static_cast<const uint32_t*>(memory_), tokens_, inputs_}; }
 #endif
 

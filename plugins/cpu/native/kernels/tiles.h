@@ -16,6 +16,9 @@ constexpr int64_t kTile = 16;        // rows of a tile
 constexpr int64_t kTileInputs = 32;  // bfloat16 elements of a row of a tile
 constexpr int64_t kTileWords = kTile * kTile;
 
+// Tiles are loaded by instructions of which GCC 12 does not know that they read memory: what was stored must be there.
+inline void stored() { asm volatile("" ::: "memory"); }
+
 struct alignas(64) TileConfig {
     uint8_t palette = 1;
     uint8_t start_row = 0;
@@ -29,6 +32,7 @@ class TileRegisters {
 public:
     TileRegisters() {
         const TileConfig config;
+        stored();
         _tile_loadconfig(&config);
     }
     ~TileRegisters() { _tile_release(); }
@@ -87,6 +91,7 @@ inline WeightTile weight_tile(const BFloat16* weight, int64_t inputs, int64_t ro
         const __m512i words = row + i < end ? _mm512_maskz_loadu_epi16(valid, from + i * inputs) : _mm512_setzero_si512();
         _mm512_storeu_si512(copy + i * kTileInputs, words);
     }
+    stored();
     return {copy, kTileInputs * 2};
 }
 

@@ -51,7 +51,6 @@ public:
     int size() const { return static_cast<int>(threads_.size()) + 1; }
 
     bool resize(int count) {
-        std::lock_guard<std::mutex> one_call(calls_);
         if (count == size()) return true;
         stop();
         while (static_cast<int>(scratch_.size()) < count) scratch_.push_back(std::make_unique<Scratch>());
@@ -66,7 +65,6 @@ public:
     }
 
     void run(const Work& work) {
-        std::lock_guard<std::mutex> one_call(calls_);
         if (threads_.empty() || work.count == 1) {
             for (int64_t index = 0; index < work.count; ++index) work.task(work.context, index, 0);
             return;
@@ -91,6 +89,8 @@ public:
         }
         return own.memory[purpose];
     }
+
+    std::mutex& calls() { return calls_; }
 
     // In a child of fork the threads are gone: it has only the caller's. Their handles cannot be joined.
     void forget_threads() {
@@ -169,6 +169,10 @@ Pool& pool() {
 }
 
 }  // namespace
+
+OneCall::OneCall() { pool().calls().lock(); }
+
+OneCall::~OneCall() { pool().calls().unlock(); }
 
 void parallel(int64_t count, void (*task)(const void*, int64_t, int), const void* context) {
     if (count <= 0) return;

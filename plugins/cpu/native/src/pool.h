@@ -5,6 +5,15 @@
 
 namespace zif {
 
+// One call of the library at a time: held for the whole of it, because a call's scratch memory lives as long. What
+// follows is for whoever holds it.
+class OneCall {
+public:
+    OneCall();
+    ~OneCall();
+    OneCall(const OneCall&) = delete;
+};
+
 // Run task(context, index, thread) for every index below `count`, on all threads; `thread` counts from 0 below
 // `num_threads()`. Indices are handed out one by one, in order. Returns when all have run. Tasks must not call
 // it themselves.

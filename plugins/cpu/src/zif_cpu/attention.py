@@ -67,8 +67,7 @@ class NativeAttention(AttentionBackend[LayerCache, NativeStep]):
 
     def write(self, key: torch.Tensor, value: torch.Tensor, cache: LayerCache, prepared: NativeStep) -> None:
         keys, values = cache.keys, cache.values
-        if key.dtype != keys.dtype:
-            key, value = key.to(keys.dtype), value.to(keys.dtype)
+        key, value = key.to(keys.dtype), value.to(keys.dtype)
         row = prepared.block_size * cache.head_dim
         self._raw.zif_cpu_write_kv(
             *(key.data_ptr(), key.stride(0), value.data_ptr(), value.stride(0), keys.data_ptr(), values.data_ptr()),

@@ -1,7 +1,6 @@
 """The operators as nodes of torch's graphs, `zif_cpu::*`: what `torch.compile` sees in place of calls of the library.
 
-A node runs what `NativeOps` runs. Registered once per process, as the library is loaded once. `zif_cpu.operators` calls
-the functions below where a graph is being traced.
+A node runs what the `NativeOps` made last runs. `zif_cpu.operators` calls the functions below where a graph is traced.
 """
 
 from collections.abc import Callable
@@ -61,38 +60,54 @@ def experts(x: torch.Tensor, weights: ExpertWeights, routed: RouterOutput, activ
     return y
 
 
+class _Serving:
+    """Whose operators the nodes run."""
+
+    eager: Eager
+
+
+_serving = _Serving()
+
+
 def register(eager: Eager) -> None:
-    """Make the nodes known to torch. Where they are known, the first caller's stay."""
+    """Let the nodes run `eager` from now on; the first caller makes them known to torch."""
+    _serving.eager = eager
     if hasattr(_nodes, "linear"):
         return
-    _register_projections(eager)
-    _register_norms(eager)
-    _register_rotation(eager)
-    _register_experts(eager)
+    _register_projections()
+    _register_norms()
+    _register_rotation()
+    _register_experts()
 
 
-def _register_projections(eager: Eager) -> None:
+def _register_projections() -> None:
+    def multiplied(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return _serving.eager.linear(x, weight, bias)
+
     def linear_shape(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return x.new_empty(*x.shape[:-1], weight.shape[0])
 
     def gated(gate_up: torch.Tensor, activation: str) -> torch.Tensor:
-        return eager.gated_activation(gate_up, Activation(activation))
+        return _serving.eager.gated_activation(gate_up, Activation(activation))
 
     def gated_shape(gate_up: torch.Tensor, activation: str) -> torch.Tensor:
         return gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
 
-    _define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor", eager.linear, linear_shape)
+    _define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor", multiplied, linear_shape)
     _define("gated_activation(Tensor gate_up, str activation) -> Tensor", gated, gated_shape)
 
 
-def _register_norms(eager: Eager) -> None:
+def _register_norms() -> None:
+    def normed(x: torch.Tensor, weight: torch.Tensor, eps: float, weight_offset: float) -> torch.Tensor:
+        return _serving.eager.rms_norm(x, weight, eps, weight_offset)
+
     def norm_shape(x: torch.Tensor, weight: torch.Tensor, eps: float, weight_offset: float) -> torch.Tensor:
         return x.new_empty(x.shape)
 
     def add(
         x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, weight_offset: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        output = eager.add_rms_norm(x, residual, weight, eps, weight_offset)
+        output = _serving.eager.add_rms_norm(x, residual, weight, eps, weight_offset)
         return output.normed, output.residual
 
     def add_shape(
@@ -101,15 +116,15 @@ def _register_norms(eager: Eager) -> None:
         return x.new_empty(x.shape), x.new_empty(x.shape)
 
     scales = "Tensor weight, float eps, float weight_offset"
-    _define(f"rms_norm(Tensor x, {scales}) -> Tensor", eager.rms_norm, norm_shape)
+    _define(f"rms_norm(Tensor x, {scales}) -> Tensor", normed, norm_shape)
     _define(f"add_rms_norm(Tensor x, Tensor residual, {scales}) -> (Tensor, Tensor)", add, add_shape)
 
 
-def _register_rotation(eager: Eager) -> None:
+def _register_rotation() -> None:
     def rotated(
         query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        heads = eager.rotate(query, key, cos, sin, interleaved)
+        heads = _serving.eager.rotate(query, key, cos, sin, interleaved)
         return heads.query, heads.key
 
     def rotated_shape(
@@ -121,11 +136,11 @@ def _register_rotation(eager: Eager) -> None:
     _define(f"rotate({heads}) -> (Tensor, Tensor)", rotated, rotated_shape)
 
 
-def _register_experts(eager: Eager) -> None:
+def _register_experts() -> None:
     def mixed(
         x: torch.Tensor, weights: list[torch.Tensor], shares: torch.Tensor, ids: torch.Tensor, activation: str
     ) -> torch.Tensor:
-        return eager.experts(x, ExpertWeights(*weights), RouterOutput(shares, ids), Activation(activation))
+        return _serving.eager.experts(x, ExpertWeights(*weights), RouterOutput(shares, ids), Activation(activation))
 
     def mixed_shape(
         x: torch.Tensor, weights: list[torch.Tensor], shares: torch.Tensor, ids: torch.Tensor, activation: str

@@ -14,7 +14,8 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from types import MappingProxyType
 
-from zif.errors import ConfigError
+from zif.errors import ConfigError, PlatformUnavailableError
+from zif_cpu.settings import library_file
 
 ABI = 1
 """The version of the C ABI that this package calls."""
@@ -77,10 +78,16 @@ class Library:
     isas: tuple[str, ...]
 
     def use(self, isa: str, num_threads: int) -> None:
-        """Choose one of `isas` and the number of threads, for the whole process."""
+        """Choose one of `isas` and the number of threads, for the whole process.
+
+        Raises `PlatformUnavailableError` when the system gives no more threads.
+        """
         assert isa in self.isas, f"isa={isa!r} is none of {self.isas!r}"
         self.raw.zif_cpu_use_isa(isa.encode())
-        self.raw.zif_cpu_use_threads(num_threads)
+        if self.raw.zif_cpu_use_threads(num_threads):
+            raise PlatformUnavailableError(
+                f"the system gives this process no {num_threads} threads; set ZIF_CPU_THREADS lower, or raise its limit"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,23 +121,30 @@ def choose_kernels(asked: str | None) -> Kernels:
 def load_library() -> Library | str:
     """Load the library, once per process. Returns why there is none in place of one, in a sentence."""
     found = [path for path in _places() if path.is_file()]
+    if not found and library_file():
+        return f"ZIF_CPU_LIBRARY={str(library_file())!r} is no file; unset it, or build that library"
     if not found:
         return (
-            "zif-cpu was installed without its native kernels; install a C++20 compiler (g++ 12 or clang 16 or later), "
-            "then zif-cpu again"
+            "zif-cpu was installed without its native kernels; install a C++20 compiler (g++ 12, on ARM 13, or clang "
+            "16, or later), then zif-cpu again"
         )
     try:
         raw = ctypes.CDLL(str(found[0]))
     except OSError as error:
         return f"the native kernels do not load: {error}; install zif-cpu again on this machine"
-    abi = raw.zif_cpu_abi()
-    if abi != ABI:
-        return f"{str(found[0])!r} has version {abi} of the interface, zif-cpu calls {ABI}; install zif-cpu again"
-    return Library(raw, _declare(raw))
+    try:
+        abi = raw.zif_cpu_abi()
+        if abi != ABI:
+            return f"{str(found[0])!r} has version {abi} of the interface, zif-cpu calls {ABI}; install zif-cpu again"
+        return Library(raw, _declare(raw))
+    except AttributeError as error:
+        return f"{str(found[0])!r} is not the library of zif-cpu: {error}; install zif-cpu again"
 
 
 def _places() -> list[Path]:
     """Return where the library may lie: beside this file, or, of an editable install, where the installer put it."""
+    if named := library_file():
+        return [named]
     places = [Path(__file__).with_name(_FILE)]
     with suppress(PackageNotFoundError):
         places.append(Path(str(distribution("zif-cpu").locate_file(f"zif_cpu/{_FILE}"))))

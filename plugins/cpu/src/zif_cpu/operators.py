@@ -22,6 +22,9 @@ from zif_cpu.library import ACTIVATION_CODES, DTYPE_CODES, ExpertsCall, Library
 MAX_TOKENS = 64
 """Up to as many tokens `linear` is native: beyond, weights are read once for many, and torch's products are faster."""
 
+MAX_TOKENS_PER_EXPERT = 64
+"""The same for the tokens of an expert, with instructions for 16-bit products but no tiles: torch is much faster."""
+
 _ANY_NUMBER = 1 << 30
 MAX_TOKENS_BY_ISA: Mapping[tuple[str, str], int] = MappingProxyType(
     {
@@ -57,6 +60,7 @@ class NativeOps(ReferenceOps):
         self._rotate_kernel = raw.zif_cpu_rotate
         self._gated_activation_kernel = raw.zif_cpu_gated_activation
         self._experts_kernel = raw.zif_cpu_experts
+        self._limits_experts = isa == "avx512_bf16"
         self._max_tokens = {
             code: MAX_TOKENS_BY_ISA.get((isa, dtype), MAX_TOKENS) for dtype, code in DTYPE_CODES.items()
         }
@@ -206,7 +210,7 @@ class NativeOps(ReferenceOps):
         self, x: torch.Tensor, weights: ExpertWeights, routed: RouterOutput, activation: Activation
     ) -> torch.Tensor:
         call = _experts_call(x, weights, routed, activation)
-        if call is None:
+        if call is None or (self._limits_experts and call.tokens * call.chosen > MAX_TOKENS_PER_EXPERT * call.experts):
             return super().experts(x, weights, routed, activation)
         y = torch.empty_like(x)
         call.y = y.data_ptr()
@@ -217,7 +221,7 @@ class NativeOps(ReferenceOps):
 
 def _code(x: torch.Tensor, other: torch.Tensor) -> int | None:
     """Return the code of the dtype of both, or None where they differ or the library does not serve them."""
-    if type(x) in _PLAIN and type(other) in _PLAIN and x.is_cpu and other.is_cpu:
+    if type(x) in _PLAIN and type(other) in _PLAIN and x.is_cpu and other.is_cpu and not (x.is_neg() or other.is_neg()):
         dtype = x.dtype
         if other.dtype is dtype:
             return _CODES.get(dtype)

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 
 from zif.host import threads
 
@@ -23,6 +24,15 @@ def instruction_set(environ: Mapping[str, str] | None = None) -> str | None:
     `environ` None is the process's environment. Whether it serves here is not looked at.
     """
     return (os.environ if environ is None else environ).get("ZIF_CPU_ISA") or None
+
+
+def library_file(environ: Mapping[str, str] | None = None) -> Path | None:
+    """Return the file that `ZIF_CPU_LIBRARY` names in place of the installed native library; None when it is unset.
+
+    `environ` None is the process's environment.
+    """
+    named = (os.environ if environ is None else environ).get("ZIF_CPU_LIBRARY")
+    return Path(named) if named else None
 
 
 def limit_spinning() -> None:

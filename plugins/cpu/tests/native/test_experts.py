@@ -11,7 +11,14 @@ from zif_cpu.library import ACTIVATION_CODES, DTYPE_CODES, ExpertsCall
 
 REFERENCE = ReferenceOps()
 # Tokens, channels, inner channels, experts, experts per token.
-SHAPES = ((1, 64, 32, 4, 2), (5, 96, 48, 8, 3), (40, 33, 17, 6, 2), (64, 128, 80, 16, 4), (3, 16, 16, 1, 1))
+SHAPES = (
+    (1, 64, 32, 4, 2),
+    (5, 96, 48, 8, 3),
+    (40, 33, 17, 6, 2),
+    (64, 128, 80, 16, 4),
+    (3, 16, 16, 1, 1),
+    (150, 64, 32, 8, 2),
+)
 
 
 def _arguments(shape, dtype, with_bias):

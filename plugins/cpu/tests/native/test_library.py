@@ -98,6 +98,29 @@ def test_a_file_that_is_no_library_is_told(monkeypatch, tmp_path):
     assert said.startswith("the native kernels do not load")
 
 
+def test_a_named_file_that_is_not_there_is_told(monkeypatch, tmp_path):
+    monkeypatch.setenv("ZIF_CPU_LIBRARY", str(tmp_path / "missing.so"))
+    load_library.cache_clear()
+    said = load_library()
+    load_library.cache_clear()
+    assert said == f"ZIF_CPU_LIBRARY={str(tmp_path / 'missing.so')!r} is no file; unset it, or build that library"
+
+
+def test_a_library_of_something_else_is_told(monkeypatch):
+    monkeypatch.setenv("ZIF_CPU_LIBRARY", _path_of_libc())
+    load_library.cache_clear()
+    said = load_library()
+    load_library.cache_clear()
+    assert isinstance(said, str)
+    assert "is not the library of zif-cpu" in said
+
+
+def _path_of_libc():
+    """Return a library that is surely loaded."""
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    return next(line.split()[-1] for line in lines if "libc.so" in line or "libc-" in line)
+
+
 def test_loading_imports_no_array_library():
     source = Path(native.__file__).parents[1]
     code = (

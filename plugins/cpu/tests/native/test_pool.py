@@ -7,6 +7,7 @@ import textwrap
 import threading
 import time
 
+import pytest
 import torch
 
 from zif_cpu.library import Library, load_library
@@ -22,17 +23,20 @@ def test_idle_threads_use_no_processor_time(library):
     assert time.process_time() - before < 0.01
 
 
-def test_callers_in_several_threads_get_their_own_results(library):
-    weight = torch.randn(300, 128)
-    inputs = [torch.randn(5, 128) for _ in range(4)]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_callers_in_several_threads_get_their_own_results(library, dtype):
+    """Arguments that need scratch memory, of several sizes: one caller's must not become another's."""
+    weight = torch.randn(100, 128).to(dtype)
+    inputs = [torch.randn(tokens, 128).to(dtype) for tokens in (5, 33, 60)]
+    expected = [multiply(library, x, weight) for x in inputs]
     wrong = []
 
-    def call(x):
-        for _ in range(50):
-            if not torch.allclose(multiply(library, x, weight), x @ weight.T, atol=1e-3):
-                wrong.append(x)
+    def call(x, alone):
+        for _ in range(100):
+            if not torch.equal(multiply(library, x, weight), alone):
+                wrong.append(len(x))
 
-    threads = [threading.Thread(target=call, args=(x,)) for x in inputs]
+    threads = [threading.Thread(target=call, args=pair) for pair in zip(inputs, expected, strict=True)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -51,7 +55,7 @@ def test_changing_the_number_of_threads_between_calls(library):
 def test_a_child_process_computes_too():
     """A fork has none of the parent's threads; what waits for them would wait for ever."""
     if not isinstance(load_library(), Library):
-        return
+        pytest.skip(str(load_library()))
     code = textwrap.dedent(
         """
         import os, ctypes
