@@ -62,7 +62,9 @@ class GlooCommunicator(Communicator):
         self._calls: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
         self._aborted: Future[None] = Future()
         self._unusable = ""
-        threading.Thread(target=_serve, args=(self._calls,), name=f"gloo-{group.name}", daemon=True).start()
+        self._last: Future[None] | None = None
+        self._thread = threading.Thread(target=_serve, args=(self._calls,), name=f"gloo-{group.name}", daemon=True)
+        self._thread.start()
 
     def all_reduce(self, array: torch.Tensor) -> torch.Tensor:
         wide = torch.float32 if array.dtype in _SUMMED_IN_FLOAT32 else array.dtype
@@ -118,12 +120,16 @@ class GlooCommunicator(Communicator):
         self._unusable = self._unusable or reason
         self._aborted.set_result(None)
         self._calls.put(None)
+        if self._last is None or self._last.done():
+            # A thread that still ran while Python ends could take the process down: gloo's destructors wait for Python.
+            self._thread.join(self.group.deadline_s)
 
     def _run(self, operation: str, start: Callable[[], Work]) -> None:
         """Make one gloo call and wait for it, for the deadline at most."""
         if self._unusable:
             raise self._error(operation, self._unusable)
         call = _Call(start)
+        self._last = call.done
         self._calls.put(call)
         wait((call.done, self._aborted), timeout=self.group.deadline_s, return_when=FIRST_COMPLETED)
         if self._aborted.done():
@@ -158,18 +164,26 @@ class _Call:
         self.start = start
         self.done: Future[None] = Future()
 
+    def run(self) -> Exception | None:
+        """Make the call and wait for it. Returns the error that it ended with."""
+        try:
+            self.start().wait()
+        except (RuntimeError, ValueError) as error:  # gloo and the bindings raise nothing else
+            return error
+        return None
+
 
 def _serve(calls: "queue.SimpleQueue[_Call | None]") -> None:
     """Make calls one after the other until None comes."""
     while (call := calls.get()) is not None:
-        try:
-            call.start().wait()
-        except (RuntimeError, ValueError) as error:  # gloo and the bindings raise nothing else
-            call.done.set_exception(error)
-        else:
-            call.done.set_result(None)
-        # What the call holds must not die in this thread while the process exits: gloo's destructors end it then.
+        error, done = call.run(), call.done
+        # Who waits for it may end the process at once. What the call holds must be gone by then: if this thread were
+        # the last to hold gloo's objects, their destructors would take the process down while Python ends.
         del call
+        if error is None:
+            done.set_result(None)
+        else:
+            done.set_exception(error)
 
 
 MakeGroup = Callable[[Store, CommunicatorGroup, timedelta], object]
