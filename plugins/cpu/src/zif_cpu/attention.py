@@ -24,7 +24,7 @@ _CODES = {getattr(torch, name): code for name, code in DTYPE_CODES.items()}
 class NativeStep:
     """One group's step: what all its layers share.
 
-    slots: [T], int64. num_short: requests that the native kernel serves. tiled: the others, cut for torch.
+    slots: [T], int64. num_short: requests that the native kernel serves. tiled: the others, cut for torch, if any.
     """
 
     def __init__(self, batch: AttentionBatch) -> None:
@@ -41,7 +41,8 @@ class NativeStep:
         call.requests, call.query_start, call.seq_lens, call.block_table = (a.ctypes.data for a in self._arrays)
         call.num_requests, call.table_stride = len(short), self._arrays[3].shape[1]
         call.block_size, call.window = batch.block_size, batch.window or 0
-        self.tiled = prepare_step(batch, TileLimits(), shortest=MAX_SHORT_QUERIES + 1)
+        all_short = len(short) == len(batch.seq_lens)
+        self.tiled = None if all_short else prepare_step(batch, TileLimits(), shortest=MAX_SHORT_QUERIES + 1)
 
     @cached_property
     def all_tiled(self) -> PreparedStep:
@@ -87,7 +88,7 @@ class NativeAttention(AttentionBackend[LayerCache, NativeStep]):
         out = torch.empty(query.shape, dtype=query.dtype)
         if prepared.num_short:
             self._attend_short(query, cache, prepared, params, out)
-        if prepared.tiled.chunks:
+        if prepared.tiled is not None:
             self._tiled.attend_chunks(query, cache, prepared.tiled, params, out)
         return out
 
