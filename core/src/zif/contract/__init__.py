@@ -41,6 +41,7 @@ from zif.contract.ops import (
 )
 from zif.contract.plan import Decision, MemoryPlan, Outcome, Plan, Refusal, SchedulerConstraints, Workload
 from zif.contract.platform import DeviceInfo, Platform, Probe
+from zif.contract.quantization import QuantizedExperts, QuantizedWeight, WeightScheme
 from zif.contract.request import (
     DEFAULT_RETENTION_PRIORITY,
     CacheKey,
@@ -149,6 +150,8 @@ __all__ = [
     "PrefixReport",
     "Probe",
     "Progress",
+    "QuantizedExperts",
+    "QuantizedWeight",
     "RecurrentStateSpec",
     "Refusal",
     "RemoteTier",
@@ -170,6 +173,7 @@ __all__ = [
     "TokenLogprobs",
     "TokenUpdate",
     "Transfers",
+    "WeightScheme",
     "WholeHistorySpec",
     "Workload",
     "carry_out",

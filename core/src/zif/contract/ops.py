@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from zif.contract.arrays import Array, HostArray
+from zif.contract.quantization import QuantizedExperts, QuantizedWeight
 
 
 class Activation(StrEnum):
@@ -143,6 +144,22 @@ class OpTable(ABC):
     @abstractmethod
     def experts(self, x: Array, weights: ExpertWeights, routed: RouterOutput, activation: Activation) -> Array:
         """Sum the chosen experts' outputs by their weights. x: [T, C]. Returns [T, C], dtype of x."""
+
+    def quantized_linear(self, x: Array, weight: QuantizedWeight, bias: Array | None) -> Array:
+        """Return x @ weight.T + bias, sums in float32 or exact integers. x: [T, I]. bias: [O], dtype of x.
+
+        Called only where the device claims the feature of the weight's scheme. With dynamic activations token t is
+        first rounded to codes round(x[t] / s), ties to even, s = max |x[t]| / 127 in float32, 1 for a row of zeros, and
+        the product of codes is multiplied by both scales; x[t] with a NaN or an infinity gives a row of NaN. Returns
+        [T, O], dtype of x. Dettmers et al., 2022 (vector-wise quantization).
+        """
+        raise NotImplementedError(f"{type(self).__name__} claims no weights of scheme {weight.scheme.name}")
+
+    def quantized_experts(
+        self, x: Array, weights: QuantizedExperts, routed: RouterOutput, activation: Activation
+    ) -> Array:
+        """Do what `experts` does, each product being a `quantized_linear`. x: [T, C]. Returns [T, C], dtype of x."""
+        raise NotImplementedError(f"{type(self).__name__} claims no experts of scheme {weights.gate_up.scheme.name}")
 
     def choose_tokens(self, logits: Array, options: DrawOptions) -> ChosenTokens | None:
         """Choose the next token of each row on the device, or return None: core then uses the array library.

@@ -5,6 +5,8 @@ Written to be read: no kernel, no caching. A NaN in a token's row stays in that 
 be computed in float32 is computed in float64 when the arguments are: that is how an oracle runs it.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch.nn import functional
 
@@ -13,10 +15,13 @@ from zif.contract import (
     ExpertWeights,
     NormOutput,
     OpTable,
+    QuantizedExperts,
+    QuantizedWeight,
     RotatedHeads,
     RouterOutput,
     Routing,
 )
+from zif.reference.quantization import multiply, part_of
 
 SWIGLU_LIMIT = 7.0
 SWIGLU_ALPHA = 1.702
@@ -69,26 +74,52 @@ class ReferenceOps(OpTable):
         The sum over experts is in float32 and in the order of expert ids, so it does not depend on the other tokens.
         Raises `ValueError` on an expert that does not exist.
         """
-        _check_experts(routed.expert_ids, weights.gate_up.shape[0])
-        num_chosen = routed.expert_ids.shape[1]
-        order = routed.expert_ids.flatten().argsort(stable=True)
-        counts = torch.bincount(routed.expert_ids.flatten(), minlength=weights.gate_up.shape[0]).tolist()
-        total = torch.zeros(x.shape[0], weights.down.shape[1], dtype=_wide(x[:0]).dtype, device=x.device)
-        start = 0
-        for expert, count in enumerate(counts):
-            if count:
-                entries = order[start : start + count]
-                tokens = entries // num_chosen
-                share = routed.weights.flatten()[entries, None]
-                total.index_add_(0, tokens, _wide(self._expert(x[tokens], weights, expert, activation)) * share)
-                start += count
-        return total.to(x.dtype)
 
-    def _expert(self, x: torch.Tensor, weights: ExpertWeights, expert: int, activation: Activation) -> torch.Tensor:
-        gate_up_bias = None if weights.gate_up_bias is None else weights.gate_up_bias[expert]
-        down_bias = None if weights.down_bias is None else weights.down_bias[expert]
-        gate_up = self.linear(x, weights.gate_up[expert], gate_up_bias)
-        return self.linear(self.gated_activation(gate_up, activation), weights.down[expert], down_bias)
+        def one(x: torch.Tensor, expert: int) -> torch.Tensor:
+            gate_up = self.linear(x, weights.gate_up[expert], _entry(weights.gate_up_bias, expert))
+            inner = self.gated_activation(gate_up, activation)
+            return self.linear(inner, weights.down[expert], _entry(weights.down_bias, expert))
+
+        return _sum_of_experts(x, routed, weights.gate_up.shape[0], one)
+
+    def quantized_linear(self, x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | None) -> torch.Tensor:
+        return multiply(x, weight, bias)
+
+    def quantized_experts(
+        self, x: torch.Tensor, weights: QuantizedExperts, routed: RouterOutput, activation: Activation
+    ) -> torch.Tensor:
+        """Run each chosen expert once. Raises `ValueError` on an expert that does not exist."""
+
+        def one(x: torch.Tensor, expert: int) -> torch.Tensor:
+            gate_up = self.quantized_linear(x, part_of(weights.gate_up, expert), _entry(weights.gate_up_bias, expert))
+            inner = self.gated_activation(gate_up, activation)
+            return self.quantized_linear(inner, part_of(weights.down, expert), _entry(weights.down_bias, expert))
+
+        return _sum_of_experts(x, routed, weights.gate_up.codes.shape[0], one)
+
+
+def _entry(stack: torch.Tensor | None, index: int) -> torch.Tensor | None:
+    return None if stack is None else stack[index]
+
+
+def _sum_of_experts(
+    x: torch.Tensor, routed: RouterOutput, num_experts: int, one: Callable[[torch.Tensor, int], torch.Tensor]
+) -> torch.Tensor:
+    """Sum the chosen experts' outputs by their weights. one: the outputs of some rows of x by one expert, [n, C]."""
+    _check_experts(routed.expert_ids, num_experts)
+    num_chosen = routed.expert_ids.shape[1]
+    order = routed.expert_ids.flatten().argsort(stable=True)
+    counts = torch.bincount(routed.expert_ids.flatten(), minlength=num_experts).tolist()
+    total = torch.zeros(x.shape, dtype=_wide(x[:0]).dtype, device=x.device)
+    start = 0
+    for expert, count in enumerate(counts):
+        if count:
+            entries = order[start : start + count]
+            tokens = entries // num_chosen
+            share = routed.weights.flatten()[entries, None]
+            total.index_add_(0, tokens, _wide(one(x[tokens], expert)) * share)
+            start += count
+    return total.to(x.dtype)
 
 
 def _check_experts(expert_ids: torch.Tensor, num_experts: int) -> None:
