@@ -154,6 +154,23 @@ typedef struct {
 // Returns 0, or -1 when an id is no expert, in which case y is undefined.
 ZIF_CPU_PUBLIC int32_t zif_cpu_experts(const zif_cpu_experts_call* call);
 
+// The next token of each row: the most likely one at temperature 0, else one drawn, as OpTable.choose_tokens has it.
+typedef struct {
+    const float* logits;       // [rows, vocabulary], first axis strided
+    const float* temperature;  // [rows], and so are those below
+    const float* min_p;
+    const int64_t* top_k;
+    const double* top_p;
+    const int64_t* fractions;  // over 2**62
+    int64_t* tokens;           // [rows]
+    float* peaks;              // [rows]: the largest logit, NaN where the row has one
+    int64_t stride;
+    int64_t rows;
+    int64_t vocabulary;
+} zif_cpu_choice;
+
+ZIF_CPU_PUBLIC void zif_cpu_choose(const zif_cpu_choice* call);
+
 #ifdef __cplusplus
 }
 #endif

@@ -2,6 +2,7 @@
 #include "isa.h"
 
 #include "attention.h"
+#include "choice.h"
 #include "elementwise.h"
 #include "experts.h"
 #include "linear.h"
@@ -14,7 +15,7 @@ namespace ZIF_ISA {
 
 extern const Kernels kernels;
 const Kernels kernels = {
-    ZIF_TEXT(ZIF_ISA), linear, rms_norm, add_rms_norm, rotate, gated_activation, write_kv, attend, experts,
+    ZIF_TEXT(ZIF_ISA), linear, rms_norm, add_rms_norm, rotate, gated_activation, write_kv, attend, experts, choose,
 };
 
 }  // namespace ZIF_ISA

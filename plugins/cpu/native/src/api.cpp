@@ -51,6 +51,11 @@ void zif_cpu_attend(const zif_cpu_attention* call) {
     kernels().attend(call);
 }
 
+void zif_cpu_choose(const zif_cpu_choice* call) {
+    const OneCall one;
+    kernels().choose(call);
+}
+
 int32_t zif_cpu_experts(const zif_cpu_experts_call* call) {
     const OneCall one;
     return kernels().experts(call);

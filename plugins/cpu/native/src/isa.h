@@ -16,6 +16,7 @@ struct Kernels {
     decltype(&zif_cpu_write_kv) write_kv;
     decltype(&zif_cpu_attend) attend;
     decltype(&zif_cpu_experts) experts;
+    decltype(&zif_cpu_choose) choose;
 };
 
 // The table in use: at first the best that this processor runs.

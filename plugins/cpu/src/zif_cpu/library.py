@@ -66,6 +66,7 @@ _ARGUMENTS: Mapping[str, tuple[type, ...]] = MappingProxyType(
         "gated_activation": (_P,),
         "write_kv": (_P, _I, _P, _I, _P, _P, _I, _P, _I, _I, _I, _I, _N),
         "attend": (_P,),
+        "choose": (_P,),
     }
 )
 

@@ -14,9 +14,10 @@ from types import MappingProxyType
 import torch
 from torch.compiler import is_compiling
 
-from zif.contract import Activation, ExpertWeights, NormOutput, RotatedHeads, RouterOutput
+from zif.contract import Activation, ChosenTokens, DrawOptions, ExpertWeights, NormOutput, RotatedHeads, RouterOutput
 from zif.reference.ops import ReferenceOps
 from zif_cpu import compiled
+from zif_cpu.choices import choose_tokens
 from zif_cpu.library import ACTIVATION_CODES, DTYPE_CODES, ExpertsCall, Library
 
 MAX_TOKENS = 64
@@ -53,7 +54,7 @@ class NativeOps(ReferenceOps):
     """
 
     def __init__(self, library: Library, isa: str) -> None:
-        raw = library.raw
+        raw = self._raw = library.raw
         self._linear_kernel = raw.zif_cpu_linear
         self._rms_norm_kernel = raw.zif_cpu_rms_norm
         self._add_rms_norm_kernel = raw.zif_cpu_add_rms_norm
@@ -110,6 +111,9 @@ class NativeOps(ReferenceOps):
         if is_compiling():
             return compiled.experts(x, weights, routed, activation)
         return self._experts(x, weights, routed, activation)
+
+    def choose_tokens(self, logits: torch.Tensor, options: DrawOptions) -> ChosenTokens | None:
+        return choose_tokens(self._raw, logits, options)
 
     def _linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         shape, weight_shape = x.shape, weight.shape
