@@ -10,6 +10,7 @@ Native and torch take turns, case by case; times are medians. `--smoke` uses sma
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
@@ -21,10 +22,12 @@ from typing import Any
 
 import torch
 from cpu_attention import Case, paged
+from torch.nn import functional
 
-from zif.contract import Activation
+from zif.contract import Activation, QuantizedWeight, WeightScheme
 from zif.host.attention import TiledAttention
 from zif.reference.ops import ReferenceOps
+from zif.reference.quantization import quantize
 from zif_cpu.attention import NativeAttention
 from zif_cpu.library import Library, choose_kernels
 from zif_cpu.operators import NativeOps
@@ -33,6 +36,8 @@ DTYPES = (torch.bfloat16, torch.float32)
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128)
 SET_BYTES = 400_000_000
 """Of all weights that take turns, and of the array that is read for the bandwidth."""
+
+SCHEMES = (WeightScheme(8, dynamic_activations=True), WeightScheme(8), WeightScheme(4, 128))
 
 Run = Callable[[int], object]
 
@@ -93,6 +98,34 @@ def products(native: NativeOps, options: argparse.Namespace, rate: float) -> Ite
                 yield Row(name, _name(dtype), weights[0].nbytes / rate * 1e6, ours, theirs)
 
 
+def quantized_products(native: NativeOps, options: argparse.Namespace, rate: float) -> Iterator[Row]:
+    """Yield the same products with weights in 8 and 4 bits; torch's are with weights of bfloat16."""
+    for outputs, inputs in ((3072, 1024), (1024, 3072)):
+        num_weights = max(2, options.set_bytes // (outputs * inputs * 2))
+        plain = [torch.randn(outputs, inputs).bfloat16() for _ in range(num_weights)]
+        for scheme in SCHEMES:
+            weights = [quantize(plain[0], scheme)]
+            num_bytes = weights[0].codes.nbytes + weights[0].scales.nbytes
+            weights += [copy_of(weights[0]) for _ in range(max(2, options.set_bytes // num_bytes) - 1)]
+            for tokens in (*TOKENS, 512):
+                x = torch.randn(tokens, inputs).bfloat16()
+
+                def ours(index: int, x: torch.Tensor = x, weights: list[QuantizedWeight] = weights) -> object:
+                    return native.quantized_linear(x, weights[index % len(weights)], None)
+
+                def theirs(index: int, x: torch.Tensor = x, plain: list[torch.Tensor] = plain) -> object:
+                    return functional.linear(x, plain[index % len(plain)])
+
+                times = take_turns(ours, theirs, num_weights, options.rounds)
+                name = f"{scheme.name.split()[0]} {tokens} x {inputs} -> {outputs}"
+                yield Row(name, "bfloat16", num_bytes / rate * 1e6, *times)
+
+
+def copy_of(weight: QuantizedWeight) -> QuantizedWeight:
+    """Return a weight in memory of its own."""
+    return QuantizedWeight(weight.scheme, weight.codes.clone(), weight.scales.clone())
+
+
 def decoding(library: Library, options: argparse.Namespace, rate: float) -> Iterator[Row]:
     """Yield attention of single tokens."""
     for requests, context in ((1, 8192), (8, 2048), (32, 512)):
@@ -146,7 +179,13 @@ def main() -> int:
     print(f"kernels {kernels.isa}, torch {torch.__version__}, {options.threads} threads, {rate / 1e9:.1f} GB/s read")
     print(f"{'case':<28} {'dtype':<9} {'floor us':>9} {'ours us':>9} {'torch us':>9} {'ratio':>6} {'of floor':>8}")
     rows = []
-    for row in (*products(native, options, rate), *decoding(kernels.library, options, rate), *rowwise(native, options)):
+    cases = (
+        products(native, options, rate),
+        quantized_products(native, options, rate),
+        decoding(kernels.library, options, rate),
+        rowwise(native, options),
+    )
+    for row in itertools.chain(*cases):
         share = f"{row.floor_us / row.ours_us:8.2f}" if row.floor_us else ""
         times = f"{row.floor_us:9.0f} {row.ours_us:9.1f} {row.torch_us:9.1f}"
         print(f"{row.name:<28} {row.dtype:<9} {times} {row.ratio:6.2f} {share}")

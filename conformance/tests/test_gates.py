@@ -14,6 +14,7 @@ from zif_conformance.gates import (
     model_divergence,
     model_top1,
     nmse,
+    nmse_of_rows,
     proof,
     prove,
     ratio,
@@ -180,6 +181,22 @@ class TestNmse:
         assert not nmse(torch.ones(2), torch.ones(3), "fp4").passed
         with pytest.raises(KeyError):
             nmse(torch.ones(3), torch.ones(3), "int3")
+
+    def test_one_wrong_row_of_many_is_seen_and_one_that_cancels_is_not(self):
+        expected = normal(400, 16)
+        wrong = expected.clone()
+        wrong[399] = expected[398]
+        assert nmse(wrong, expected, "bfloat16").measured < 6e-3
+        assert nmse_of_rows(wrong, expected, "bfloat16").measured > 0.5
+        expected[7] = 1e-12
+        assert nmse_of_rows(expected + 1e-6, expected, "float32").passed
+
+    def test_rows_of_zeros_nan_and_shapes(self):
+        assert nmse_of_rows(torch.zeros(3, 2), torch.zeros(3, 2), "fp4").passed
+        assert nmse_of_rows(torch.zeros(0, 2), torch.zeros(0, 2), "fp4").passed
+        assert not nmse_of_rows(torch.ones(3, 2), torch.zeros(3, 2), "fp4").passed
+        assert not nmse_of_rows(torch.full((3, 2), math.nan), torch.ones(3, 2), "fp4").passed
+        assert not nmse_of_rows(torch.ones(2, 2), torch.ones(3, 2), "fp4").passed
 
 
 class TestScaling:

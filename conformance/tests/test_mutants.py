@@ -12,10 +12,19 @@ from zif_conformance.mutants.bank import Edit, all_mutants, all_variants, by_nam
 from zif_conformance.mutants.patching import PLATFORM, applied, edited_copy, edited_source
 from zif_conformance.mutants.selftest import KILLERS, SelfTest, Trial, killers_text, read_killers
 from zif_conformance.processes import Ended
-from zif_conformance.reference_platform import attention, collectives, device, memory, operators, platform
+from zif_conformance.reference_platform import (
+    attention,
+    codes,
+    collectives,
+    device,
+    memory,
+    operators,
+    platform,
+    quantized,
+)
 
 _PLATFORM = Path(platform.__file__).parent
-_MODULES = (attention, collectives, device, memory, operators, platform)
+_MODULES = (attention, codes, collectives, device, memory, operators, platform, quantized)
 
 
 def test_the_bank_is_large_and_says_what_it_holds():

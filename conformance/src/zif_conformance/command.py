@@ -22,7 +22,7 @@ def register(commands: Any) -> None:
         "conform", help="prove a platform with the conformance suite", allow_abbrev=False, description=__doc__
     )
     parser.add_argument("--platform", metavar="NAME", help="platform under test, as `zif platforms` names it")
-    parser.add_argument("--profile", metavar="NAME", help="core (default), serving or distributed")
+    parser.add_argument("--profile", metavar="NAME", help="core (default), serving, distributed, or quantized-SCHEME")
     parser.add_argument("--level", metavar="L0,L3", help="run these levels only; gives no verdict")
     parser.add_argument("--bundle", metavar="DIR", type=Path, help="write the bundle into this folder")
     parser.add_argument(
@@ -58,7 +58,7 @@ def run_suite(arguments: argparse.Namespace) -> int:
     levels = chosen.levels if chosen else tuple(sorted(parse_levels(arguments.level)))
     if not arguments.hardware:
         simulate_missing_hardware(arguments.platform)
-    options = RunOptions(arguments.platform, levels, arguments.workers)
+    options = RunOptions(arguments.platform, levels, arguments.workers, chosen.selection if chosen else None)
     result = Conductor(options, chosen, arguments.bundle).run()
     for error in result["errors"]:
         print(f"error of the run: {error}")

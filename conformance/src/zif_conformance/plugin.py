@@ -6,7 +6,7 @@ array library, no platform before a fixture asks for it. Which process runs whic
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -18,6 +18,9 @@ from zif_conformance.outcomes import TestCase
 from zif_conformance.proof import GateRecorder, Proof, missing_claims
 from zif_conformance.recording import Recorder
 from zif_conformance.subject import Subject
+
+if TYPE_CHECKING:
+    from zif_conformance.profiles import Profile
 
 _CASES = pytest.StashKey[dict[str, TestCase]]()
 _RECORDER = pytest.StashKey[Recorder]()
@@ -51,6 +54,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Give each test of a suite its id, and keep those that were asked for."""
     levels, asked = _levels(config), _asked_ids(config)
+    of_profile = _profile(config).selection if config.getoption("--zif-profile") else None
     kept: list[pytest.Item] = []
     dropped: list[pytest.Item] = []
     for item in items:
@@ -61,7 +65,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if case.test_id in config.stash[_CASES]:
             raise pytest.UsageError(f"two tests have the id {case.test_id!r}; rename one of them")
         config.stash[_CASES][case.test_id] = case
-        wanted = case.declaration.level in levels and (asked is None or case.test_id in asked)
+        wanted = case.declaration.level in levels and all(
+            ids is None or case.test_id in ids for ids in (asked, of_profile)
+        )
         (kept if wanted else dropped).append(item)
     items[:] = kept
     config.hook.pytest_deselected(items=dropped)
@@ -178,13 +184,21 @@ def _case(item: pytest.Item) -> TestCase | None:
 
 
 def _levels(config: pytest.Config) -> tuple[str, ...]:
-    from zif_conformance.profiles import parse_levels, profile
+    from zif_conformance.profiles import parse_levels
+
+    levels = _profile(config).levels if config.getoption("--zif-profile") else LEVELS
+    given = config.getoption("--zif-level")
+    try:
+        return tuple(level for level in levels if level in parse_levels(given)) if given else levels
+    except ConfigError as error:
+        raise pytest.UsageError(str(error)) from error
+
+
+def _profile(config: pytest.Config) -> "Profile":
+    from zif_conformance.profiles import profile
 
     try:
-        named = config.getoption("--zif-profile")
-        levels = profile(named).levels if named else LEVELS
-        given = config.getoption("--zif-level")
-        return tuple(level for level in levels if level in parse_levels(given)) if given else levels
+        return profile(config.getoption("--zif-profile"))
     except ConfigError as error:
         raise pytest.UsageError(str(error)) from error
 

@@ -9,8 +9,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import resources
 
+from zif.contract import Feature
 from zif.errors import ConfigError
+from zif_conformance.claims import claim_name
 from zif_conformance.marks import LEVELS
+from zif_conformance.outcomes import TestCase
 
 _CORE = ("L0", "L1", "L2", "L3", "L5")
 _SERVING = (*_CORE, "L4", "L7", "L8")
@@ -18,19 +21,34 @@ _LEVELS_OF = {
     "core": _CORE,
     "serving": _SERVING,
     "distributed": (*_SERVING, "L6"),
+    "quantized-w8a8": ("L2", "L5"),
+    "quantized-w8a16": ("L2", "L5"),
+    "quantized-w4a16": ("L2", "L5"),
 }
+_CLAIM_OF = {
+    "quantized-w8a8": claim_name(Feature.QUANTIZATION_W8A8),
+    "quantized-w8a16": claim_name(Feature.QUANTIZATION_W8A16),
+    "quantized-w4a16": claim_name(Feature.QUANTIZATION_W4A16),
+}
+"""Profiles of one claim: of their levels they have the tests that exercise it, and the platform has to make it."""
 PROFILE_NAMES = tuple(_LEVELS_OF)
 PROFILE_VERSION = "1.0"
 
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """A must-pass list. `must_pass` are test ids, in the order of levels."""
+    """A must-pass list. `must_pass` are test ids, in the order of levels. `claim`: what it is about; "": everything."""
 
     name: str
     version: str
     levels: tuple[str, ...]
     must_pass: tuple[str, ...]
+    claim: str = ""
+
+    @property
+    def selection(self) -> frozenset[str] | None:
+        """Return the tests to run where the levels have many others; None: all of the levels."""
+        return frozenset(self.must_pass) if self.claim else None
 
 
 def profile(name: str) -> Profile:
@@ -39,7 +57,7 @@ def profile(name: str) -> Profile:
         raise ConfigError(f"unknown profile {name!r}; {_hint(name, PROFILE_NAMES)}profiles: {', '.join(PROFILE_NAMES)}")
     text = resources.files("zif_conformance").joinpath("data", f"{name}.txt").read_text(encoding="utf-8")
     first, *ids = text.splitlines()
-    return Profile(name, first.removeprefix("version "), levels_of(name), tuple(ids))
+    return Profile(name, first.removeprefix("version "), levels_of(name), tuple(ids), _CLAIM_OF.get(name, ""))
 
 
 def levels_of(name: str) -> tuple[str, ...]:
@@ -47,9 +65,11 @@ def levels_of(name: str) -> tuple[str, ...]:
     return tuple(sorted(_LEVELS_OF[name]))
 
 
-def profile_text(name: str, test_ids: Iterable[str]) -> str:
+def profile_text(name: str, cases: Iterable[TestCase]) -> str:
     """Return the data file of a profile, given all tests of the suite."""
-    chosen = sorted(test_id for test_id in test_ids if test_id.partition(".")[0] in _LEVELS_OF[name])
+    inside = [case for case in cases if case.declaration.level in _LEVELS_OF[name]]
+    claim = _CLAIM_OF.get(name)
+    chosen = sorted(case.test_id for case in inside if claim is None or claim in case.declaration.claims)
     return "\n".join((f"version {PROFILE_VERSION}", *chosen)) + "\n"
 
 

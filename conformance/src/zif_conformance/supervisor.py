@@ -29,7 +29,7 @@ Listener = Callable[[TestOutcome], None]
 
 @dataclass(frozen=True, slots=True)
 class RunOptions:
-    """What to run. `environ` is the environment that children start from.
+    """What to run: of these levels all tests, or those in `only`. `environ` is what children start from.
 
     A child must begin its first test within `start_s`, and fixtures of a test must stand within `setup_s`.
     """
@@ -37,10 +37,15 @@ class RunOptions:
     platform: str
     levels: tuple[str, ...]
     workers: int = 1
+    only: frozenset[str] | None = None
     suite: Path = SUITE
     environ: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
     start_s: float = 180.0
     setup_s: float = 60.0
+
+    def wants(self, case: TestCase) -> bool:
+        """Say whether a test is to run."""
+        return case.declaration.level in self.levels and (self.only is None or case.test_id in self.only)
 
 
 @dataclass(slots=True)
@@ -86,7 +91,7 @@ class Supervisor:
         if "unknown" in description:
             raise ConfigError(description["unknown"])
         cases = collect(self._options)
-        selected = tuple(case for case in cases if case.declaration.level in self._options.levels)
+        selected = tuple(case for case in cases if self._options.wants(case))
         return Run(cases, selected, description)
 
     def execute(self, run: Run) -> None:

@@ -6,7 +6,6 @@ from typing import Final
 FOREIGN_NAMES: Final[Mapping[str, str]] = {
     "gpu_memory_utilization": "zif sizes memory in bytes: use kv_bytes (KV only) or memory_limit (everything)",
     "kv_cache_memory_bytes": "zif's name is kv_bytes",
-    "kv_cache_dtype": "KV is kept in the model's dtype; another type is not supported yet",
     "num_gpu_blocks_override": "zif sizes KV in bytes: use kv_bytes",
     "max_seq_len": "zif's name is max_model_len",
     "max_num_tokens": "zif's name is max_num_batched_tokens",
@@ -17,6 +16,8 @@ FOREIGN_NAMES: Final[Mapping[str, str]] = {
     "enable_chunked_prefill": "prompts are always computed in chunks; max_num_batched_tokens bounds a chunk",
     "disable_log_stats": "zif logs no statistics; every result carries its metrics",
     "enforce_eager": "zif captures no graphs in this version, so there is nothing to switch off",
+    "load_in_8bit": "zif's setting is quantization='int8'",
+    "load_in_4bit": "zif's setting is quantization='int4'",
     "load_format": "only safetensors checkpoints are read; convert others first",
     "revision": "models are local folders; fetch the revision you want and name its folder",
     "download_dir": "models are local folders; zif downloads nothing",

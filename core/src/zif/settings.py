@@ -47,7 +47,7 @@ class OptionKind(Enum):
 class Option:
     """What is known of a setting besides name and default.
 
-    `optional` settings may be None, written "auto". `refusal`, where set, is why any value but the default is refused.
+    `optional` settings may be None, written "auto". `advice` is the next step after a value that is no choice.
     """
 
     kind: OptionKind
@@ -56,7 +56,7 @@ class Option:
     choices: tuple[str, ...] = ()
     minimum: int = 0
     maximum: int = 2**63 - 1
-    refusal: str = ""
+    advice: str = "choose one of these"
 
 
 def _text(help_text: str, default: Any = MISSING, **limits: Any) -> Any:
@@ -101,6 +101,10 @@ class EngineSettings:
     block_size: int | None = _integer("tokens per KV block; auto: the platform's", None, minimum=1, maximum=2**16)
     enable_prefix_caching: bool = _switch("reuse the KV of prompts that begin alike", True)
     kv_bytes: int | None = _bytes("memory for KV; auto: what fits")
+    kv_cache_dtype: str = _text(
+        "type of keys and values in KV; int8: scaled to 8 bits; auto: the type of the weights", "auto",
+        choices=("auto", "float32", "bfloat16", "float16", "int8"),
+    )  # fmt: skip
     memory_limit: int | None = _bytes("most memory to hold, weights included; auto: what the device has free")
     host_kv_bytes: int = _bytes("host memory for KV that the device has no room for", 0)
     disk_kv_bytes: int = _bytes("disk space for KV that host memory has no room for, in disk_kv_path", 0)
@@ -142,15 +146,16 @@ class EngineSettings:
     seed: int = _integer("seed of requests that bring none", 0, minimum=0)
     trust_remote_code: bool = _switch("run Python code that comes with the model", False)
     quantization: str | None = _text(
-        "quantization of the weights; auto: the checkpoint's own", None,
-        refusal="weights cannot be quantized at load yet; leave it out, a quantized checkpoint says so itself",
+        "round weights to integers of 8 or 4 bits while they load; auto: as the checkpoint holds them", None,
+        choices=("int8", "int4"), advice="choose one of these, or leave it out: a quantized checkpoint says so itself",
     )  # fmt: skip
+    batch_invariant: bool = _switch("same bits for a request whatever else runs, where the platform claims it", False)
     tensor_parallel_size: int = _integer("devices that share one model, where the platform claims it", 1, minimum=1)
     chat_template: str | None = _text("chat template, a file or the template itself; auto: the tokenizer's", None)
 
     def __post_init__(self) -> None:
         for declared in fields(self):
-            value = _checked(declared.name, option_of(declared), getattr(self, declared.name), declared.default)
+            value = _checked(declared.name, option_of(declared), getattr(self, declared.name))
             object.__setattr__(self, declared.name, value)
         if self.kv_bytes is not None and self.memory_limit is not None and self.kv_bytes >= self.memory_limit:
             raise ConfigError(
@@ -319,7 +324,7 @@ def _parsed(name: str, value: object, origin: str) -> object:
         option = option_of(declared)
         if isinstance(value, str) and not origin.startswith("file"):
             value = _from_text(name, option, value)
-        return _checked(name, option, value, declared.default)
+        return _checked(name, option, value)
     except ConfigError as error:
         raise ConfigError(f"{origin}: {error}") from error
 
@@ -333,7 +338,7 @@ def _from_text(name: str, option: Option, text: str) -> object:
     return text
 
 
-def _checked(name: str, option: Option, value: object, default: object) -> object:
+def _checked(name: str, option: Option, value: object) -> object:
     """Return the value as the engine uses it, or raise `ConfigError`."""
     if option.optional and (value is None or value == AUTO):
         return None
@@ -342,11 +347,9 @@ def _checked(name: str, option: Option, value: object, default: object) -> objec
     if option.kind is OptionKind.BYTES and isinstance(value, str):
         value = _bytes_of(name, value)
     _check_type(name, option, value)
-    if option.refusal and value != default:
-        raise ConfigError(f"{name}={value!r} is not supported yet: {option.refusal}")
     if option.choices and value not in option.choices:
         nearest = _nearest(str(value), list(option.choices))
-        raise ConfigError(f"{name}={value!r} is none of {', '.join(option.choices)}{nearest}; choose one of these")
+        raise ConfigError(f"{name}={value!r} is none of {', '.join(option.choices)}{nearest}; {option.advice}")
     return value
 
 

@@ -46,6 +46,38 @@ def test_explain_shows_every_part_of_the_plan(capsys):
         assert part in shown
 
 
+def test_explain_shows_the_dtype_of_kv(capsys):
+    assert main(["explain", _MODEL, *_NULL, "--kv-cache-dtype", "float16"]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    titles = next(line for line in shown if "tokens per block" in line)
+    row = shown[shown.index(titles) + 1]
+    assert row[titles.index("dtype") :].split()[0] == "float16"
+
+
+@pytest.mark.parametrize(("quantization", "schemes"), [("int8", ["W8A8"]), ("int4", ["W8A8", "W4A16 in groups of 32"])])
+def test_explain_shows_what_weights_are_rounded_to(quantization, schemes, capsys):
+    assert main(["explain", _MODEL, *_NULL, "--quantization", quantization]) == 0
+    shown = capsys.readouterr().out
+    assert ", ".join(["bfloat16", *(f"weights {scheme}" for scheme in schemes)]) in shown
+    assert "quantization.w8a8" in shown
+    assert main(["explain", _MODEL, *_NULL, "--quantization", quantization, "--json"]) == 0
+    rounded = json.loads(capsys.readouterr().out)
+    assert (rounded["model"]["quantization"], rounded["model"]["weight_schemes"]) == (quantization, schemes)
+    assert main(["explain", _MODEL, *_NULL, "--json"]) == 0
+    plain = json.loads(capsys.readouterr().out)
+    assert rounded["memory"]["weight_bytes"] < 0.55 * plain["memory"]["weight_bytes"]
+    assert plain["model"]["weight_schemes"] == []
+
+
+def test_explain_shows_that_results_do_not_depend_on_the_batch(capsys):
+    assert main(["explain", _MODEL, *_NULL, "--batch-invariant"]) == 0
+    assert ", batch-invariant\n" in capsys.readouterr().out
+    assert main(["explain", _MODEL, *_NULL, "--batch-invariant", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["batch_invariant"] is True
+    assert main(["explain", _MODEL, *_NULL]) == 0
+    assert "batch-invariant" not in capsys.readouterr().out
+
+
 def test_explain_as_json_adds_up(capsys):
     assert main(["explain", _MODEL, *_NULL, "--max-model-len", "64", "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)

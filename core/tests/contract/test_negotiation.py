@@ -141,6 +141,27 @@ def test_tensor_parallelism_runs_where_it_is_claimed():
     assert isinstance(negotiate(replace(WORKLOAD, tensor_parallel_size=2), OFFER), Refusal)
 
 
+def test_batch_invariance_is_planned_where_it_is_claimed():
+    offer = replace(OFFER, device=replace(DEVICE, capabilities=replace(DEVICE.capabilities, batch_invariant=True)))
+    assert plan_of(offer, batch_invariant=True).batch_invariant
+    assert not plan_of(offer).batch_invariant
+
+
+def test_batch_invariance_is_refused_where_it_is_not_claimed():
+    (reason,) = refusal_of(batch_invariant=True)
+    assert reason.startswith("batch_invariant: device 'dev0'")
+    assert "turn it off" in reason
+
+
+def test_batch_invariance_is_refused_where_the_array_library_multiplies():
+    features = DEVICE.capabilities.features | {Feature.TRANSFORMERS_BACKEND}
+    claimed = replace(DEVICE.capabilities, batch_invariant=True, features=features)
+    workload = replace(WORKLOAD, batch_invariant=True, features=frozenset({Feature.TRANSFORMERS_BACKEND}))
+    answer = negotiate(workload, replace(OFFER, device=replace(DEVICE, capabilities=claimed)))
+    assert isinstance(answer, Refusal)
+    assert "order of sums" in answer.reasons[0]
+
+
 def test_too_large_a_model_is_refused_with_the_bytes():
     (reason,) = refusal_of(weight_bytes=300 * MIB)
     for part in (f"weights {format_bytes(300 * MIB)}", f"activations {format_bytes(20 * MIB)}"):

@@ -50,3 +50,15 @@ def test_arena_holds_one_request_of_full_length(model: Path) -> None:
     planned = plan_model(settings(model))
     assert planned.arena.num_bytes <= planned.plan.memory.kv_bytes
     assert planned.config.max_model_len == 512
+
+
+def test_a_kv_dtype_that_the_platform_does_not_offer_is_refused_by_name(model: Path) -> None:
+    with pytest.raises(PlanRefusedError, match=r"KV dtype 'int8' is not offered; choose one of: .*float32"):
+        plan_model(settings(model, kv_cache_dtype="int8"))
+
+
+def test_the_kv_dtype_asked_for_is_that_of_all_groups(model: Path) -> None:
+    planned = plan_model(settings(model, kv_cache_dtype="float16"))
+    assert planned.model.dtype == "float32"
+    assert {group.spec.dtype for group in planned.arena.groups} == {"float16"}
+    assert len(planned.arena.groups) == 2

@@ -19,6 +19,7 @@ NEVER_FUSED = TileLimits(
     decode_rows=4, decode_tokens=64, prompt_keys=32, prompt_queries=16, fused_queries=9, fused_keys=0
 )
 LIMITS = {"default": TileLimits(), "small": SMALL_TILES, "never fused": NEVER_FUSED}
+INT8 = torch.int8
 MIXED = ((1, 1), (1, 16), (17, 17), (1, 100), (30, 70), (33, 33), (1, 64), (2, 80))
 EXTRAS = ({}, {"softcap": 3.0}, {"sinks": True}, {"softcap": 3.0, "sinks": True})
 
@@ -145,3 +146,74 @@ def test_a_layer_whose_window_is_not_its_groups_is_caught():
     step.params = type(step.params)(scale=1.0, window=4)
     with pytest.raises(AssertionError, match="window"):
         step.attend(backend)
+
+
+@pytest.mark.parametrize("limits", LIMITS)
+@pytest.mark.parametrize("window", [None, 1, 40])
+@pytest.mark.parametrize("extras", EXTRAS)
+def test_codes_match_dense_attention_over_codes_times_scales(limits, window, extras):
+    _assert_exact(PagedStep(StepCase(MIXED, kv_dtype=INT8, window=window, **extras)), TiledAttention(LIMITS[limits]))
+
+
+@pytest.mark.parametrize("backend", [TiledAttention, ReferenceAttention])
+@pytest.mark.parametrize("head_dim", [1, 3, 33, 80, 96, 128])
+def test_codes_of_any_head_size(backend, head_dim):
+    case = StepCase(MIXED, kv_dtype=INT8, head_dim=head_dim, block_size=8, shared_blocks=0)
+    _assert_exact(PagedStep(case), backend())
+
+
+@pytest.mark.parametrize("limits", LIMITS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_codes_under_half_types_lose_only_the_rounding_of_the_result(limits, dtype):
+    step = PagedStep(StepCase(MIXED, dtype=dtype, kv_dtype=INT8, head_dim=64))
+    expected = step.expected()
+    error = (step.run(TiledAttention(LIMITS[limits])).double() - expected).abs().max()
+    assert error <= torch.finfo(dtype).eps * expected.abs().max()
+
+
+@pytest.mark.parametrize("backend", [TiledAttention, ReferenceAttention])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_lone_token_reads_back_as_codes_times_scale(backend, dtype):
+    """Ties go to even; zeros stay zeros; the largest keeps its sign."""
+    step = PagedStep(StepCase(((1, 1),), num_kv_heads=4, group_size=1, head_dim=8, dtype=dtype, kv_dtype=INT8))
+    ties = torch.tensor([127.0, 0.5, 1.5, 2.5, -0.5, -1.5, -63.5, 126.0])
+    rows = torch.stack((ties, -2 * ties, torch.zeros(8), torch.tensor([1e30, 4e27, 3e27, -1e30, 0, 1, 5e27, -4e27])))
+    step.values[0][0] = rows.to(dtype)
+    codes = torch.tensor(
+        [
+            [127, 0, 2, 2, 0, -2, -64, 126],
+            [-127, 0, -2, -2, 0, 2, 64, -126],
+            [0] * 8,
+            [127, 1, 0, -127, 0, 0, 1, -1],
+        ]
+    )
+    scales = step.values[0][0].float().abs().amax(-1, keepdim=True) / 127
+    assert torch.equal(step.run(backend())[0], (codes * scales).to(dtype))
+
+
+@pytest.mark.parametrize("backend", [TiledAttention, ReferenceAttention])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_codes_of_what_is_not_finite_are_nan_in_their_head_alone(backend, bad):
+    step = PagedStep(StepCase(MIXED, kv_dtype=INT8))
+    clean = step.run(backend())
+    step.values[3][50, 1, 4] = bad
+    step.keys[6][63, 0, 0] = bad
+    out = step.run(backend())
+    rows = torch.arange(len(out))
+    hit = torch.zeros(out.shape[:2], dtype=torch.bool)
+    for request, heads in ((3, slice(2, 4)), (6, slice(2))):
+        hit[rows == sum(length for length, _ in MIXED[:request]), heads] = True
+    assert out[hit].isnan().all()
+    assert torch.equal(out[~hit], clean[~hit])
+
+
+def test_a_token_is_coded_the_same_alone_and_among_others():
+    backend, step = TiledAttention(), PagedStep(StepCase(((40, 40), (9, 9)), kv_dtype=INT8, head_dim=30))
+    step.bind(backend)
+    step.write(backend, [(0, 0, 40), (1, 0, 9)])
+    together = step.elements
+    step.bind(backend)
+    for request, length in ((1, 9), (0, 40)):
+        for position in range(length):
+            step.write(backend, [(request, position, position + 1)])
+    assert torch.equal(step.elements, together)

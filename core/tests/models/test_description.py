@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,14 @@ def test_alternating_layers_are_two_groups_full_first(tmp_path: Path) -> None:
         Feature.ATTENTION_SINKS,
         Feature.MIXTURE_OF_EXPERTS,
     }
+
+
+def test_kv_may_have_a_dtype_of_its_own(tmp_path: Path) -> None:
+    folder = build_checkpoint("gpt_oss", tmp_path)
+    plain = describe_model(ModelSource(folder, dtype="bfloat16"))
+    coded = describe_model(ModelSource(folder, dtype="bfloat16", kv_dtype="int8"))
+    assert {spec.dtype for spec in plain.kv_specs} == {"bfloat16"}
+    assert coded == replace(plain, kv_specs=tuple(replace(spec, dtype="int8") for spec in plain.kv_specs))
 
 
 def test_features_of_gemma2_name_the_soft_cap(tmp_path: Path) -> None:

@@ -109,7 +109,7 @@ def test_corrupt_scale_is_named(packed_folder: Path) -> None:
         native_logits(packed_folder, torch.arange(3))
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq", "fp8", "bitsandbytes", "compressed-tensors"])
+@pytest.mark.parametrize("method", ["fp8", "bitsandbytes", "hqq", "auto-round", "modelopt"])
 def test_other_quantization_is_refused_by_name(method: str, tmp_path: Path) -> None:
     folder = build_checkpoint("llama3", tmp_path)
     edit_config(folder, quantization_config={"quant_method": method, "bits": 4})

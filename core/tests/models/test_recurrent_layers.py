@@ -5,6 +5,7 @@ Parity is teacher-forced: requests share every step, and transformers sees each 
 
 import functools
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from support.host_memory import HostAllocator
 from support.native_models import ignore_progress, transformers_logits
 from support.request_states import RequestStates
 from zif.contract import Feature, FullAttentionSpec, ModelDescription, RecurrentStateSpec, StateTensor
-from zif.errors import UnknownArchitectureError
+from zif.errors import ConfigError, UnknownArchitectureError
 from zif.models.description import ModelSource
 from zif.models.transformers_backend import describe, load_transformers_model
 from zif.models.transformers_model import TransformersModel
@@ -49,8 +50,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("recurrent")
 
 
-def describe_folder(folder: Path, dtype: str = "float32") -> ModelDescription:
-    source = ModelSource(folder, dtype=dtype, implementation="transformers", max_model_len=64)
+def describe_folder(folder: Path, dtype: str = "float32", kv_dtype: str = "auto") -> ModelDescription:
+    source = ModelSource(folder, dtype=dtype, implementation="transformers", max_model_len=64, kv_dtype=kv_dtype)
     return describe(source, json.loads((folder / "config.json").read_text()))
 
 
@@ -109,6 +110,18 @@ def test_a_layer_may_attend_and_carry_a_state(root: Path) -> None:
 def test_a_model_may_have_no_attention_at_all(root: Path) -> None:
     description = describe_folder(folder_of("mamba2", root))
     assert description.kv_specs == (RecurrentStateSpec((0, 1, 2), MAMBA2_STATE, 16, "float32"),)
+
+
+def test_states_keep_their_dtypes_beside_kv_of_another(root: Path) -> None:
+    plain = describe_folder(folder_of("granite_hybrid", root)).kv_specs
+    attention, state = describe_folder(folder_of("granite_hybrid", root), kv_dtype="int8").kv_specs
+    assert attention == replace(plain[0], dtype="int8")
+    assert state == plain[1]
+
+
+def test_a_kv_dtype_for_a_model_without_keys_and_values_is_refused(root: Path) -> None:
+    with pytest.raises(ConfigError, match="kv_cache_dtype='int8' has no meaning for 'Mamba2ForCausalLM'"):
+        describe_folder(folder_of("mamba2", root), kv_dtype="int8")
 
 
 def test_each_tensor_of_a_state_keeps_the_dtype_that_the_model_uses(root: Path) -> None:

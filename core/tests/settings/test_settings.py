@@ -81,6 +81,8 @@ def test_every_number_of_bytes_is_read_back(num_bytes):
         ("enable_prefix_caching", 1, "true or false"),
         ("dtype", "float61", "bfloat16"),
         ("dtype", 3, "text"),
+        ("kv_cache_dtype", "fp8", "int8"),
+        ("kv_cache_dtype", None, "text"),
         ("model_impl", "vendor", "transformers"),
         ("scheduling_policy", "lifo", "fcfs"),
         ("max_partial_prefills", 0, "1 to"),
@@ -106,10 +108,16 @@ def test_a_wrong_value_is_refused_with_name_value_and_limit(name, value, limit):
     assert not value or repr(value) in message
 
 
-@pytest.mark.parametrize(("name", "value"), [("quantization", "fp8")])
-def test_what_is_not_supported_yet_says_so(name, value):
-    with pytest.raises(ConfigError, match=rf"{name}={value!r} is not supported yet: .+"):
-        _settings(**{name: value})
+@pytest.mark.parametrize("value", ["fp8", "awq"])
+def test_quantization_that_is_no_choice_says_who_chooses(value):
+    with pytest.raises(ConfigError, match=rf"quantization='{value}' is none of int8, int4; .*says so itself"):
+        _settings(quantization=value)
+
+
+def test_weights_stay_as_stored_unless_quantization_is_set():
+    assert _settings().quantization is None
+    assert _settings(quantization="auto").quantization is None
+    assert _settings(quantization="int4").quantization == "int4"
 
 
 def test_cache_larger_than_the_limit_is_refused():

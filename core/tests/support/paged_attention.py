@@ -22,6 +22,8 @@ from zif.contract import (
 
 LAYERS = (0, 3, 5)
 BOUND_LAYER = 1
+NAN_BYTE = 0xFF
+"""Bytes that are NaN in every floating-point type, scales of codes included."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,7 @@ class PagedStep:
 
     def expected(self) -> torch.Tensor:
         """Compute the step's rows densely in float64."""
+        keys, values = ([self._held(tensor) for tensor in kept] for kept in (self.keys, self.values))
         params = AttentionParams(
             self.params.scale,
             self.params.window,
@@ -97,10 +100,19 @@ class PagedStep:
         )
         dense = DenseAttention()
         outputs = [
-            dense(0, q.double(), k.double(), v.double(), params)[len(q) - length :]
-            for (length, _), q, k, v in zip(self.case.requests, self.queries, self.keys, self.values, strict=True)
+            dense(0, q.double(), k, v, params)[len(q) - length :]
+            for (length, _), q, k, v in zip(self.case.requests, self.queries, keys, values, strict=True)
         ]
         return torch.cat(outputs)
+
+    def _held(self, vectors: torch.Tensor) -> torch.Tensor:
+        """Return what the cache holds of keys or values, float64; of int8, codes times scales."""
+        if self.case.kv_dtype is not torch.int8:
+            return vectors.double()
+        elements = vectors.float().numpy()
+        scales = np.abs(elements).max(-1, keepdims=True) / np.float32(127)
+        codes = np.rint(np.divide(elements, scales, out=np.zeros_like(elements), where=scales > 0))
+        return torch.from_numpy(codes.clip(-127, 127).astype(np.float64) * scales)
 
     def run(self, backend: AttentionBackend) -> torch.Tensor:
         """Write earlier tokens, then the step's, then attend."""
@@ -122,7 +134,7 @@ class PagedStep:
         self.arena = KVArena(group.layout.block_bytes, self.num_blocks, (group,))
         memory = torch.empty(self.arena.num_bytes, dtype=torch.uint8)
         self.elements = memory.view(case.kv_dtype or case.dtype)
-        self.elements.fill_(torch.nan)
+        memory.fill_(NAN_BYTE)
         self.cache = backend.bind(self.arena, 0, memory)[BOUND_LAYER]
 
     def write(self, backend: AttentionBackend, spans: list[tuple[int, int, int]]):
@@ -137,11 +149,11 @@ class PagedStep:
         case = self.case
         if case.window is None:
             return
-        cells = self.elements.view(self.num_blocks, -1)
+        cells = self.elements.view(torch.uint8).view(self.num_blocks, -1)
         for row, (length, seq_len) in enumerate(case.requests):
             gone = max(0, seq_len - length - case.window + 1) // case.block_size
             if case.shared_blocks == 0:
-                cells[torch.from_numpy(self.table[row, :gone].astype(np.int64))] = torch.nan
+                cells[torch.from_numpy(self.table[row, :gone].astype(np.int64))] = NAN_BYTE
             self.table[row, :gone] = 0
 
     def attend(self, backend: AttentionBackend) -> torch.Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 
 from zif_conformance.claims import COMPUTING, Claims, home_levels
 from zif_conformance.outcomes import Verdict
+from zif_conformance.profiles import Profile
 
 CONFORMANT, NOT_CONFORMANT = "conformant", "not conformant"
 _GOOD = (Verdict.PASSED.value, Verdict.UNSUPPORTED.value, Verdict.WAIVED.value)
@@ -53,6 +54,13 @@ def false_excuses(declared: Mapping[str, Any] | None, tests: Tests) -> list[str]
         if test["outcome"] == Verdict.UNSUPPORTED.value
         and (claims is None or not test["missing"] or all(claims.has(name) for name in test["missing"]))
     ]
+
+
+def profile_errors(profile: Profile | None, declared: Mapping[str, Any] | None) -> list[str]:
+    """Say what keeps a platform from a profile that is about one claim: not to make it."""
+    if profile is None or not profile.claim or (declared and Claims.from_json(declared).has(profile.claim)):
+        return []
+    return [f"profile {profile.name} is about {profile.claim}, which the platform does not claim"]
 
 
 def missing_tests(must_pass: Iterable[str], tests: Tests) -> list[str]:

@@ -93,6 +93,7 @@ def _errors(
     return [
         *found,
         *waiver_errors,
+        *judge.profile_errors(facts.profile, declared),
         *judge.missing_tests(must_pass, tests),
         *judge.false_excuses(declared, tests),
         *judge.claim_errors(claims),

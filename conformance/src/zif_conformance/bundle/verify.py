@@ -103,7 +103,7 @@ def _profile_problems(result: Mapping[str, Any]) -> Iterator[str]:
     if result["claims"] != claims:
         yield "claims do not follow from the tests"
     if result["status"] == "complete":
-        for error in _errors_due(result, must_pass, claims):
+        for error in _errors_due(result, asked, claims):
             if error not in result["errors"]:
                 yield f"an error is left out: {error}"
     if result["verdict"] != judge.verdict_of(result, must_pass) or result["score"] != judge.score_of(result, must_pass):
@@ -121,12 +121,11 @@ def _list_problems(result: Mapping[str, Any], must_pass: frozenset[str]) -> Iter
         yield "counts do not fit the tests"
 
 
-def _errors_due(
-    result: Mapping[str, Any], must_pass: Sequence[str], claims: Sequence[Mapping[str, Any]]
-) -> Iterator[str]:
+def _errors_due(result: Mapping[str, Any], asked: Profile | None, claims: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     tests = result["tests"]
     declared = result["device"]["capabilities"] if result["device"] else None
-    yield from judge.missing_tests(must_pass, tests)
+    yield from judge.profile_errors(asked, declared)
+    yield from judge.missing_tests(asked.must_pass if asked else (), tests)
     yield from judge.false_excuses(declared, tests)
     yield from judge.claim_errors(claims)
     yield from _waiver_errors(result)

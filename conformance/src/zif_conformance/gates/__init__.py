@@ -6,7 +6,7 @@ asserts it. Called by the suite's tests; imports no platform.
 
 from zif_conformance.gates.exact import GuardedTensor, exact, guarded
 from zif_conformance.gates.model import model_divergence, model_top1
-from zif_conformance.gates.nmse import NMSE_LIMITS, nmse
+from zif_conformance.gates.nmse import NMSE_LIMITS, nmse, nmse_of_rows
 from zif_conformance.gates.ratio import ratio
 from zif_conformance.gates.result import GateResult, hold
 from zif_conformance.gates.scaling import borders, scaling
@@ -25,6 +25,7 @@ __all__ = [
     "model_divergence",
     "model_top1",
     "nmse",
+    "nmse_of_rows",
     "proof",
     "prove",
     "ratio",

@@ -23,3 +23,19 @@ def nmse(got: torch.Tensor, expected: torch.Tensor, stored: str) -> GateResult:
     error = float((wide - expected).square().sum().nan_to_num(nan=torch.inf))
     measured = error / energy if energy else (0.0 if error == 0 else torch.inf)
     return GateResult("G4", measured, limit, f"{stored}, {expected.numel()} elements")
+
+
+def nmse_of_rows(got: torch.Tensor, expected: torch.Tensor, stored: str) -> GateResult:
+    """Compare the energy of the worst row's error with that of a row on average: one wrong row of many is seen.
+
+    got, expected: [rows, columns], rows of about one size. A row that cancels is held to the size of the others.
+    """
+    limit = NMSE_LIMITS[stored]
+    if got.shape != expected.shape or not expected.numel():
+        return nmse(got, expected, stored)
+    expected = expected.double()
+    errors = (got.detach().cpu().double() - expected).square().sum(-1).nan_to_num(nan=torch.inf)
+    energy = float(expected.square().sum(-1).mean())
+    row = int(errors.argmax())
+    measured = float(errors[row]) / energy if energy else (torch.inf if errors.any() else 0.0)
+    return GateResult("G4", measured, limit, f"{stored}, row {row} of {len(expected)}")

@@ -58,6 +58,7 @@ def all_mutants() -> tuple[Mutant, ...]:
         choices,
         collectives,
         hooks,
+        kv_int8,
         masks,
         memory,
         models,
@@ -65,6 +66,7 @@ def all_mutants() -> tuple[Mutant, ...]:
         package,
         planning,
         products,
+        quantization,
         tables,
     )
 
@@ -75,9 +77,11 @@ def all_mutants() -> tuple[Mutant, ...]:
         operators,
         choices,
         products,
+        quantization,
         masks,
         attention,
         tables,
+        kv_int8,
         models,
         hooks,
         collectives,
@@ -87,6 +91,6 @@ def all_mutants() -> tuple[Mutant, ...]:
 
 def all_variants() -> tuple[Variant, ...]:
     """Return the legitimate variants."""
-    from zif_conformance.mutants.variants import VARIANTS
+    from zif_conformance.mutants import quantization, variants
 
-    return VARIANTS
+    return (*variants.VARIANTS, *quantization.VARIANTS)

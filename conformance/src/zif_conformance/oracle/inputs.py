@@ -62,7 +62,7 @@ def moved(arguments: tuple[object, ...], change: Callable[[torch.Tensor], torch.
 def _moved(argument: object, change: Callable[[torch.Tensor], torch.Tensor]) -> object:
     if isinstance(argument, torch.Tensor):
         return change(argument)
-    names = getattr(argument, "__slots__", ())
-    if not names or not any(isinstance(getattr(argument, name), torch.Tensor) for name in names):
-        return argument
-    return type(argument)(*(_moved(getattr(argument, name), change) for name in names))
+    fields = [getattr(argument, name) for name in getattr(argument, "__slots__", ())]
+    changed = [_moved(field, change) for field in fields]
+    kept = all(new is old for new, old in zip(changed, fields, strict=True))
+    return argument if kept else type(argument)(*changed)

@@ -1,7 +1,8 @@
 """One attention step of a device over paged KV, laid out on purpose in the worst way that the contract allows.
 
-Everything that must not be read is NaN: the null block, free blocks, other layers, tails of blocks, and what lies
-behind a window. Block ids are a random permutation; unused entries of the block table point at the null block.
+Everything that must not be read is NaN, elements and scales of codes: the null block, free blocks, other layers, tails
+of blocks, and what lies behind a window. Block ids are a random permutation; unused entries of the block table point at
+the null block.
 """
 
 from collections.abc import Sequence as Items
@@ -28,6 +29,8 @@ LAYERS = (0, 3, 5)
 BOUND_LAYER = 1
 _NUM_SPARE_BLOCKS = 3
 _TAG = "conformance.kv"
+NAN_BYTE = 0xFF
+"""Memory of this byte is NaN in every floating-point type."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +84,7 @@ class PagedStep:
         self._buffer = self.device.allocator.allocate(self.arena.num_bytes, _TAG)
         self.memory = self._buffer.array
         if not self.far_bytes:
-            self.elements.fill_(torch.nan)
+            self.memory.fill_(NAN_BYTE)
         self.caches = self.device.attention.bind(self.arena, 0, self.memory)
         return self
 
@@ -137,7 +140,7 @@ class PagedStep:
             gone = self.case.first_visible(seq_len - length) // self.case.block_size
             if not gone:
                 continue
-            self.elements.view(self.arena.num_slabs, -1)[self.table[row, :gone].tolist()] = torch.nan
+            self.cells[self.table[row, :gone].tolist()] = NAN_BYTE
             self.table[row, :gone] = 0
 
     def batch(self, spans: Items[Span]) -> AttentionBatch:

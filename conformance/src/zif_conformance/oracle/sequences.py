@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from zif.contract import AttentionBatch, AttentionParams, FullAttentionSpec, KVArena, KVGroup
 from zif.reference.attention import ReferenceAttention
+from zif_conformance.oracle.codes import CODED, held
 from zif_conformance.oracle.inputs import Inputs, torch_dtype
 
 NEEDLE_SCORE = 60.0
@@ -110,7 +111,7 @@ class Sequences:
         return cls(case, requests, _params(case, Inputs(case.dtype, case.seed)))
 
     def exact(self) -> torch.Tensor:
-        """Attend in float64 to what the cache holds: keys and values rounded to its dtype. Returns [T, H, D]."""
+        """Attend in float64 to what the cache holds of keys and values. Returns [T, H, D]."""
         return self._attend("float64")
 
     def declared(self) -> list[torch.Tensor]:
@@ -215,7 +216,7 @@ class Sequences:
 
     def _heads(self, sequence: Sequence) -> _Heads:
         """Widen a request to float32, head by head, its keys and values as the cache holds them."""
-        kept = [part.to(torch_dtype(self.case.stored)).float() for part in (sequence.key, sequence.value)]
+        kept = [held(part, self.case.stored, torch.float32) for part in (sequence.key, sequence.value)]
         key, value = (part.repeat_interleave(self.case.group_size, 1).transpose(0, 1) for part in kept)
         length, num_queries = len(sequence.key), len(sequence.query)
         distance = torch.arange(length - num_queries, length)[:, None] - torch.arange(length)
@@ -224,8 +225,10 @@ class Sequences:
 
     def _attend(self, dtype: str) -> torch.Tensor:
         """Lay each request out in one block of the reference's cache, and attend."""
-        wanted, stored = torch_dtype(dtype), torch_dtype(self.case.stored)
-        cache_dtype = dtype if dtype == "float64" else self.case.stored
+        wanted, cache_dtype = torch_dtype(dtype), dtype
+        if dtype != "float64":
+            cache_dtype = "float32" if self.case.stored == CODED else self.case.stored
+        wide = torch_dtype(cache_dtype)
         sinks = self.params.sinks
         params = replace(self.params, sinks=None if sinks is None else sinks.to(wanted))
         outputs = []
@@ -236,7 +239,7 @@ class Sequences:
             group = KVGroup(spec, backend.kv_layout(spec))
             arena = KVArena(group.layout.block_bytes, 1, (group,))
             (cache,) = backend.bind(arena, 0, torch.zeros(arena.num_bytes, dtype=torch.uint8))
-            cache[0, 0], cache[0, 1] = sequence.key.to(stored), sequence.value.to(stored)
+            cache[0, 0], cache[0, 1] = (held(part, self.case.stored, wide) for part in (sequence.key, sequence.value))
             prepared = backend.prepare(_one_block(len(sequence.query), length, self.case.window))
             outputs.append(backend.attend(sequence.query.to(wanted), cache, prepared, params))
         return torch.cat(outputs)

@@ -1,7 +1,7 @@
 """Paged attention in plain torch: look up where each visible key lies, gather it, and attend.
 
-The cache of a layer is a view [num_cells, block_size, 2, K, D]: keys are 0, values 1. All index work is done once per
-step in `prepare`. Scores and sums are float32.
+The cache of a layer is a view [num_cells, block_size, 2, K, D]: keys are 0, values 1; of codes it is read and written
+like one. All index work is done once per step in `prepare`. Scores and sums are float32.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,9 +11,21 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from zif.contract import AttentionBackend, AttentionBatch, AttentionParams, HostArray, KVArena, KVLayout, KVSpec
+from zif.contract import (
+    AttentionBackend,
+    AttentionBatch,
+    AttentionParams,
+    AttentionSpec,
+    HostArray,
+    KVArena,
+    KVLayout,
+    KVSpec,
+)
+from zif_conformance.reference_platform.codes import CodedCache
 from zif_conformance.reference_platform.faults import FaultInjector
 from zif_conformance.reference_platform.layout import kv_layout
+
+Cache = torch.Tensor | CodedCache
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +53,7 @@ class PreparedStep:
     requests: tuple[RequestRows, ...]
 
 
-class TorchAttention(AttentionBackend[torch.Tensor, PreparedStep]):
+class TorchAttention(AttentionBackend[Cache, PreparedStep]):
     """Attention, one request after the other, so that no request can influence another."""
 
     def __init__(self, faults: FaultInjector) -> None:
@@ -50,7 +62,14 @@ class TorchAttention(AttentionBackend[torch.Tensor, PreparedStep]):
     def kv_layout(self, spec: KVSpec) -> KVLayout:
         return kv_layout(spec)
 
-    def bind(self, arena: KVArena, group: int, memory: torch.Tensor) -> Sequence[torch.Tensor]:
+    def bind(self, arena: KVArena, group: int, memory: torch.Tensor) -> Sequence[Cache]:
+        caches, spec = self._views(arena, group, memory), arena.groups[group].spec
+        if spec.dtype != "int8":
+            return caches
+        assert isinstance(spec, AttentionSpec), f"KV of kind {spec.kind!r} is not claimed"
+        return [CodedCache(rows, spec.head_dim) for rows in caches]
+
+    def _views(self, arena: KVArena, group: int, memory: torch.Tensor) -> Sequence[torch.Tensor]:
         layout, num_cells = arena.groups[group].layout, arena.num_cells(group)
         cells = memory[: num_cells * layout.block_bytes].view(getattr(torch, layout.dtype))
         return cells.view(num_cells, *layout.shape).unbind(1)
@@ -59,13 +78,13 @@ class TorchAttention(AttentionBackend[torch.Tensor, PreparedStep]):
         slots = np.asarray(batch.slots, dtype=np.int64)
         return PreparedStep(_places(slots // batch.block_size, slots % batch.block_size), tuple(_requests(batch)))
 
-    def write(self, key: torch.Tensor, value: torch.Tensor, cache: torch.Tensor, prepared: PreparedStep) -> None:
+    def write(self, key: torch.Tensor, value: torch.Tensor, cache: Cache, prepared: PreparedStep) -> None:
         self._faults.kernel()
         written = prepared.written
         cache[written.blocks, written.offsets] = torch.stack((key, value), dim=1).to(cache.dtype)
 
     def attend(
-        self, query: torch.Tensor, cache: torch.Tensor, prepared: PreparedStep, params: AttentionParams
+        self, query: torch.Tensor, cache: Cache, prepared: PreparedStep, params: AttentionParams
     ) -> torch.Tensor:
         self._faults.kernel()
         out = torch.empty_like(query)

@@ -4,7 +4,7 @@ import math
 
 from zif.contract import AttentionSpec, KVLayout, KVSpec, RecurrentStateSpec
 
-_ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 
 
 def kv_layout(spec: KVSpec) -> KVLayout:
@@ -15,5 +15,8 @@ def kv_layout(spec: KVSpec) -> KVLayout:
         return state_layout(spec)
     assert isinstance(spec, AttentionSpec), f"KV of kind {spec.kind!r} is not claimed"
     shape = (len(spec.layers), spec.block_size, 2, spec.num_kv_heads, spec.head_dim)
+    if spec.dtype == "int8":
+        # The codes, to a multiple of 4, and a float32 scale.
+        shape = (*shape[:-1], (spec.head_dim + 3) // 4 * 4 + 4)
     num_bytes = math.prod(shape) * _ELEMENT_BYTES[spec.dtype]
     return KVLayout(num_bytes, ("layer", "token", "kv", "head", "element"), shape, spec.dtype)

@@ -16,11 +16,14 @@ from zif.contract import (
     ExpertWeights,
     NormOutput,
     OpTable,
+    QuantizedExperts,
+    QuantizedWeight,
     RotatedHeads,
     RouterOutput,
     Routing,
 )
 from zif_conformance.reference_platform.faults import FaultInjector
+from zif_conformance.reference_platform.quantized import expert_of, quantized_product
 
 _SWIGLU_LIMIT = 7.0
 _SWIGLU_ALPHA = 1.702
@@ -82,6 +85,25 @@ class TorchOperators(OpTable):
             total[tokens] += share[:, None] * _expert(x[tokens].float(), weights, expert, activation)
         return total.to(x.dtype)
 
+    def quantized_linear(self, x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | None) -> torch.Tensor:
+        self._faults.kernel()
+        return quantized_product(x.float(), weight, bias).to(x.dtype)
+
+    def quantized_experts(
+        self, x: torch.Tensor, weights: QuantizedExperts, routed: RouterOutput, activation: Activation
+    ) -> torch.Tensor:
+        self._faults.kernel()
+        num_experts = len(weights.gate_up.codes)
+        if not all(0 <= expert < num_experts for expert in routed.expert_ids.flatten().tolist()):
+            raise ValueError(f"ids of quantized experts must be from 0 to {num_experts - 1}: {routed.expert_ids!r}")
+        out = torch.zeros(x.shape)
+        for expert in range(num_experts):
+            rows, places = torch.where(routed.expert_ids == expert)
+            if len(rows):
+                own = _quantized_expert(x[rows].float(), weights, expert, activation)
+                out.index_add_(0, rows, own * routed.weights[rows, places, None])
+        return out.to(x.dtype)
+
     def choose_tokens(self, logits: torch.Tensor, options: DrawOptions) -> ChosenTokens:
         self._faults.kernel()
         peaks = logits.amax(dim=-1)
@@ -122,6 +144,17 @@ def _expert(x: torch.Tensor, weights: ExpertWeights, expert: int, activation: Ac
     down_bias = None if weights.down_bias is None else weights.down_bias[expert]
     inner = _gated(_linear(x, weights.gate_up[expert], gate_up_bias), activation)
     return _linear(inner, weights.down[expert], down_bias)
+
+
+def _quantized_expert(x: torch.Tensor, weights: QuantizedExperts, expert: int, activation: Activation) -> torch.Tensor:
+    """Run one expert whose weights are integers. x: [N, C], float32. Returns [N, C], float32."""
+    gate_up, down = expert_of(weights, expert)
+    inner = _gated(quantized_product(x, gate_up, _entry(weights.gate_up_bias, expert)), activation)
+    return quantized_product(inner, down, _entry(weights.down_bias, expert))
+
+
+def _entry(stack: torch.Tensor | None, index: int) -> torch.Tensor | None:
+    return None if stack is None else stack[index]
 
 
 def _turned(heads: torch.Tensor, turn: torch.Tensor, interleaved: bool) -> torch.Tensor:

@@ -11,6 +11,8 @@ from zif.contract import Capabilities, Device, Feature, Refusal
 from zif_conformance.gates import GateResult, borders, exact, hold, ratio, scaling
 from zif_conformance.marks import Safety, cases, conforms, exercises
 from zif_conformance.oracle.attention_cases import KINDS, Kind, fitted, needle_case, prove_needles, prove_stairs
+from zif_conformance.oracle.attention_checks import changed_bytes, judge, judge_sequences
+from zif_conformance.oracle.codes import CODED
 from zif_conformance.oracle.paged import PagedStep, Span, spec_of
 from zif_conformance.oracle.sequences import AttentionCase, Sequences
 from zif_conformance.subject import Subject
@@ -55,7 +57,7 @@ def test_block_borders(
 def test_prompts_chunks_and_single_tokens_in_one_step(
     device: Device, capabilities: Capabilities, dtype: str, kind: Kind, record_gate: Any
 ) -> None:
-    hold(record_gate, _judge(device, fitted(kind.of(AttentionCase(MIXED, dtype=dtype)), capabilities)))
+    hold(record_gate, judge(device, fitted(kind.of(AttentionCase(MIXED, dtype=dtype)), capabilities)))
 
 
 @conforms(level="L3", gate="G3", clause="8.3")
@@ -66,7 +68,7 @@ def test_group_ratios(
     device: Device, capabilities: Capabilities, dtype: str, kind: Kind, kv_heads: int, group: int, record_gate: Any
 ) -> None:
     case = AttentionCase(((1, 37), (5, 21), (9, 9)), dtype=dtype, num_kv_heads=kv_heads, group_size=group)
-    hold(record_gate, _judge(device, fitted(kind.of(case), capabilities)))
+    hold(record_gate, judge(device, fitted(kind.of(case), capabilities)))
 
 
 @conforms(
@@ -79,7 +81,7 @@ def test_small_soft_caps(
 ) -> None:
     """A hidden key that is capped after it was masked has a score of minus the cap: near all others."""
     case = replace(fitted(AttentionCase(MIXED, dtype=dtype), capabilities), softcap=softcap)
-    hold(record_gate, _judge(device, case))
+    hold(record_gate, judge(device, case))
 
 
 @conforms(level="L3", gate="G3", clause="8.3", claims=(Feature.ATTENTION_FULL,))
@@ -87,14 +89,14 @@ def test_small_soft_caps(
 @pytest.mark.parametrize("size", cases("head_size", *HEAD_SIZES))
 def test_head_sizes(device: Device, capabilities: Capabilities, dtype: str, size: int, record_gate: Any) -> None:
     case = fitted(AttentionCase(((1, 37), (5, 21), (9, 9)), dtype=dtype), capabilities)
-    hold(record_gate, _judge(device, replace(case, head_dim=size)))
+    hold(record_gate, judge(device, replace(case, head_dim=size)))
 
 
 @conforms(level="L3", gate="G3", clause="8.3", claims=(Feature.ATTENTION_FULL,))
 @by_dtype
 @pytest.mark.parametrize("kv_dtype", cases("kv_dtype", *DTYPES))
 def test_cache_dtypes(device: Device, capabilities: Capabilities, dtype: str, kv_dtype: str, record_gate: Any) -> None:
-    hold(record_gate, _judge(device, fitted(AttentionCase(MIXED, dtype=dtype, kv_dtype=kv_dtype), capabilities)))
+    hold(record_gate, judge(device, fitted(AttentionCase(MIXED, dtype=dtype, kv_dtype=kv_dtype), capabilities)))
 
 
 @conforms(level="L3", gate="G5", clause="8.3", claims=(Feature.ATTENTION_FULL,))
@@ -115,14 +117,14 @@ def test_needle(
     device: Device, capabilities: Capabilities, dtype: str, kind: Kind, length: int, record_gate: Any
 ) -> None:
     case, targets = needle_case(kind, dtype, length)
-    hold(record_gate, _judge_sequences(device, Sequences.needles(fitted(case, capabilities), targets), "G0"))
+    hold(record_gate, judge_sequences(device, Sequences.needles(fitted(case, capabilities), targets), "G0"))
 
 
 @conforms(level="L3", gate="G0", clause="8.3", claims=(Feature.ATTENTION_FULL,))
 @by_dtype
 def test_needle_in_a_long_sequence(device: Device, capabilities: Capabilities, dtype: str, record_gate: Any) -> None:
     case, targets = needle_case(FULL, dtype, LONG)
-    hold(record_gate, _judge_sequences(device, Sequences.needles(fitted(case, capabilities), targets), "G0"))
+    hold(record_gate, judge_sequences(device, Sequences.needles(fitted(case, capabilities), targets), "G0"))
 
 
 @conforms(level="L3", gate="G0", clause="8.3", negative=True)
@@ -133,7 +135,7 @@ def test_no_row_sees_the_next_token(
 ) -> None:
     """Each key of a chunk fits better than those before it: a mask that is off by one gives a wrong value."""
     sequences = Sequences.stairs(fitted(kind.of(replace(STAIRS, dtype=dtype)), capabilities))
-    hold(record_gate, _judge_sequences(device, sequences, "G0"))
+    hold(record_gate, judge_sequences(device, sequences, "G0"))
 
 
 @conforms(level="L3", gate="G1", clause="8.4", negative=True)
@@ -197,7 +199,7 @@ def test_write_changes_the_named_slots_only(
     with PagedStep(device, Sequences.random(case)) as step:
         owned = torch.zeros_like(step.memory, dtype=torch.int32)
         for request, position in dict.fromkeys(places):
-            changed = _changed_bytes(step, Span(request, position, position + 1))
+            changed = changed_bytes(step, Span(request, position, position + 1))
             block_id = int(step.table[request, position // block])
             touched = changed.view(step.arena.num_slabs, -1).any(-1).nonzero().flatten().tolist()
             assert touched == [block_id], f"token {position} of request {request} went to blocks {touched}"
@@ -294,9 +296,9 @@ def test_addresses_beyond_32_bits(
     )
 
 
-@conforms(level="L3", gate="G1", clause="7.3")
+@conforms(level="L3", gate="G1", clause=("7.3", "7.9"))
 @by_kind
-@pytest.mark.parametrize("kv_dtype", cases("kv_dtype", *DTYPES))
+@pytest.mark.parametrize("kv_dtype", cases("kv_dtype", *DTYPES, CODED))
 @pytest.mark.parametrize("layers", [1, 3, 7])
 def test_layout_is_what_it_says(
     device: Device, capabilities: Capabilities, kind: Kind, kv_dtype: str, layers: int
@@ -308,8 +310,10 @@ def test_layout_is_what_it_says(
     itemsize = torch.empty(0, dtype=getattr(torch, layout.dtype)).itemsize
     assert layout.block_bytes == int(np.prod(layout.shape)) * itemsize, layout
     assert len(layout.axes) == len(layout.shape), layout
-    needed = layers * 2 * case.num_kv_heads * case.head_dim * case.block_size
-    assert layout.block_bytes >= needed * torch.empty(0, dtype=getattr(torch, kv_dtype)).itemsize
+    num_vectors = layers * 2 * case.num_kv_heads * case.block_size
+    vector_bytes = case.head_dim * torch.empty(0, dtype=getattr(torch, kv_dtype)).itemsize
+    scale_bytes = 4 if kv_dtype == CODED else 0
+    assert layout.block_bytes >= num_vectors * (vector_bytes + scale_bytes), layout
 
 
 @conforms(level="L3", clause=("3.4", "4.3"), negative=True)
@@ -334,32 +338,6 @@ def test_what_is_not_claimed_is_refused(subject: Subject, capabilities: Capabili
     answer = subject.platform.plan(replace(workload, kv_specs=(spec_of(case),), head_sizes=(head_dim,)))
     assert isinstance(answer, Refusal), f"{field}={value!r} is not claimed, yet it was planned"
     assert any(str(value) in reason for reason in answer.reasons), answer.reasons
-
-
-def _changed_bytes(step: PagedStep, span: Span) -> torch.Tensor:
-    """Return which bytes of the arena a write of `span` changes, whatever they were: int32, 1 where it does."""
-    changed = torch.zeros_like(step.memory, dtype=torch.bool)
-    for pattern in (0x00, 0xFF, 0x5A):
-        step.memory.fill_(pattern)
-        step.write([span])
-        changed |= step.memory != pattern
-    return changed.int()
-
-
-def _judge(device: Device, case: AttentionCase) -> GateResult:
-    """Judge a step of random sequences token by token, all heads together: a head of one element has no size."""
-    sequences = Sequences.random(case)
-    with PagedStep(device, sequences) as step:
-        got = step.run()
-    assert got.dtype == sequences.requests[0].query.dtype, got.dtype
-    return ratio(got.flatten(1), sequences.exact().flatten(1), [r.flatten(1) for r in sequences.declared()], "tokens")
-
-
-def _judge_sequences(device: Device, sequences: Sequences, gate: str) -> GateResult:
-    with PagedStep(device, sequences) as step:
-        got = step.run()
-    assert got.dtype == sequences.requests[0].query.dtype, got.dtype
-    return replace(ratio(got, sequences.exact(), sequences.declared(), "attention"), gate=gate)
 
 
 def _rows(device: Device, case: AttentionCase) -> list[GateResult]:

@@ -36,6 +36,7 @@ from zif_conformance.gates import GateResult, exact, hold, ratio
 from zif_conformance.marks import Safety, cases, conforms, exercises
 from zif_conformance.oracle.attention_cases import fitted
 from zif_conformance.oracle.inputs import torch_dtype
+from zif_conformance.oracle.paged import NAN_BYTE
 from zif_conformance.oracle.sequences import AttentionCase, Sequence, Sequences
 from zif_conformance.subject import Subject
 
@@ -85,7 +86,7 @@ class Serving:
         groups = [KVGroup(spec, attention.kv_layout(spec)) for spec in specs]
         self.arena = slab_arena(self.num_blocks * sum(group.layout.block_bytes for group in groups), groups)
         self.buffer = self.device.allocator.allocate(self.arena.num_bytes, TAG)
-        self.buffer.array.view(torch_dtype(self.case.stored)).fill_(torch.nan)
+        self.buffer.array.fill_(NAN_BYTE)
         self.caches = [attention.bind(self.arena, index, self.buffer.array)[0] for index in range(len(groups))]
         self.blocks = PagedBlockManager(self.arena, enable_prefix_caching=True, max_step_tokens=CHUNK)
         return self
@@ -153,8 +154,7 @@ class Serving:
         for group, (owned, kept) in enumerate(zip(before, held, strict=True)):
             size = self.arena.groups[group].layout.block_bytes
             for block in owned - kept:
-                place = self.buffer.array[block * size : (block + 1) * size]
-                place.view(torch_dtype(self.case.stored)).fill_(torch.nan)
+                self.buffer.array[block * size : (block + 1) * size].fill_(NAN_BYTE)
 
     def _check(self, group: int, spans: dict[int, tuple[int, int]]) -> None:
         """Write and attend on the device, and compare with float64 over the whole sequences."""

@@ -10,22 +10,10 @@ from zif.contract import Capabilities, Feature
 from zif.errors import ModelError, PlanRefusedError, ZifError
 from zif_conformance.marks import conforms
 from zif_conformance.proof import GateRecorder
-from zif_conformance.tiny_models.checkpoints import write_checkpoint
+from zif_conformance.tiny_models.checkpoints import break_weights, write_checkpoint
 from zif_conformance.tiny_models.models import TinyModels, answer, greedy, hold_answers, prompt_tokens
 
 _FULL = (Feature.ATTENTION_FULL,)
-
-
-def _without_weights(tiny: TinyModels, folder: Path, **overrides: Any) -> Path:
-    """Write a checkpoint and break its weights, so that only planning can refuse it with a refusal."""
-    write_checkpoint("dense", folder, tiny.capabilities, **overrides)
-    path = folder / "model.safetensors"
-    size = path.stat().st_size
-    header = int.from_bytes(path.read_bytes()[:8], "little")
-    with path.open("r+b") as file:
-        file.seek(8 + header)
-        file.write(b"\xff" * (size - 8 - header))
-    return folder
 
 
 @conforms(level="L5", clause=("4.3", "4.4"), claims=_FULL, negative=True)
@@ -52,7 +40,8 @@ def test_a_block_size_that_is_not_claimed_is_refused(tiny: TinyModels) -> None:
 @conforms(level="L5", clause=("3.4", "4.2"), claims=_FULL, negative=True)
 def test_a_head_size_that_is_not_claimed_is_refused(tiny: TinyModels, tmp_path: Path) -> None:
     foreign = _foreign_head_size(tiny.capabilities)
-    folder = _without_weights(tiny, tmp_path, head_dim=foreign)
+    folder = write_checkpoint("dense", tmp_path, tiny.capabilities, head_dim=foreign)
+    break_weights(folder)
     with pytest.raises(PlanRefusedError, match=str(foreign)):
         LLM(**tiny.settings(folder))
 

@@ -156,6 +156,16 @@ def spoil_token(folder: Path, token_id: int, dtype: str) -> None:
     save_file(tensors, path, metadata={"format": "pt"})
 
 
+def break_weights(folder: Path) -> None:
+    """Fill the weights with bytes that are no numbers, so that only what comes before reading them can refuse well."""
+    path = folder / "model.safetensors"
+    size = path.stat().st_size
+    header = int.from_bytes(path.read_bytes()[:8], "little")
+    with path.open("r+b") as file:
+        file.seek(8 + header)
+        file.write(b"\xff" * (size - 8 - header))
+
+
 def _shared(capabilities: Capabilities) -> dict[str, Any]:
     return {
         "vocab_size": VOCAB_SIZE,

@@ -8,7 +8,7 @@ import pytest
 
 from zif import LLM, RequestOutput, SamplingParams
 from zif.contract import Feature
-from zif.errors import PlanRefusedError
+from zif.errors import EngineError, PlanRefusedError
 from zif_conformance.gates.result import Record
 from zif_conformance.marks import exercises
 from zif_conformance.subject import Subject, block_size, preferred_dtype
@@ -22,6 +22,8 @@ _CONTEXT_MARGIN = 64
 _KV_BYTES = 16 << 20
 _NUM_CONTEXTS = 24
 _SMALLEST_KV_BYTES = 4096
+# Copies cost nothing and prompts much, so that who loses its blocks is swapped.
+_HOST = {"host_kv_bytes": 16 << 20, "host_kv_bytes_per_s": 1 << 50, "prefill_tokens_per_s": 1}
 
 
 class TinyModels:
@@ -42,11 +44,12 @@ class TinyModels:
         folder = self._root / family
         return folder if folder.exists() else write_checkpoint(family, folder, self.capabilities)
 
-    def truth(self, family: str) -> Truth:
-        """Return what Transformers makes of the family."""
-        if family not in self._truths:
-            self._truths[family] = Truth.of(self.folder(family), self.dtype)
-        return self._truths[family]
+    def truth(self, family: str, kv_dtype: str | None = None) -> Truth:
+        """Return what Transformers makes of the family, with KV of that dtype or the model's own."""
+        name = f"{family} {kv_dtype}"
+        if name not in self._truths:
+            self._truths[name] = Truth.of(self.folder(family), self.dtype, kv_dtype)
+        return self._truths[name]
 
     def settings(self, model: Path, **changes: Any) -> dict[str, Any]:
         """Return the settings of a small engine."""
@@ -77,6 +80,19 @@ class TinyModels:
                 if kv_bytes > self._kv_bytes():
                     raise
                 kv_bytes += kv_bytes // 4
+
+    def open_swapping(self, family: str, **changes: Any) -> LLM:
+        """Open the model with hardly any KV memory and room on the host, where the runner copies blocks.
+
+        One that does not says so at the start, and has to work without.
+        """
+        changes = {"expected_output_percent": 0, **changes}
+        try:
+            return self.open_cramped(family, **_HOST, **changes)
+        except EngineError as error:
+            if "copies no KV blocks" not in str(error):
+                raise
+            return self.open_cramped(family, **changes)
 
     def _kv_bytes(self) -> int:
         """Return room for more requests of the longest kind than run at once."""

@@ -19,16 +19,20 @@ from zif_conformance.tiny_models.checkpoints import VOCAB_SIZE
 
 @dataclass(frozen=True, slots=True)
 class Truth:
-    """One tiny model in float64 and in the dtype that the platform runs it in."""
+    """One tiny model in float64 and in the dtype that the platform runs it in.
+
+    With a `kv_dtype` the latter keeps keys and values as a cache of that dtype holds them: what that costs is allowed.
+    """
 
     folder: Path
     exact_model: Any
     declared_model: Any
+    kv_dtype: str | None = None
 
     @classmethod
-    def of(cls, folder: Path, dtype: str) -> "Truth":
+    def of(cls, folder: Path, dtype: str, kv_dtype: str | None = None) -> "Truth":
         """Load the checkpoint twice."""
-        return cls(folder, _load(folder, torch.float64), _load(folder, torch_dtype(dtype)))
+        return cls(folder, _load(folder, torch.float64), _load(folder, torch_dtype(dtype)), kv_dtype)
 
     def hold_tokens(
         self, record: Record, prompt: Sequence[int], output: Sequence[int], bias: Mapping[int, float] | None = None
@@ -53,11 +57,17 @@ class Truth:
     def _logits(self, token_ids: Sequence[int], num_last: int) -> tuple[torch.Tensor, torch.Tensor]:
         ids = torch.tensor([list(token_ids)])
         with torch.inference_mode():
-            exact, declared = (
-                model(ids, use_cache=False).logits[0, -num_last:].double()
-                for model in (self.exact_model, self.declared_model)
-            )
-        return exact, declared
+            exact = self.exact_model(ids, use_cache=False).logits
+            declared = self.declared_model(ids, **self._cache()).logits
+        return exact[0, -num_last:].double(), declared[0, -num_last:].double()
+
+    def _cache(self) -> dict[str, Any]:
+        """Return the arguments that make the declared model see what a cache holds."""
+        if self.kv_dtype is None:
+            return {"use_cache": False}
+        from zif_conformance.tiny_models.held_cache import HeldCache
+
+        return {"use_cache": True, "past_key_values": HeldCache(self.declared_model.config, self.kv_dtype)}
 
 
 def _load(folder: Path, dtype: torch.dtype) -> Any:

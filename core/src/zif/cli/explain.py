@@ -6,7 +6,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from zif.cli.setting_options import add_setting_options, print_config_if_asked, settings_of
-from zif.cli.terminal import format_table
+from zif.cli.terminal import format_table, held_as
 from zif.contract import EngineConfig, format_bytes
 from zif.errors import PlanRefusedError
 
@@ -63,8 +63,8 @@ def _as_text(planned: "PlannedModel") -> str:
     plan, model, config = planned.plan, planned.model, planned.config
     concurrency = max_concurrency(planned.arena, config)
     sections = [
-        f"model      {model.path}\n           {model.architecture}, {model.implementation}, {model.dtype}",
-        f"platform   {plan.platform}, device {plan.device_id}",
+        f"model      {model.path}\n           {model.architecture}, {model.implementation}, {held_as(model)}",
+        f"platform   {plan.platform}, device {plan.device_id}{', batch-invariant' if plan.batch_invariant else ''}",
         f"limits     {config.max_model_len} tokens per request, {config.max_num_seqs} requests and "
         f"{config.max_num_batched_tokens} tokens per step",
         "features\n" + format_table([(d.feature, str(d.outcome), d.detail) for d in plan.decisions]),
@@ -80,10 +80,11 @@ def _as_text(planned: "PlannedModel") -> str:
 
 
 def _kv_rows(arena: "KVArena") -> list[tuple[str, ...]]:
-    rows: list[tuple[str, ...]] = [("group", "kind", "layers", "tokens per block", "bytes per block", "blocks at most")]
+    titles = ("group", "kind", "dtype", "layers", "tokens per block", "bytes per block", "blocks at most")
+    rows: list[tuple[str, ...]] = [titles]
     for index, group in enumerate(arena.groups):
         spec, num_blocks = group.spec, _num_blocks(arena, index)
-        cells = (index, spec.kind, len(spec.layers), spec.block_size, group.layout.block_bytes, num_blocks)
+        cells = (index, spec.kind, spec.dtype, len(spec.layers), spec.block_size, group.layout.block_bytes, num_blocks)
         rows.append(tuple(map(str, cells)))
     return rows
 
@@ -108,9 +109,12 @@ def _as_json(planned: "PlannedModel") -> dict[str, Any]:
             "architecture": model.architecture,
             "implementation": model.implementation,
             "dtype": model.dtype,
+            "quantization": model.quantization,
+            "weight_schemes": [*model.weight_schemes],
         },
         "platform": plan.platform,
         "device_id": plan.device_id,
+        "batch_invariant": plan.batch_invariant,
         "config": dataclasses.asdict(planned.config),
         "decisions": [dataclasses.asdict(decision) for decision in plan.decisions],
         "kv": {

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from zif.cli.terminal import StartProgress, note
+from zif.cli.terminal import StartProgress, held_as, note
 from zif.contract import format_bytes
 from zif.settings import EngineSettings
 
@@ -19,7 +19,7 @@ def open_llm(settings: EngineSettings) -> "LLM":
     progress("importing the engine", 1, 1)
     llm = LLM.from_settings(settings, progress)
     note(
-        f"{llm.model.architecture} ({llm.model.implementation}, {llm.model.dtype}) on {llm.plan.platform} "
+        f"{llm.model.architecture} ({llm.model.implementation}, {held_as(llm.model)}) on {llm.plan.platform} "
         f"{llm.plan.device_id}: weights {format_bytes(llm.plan.memory.weight_bytes)}, "
         f"KV {format_bytes(llm.arena.num_bytes)}"
     )

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from zif.contract import ModelDescription
     from zif.engine.outputs import RequestOutput
 
 _INTERVAL_S = 5.0
@@ -26,6 +27,11 @@ def format_table(rows: list[tuple[str, ...]], indent: str = "  ") -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
     return "\n".join(f"{indent}{line}".rstrip() for line in lines)
+
+
+def held_as(model: "ModelDescription") -> str:
+    """Say in what weights are held: the model dtype, and the schemes of those that are codes."""
+    return ", ".join((model.dtype, *(f"weights {scheme}" for scheme in model.weight_schemes)))
 
 
 class StartProgress:

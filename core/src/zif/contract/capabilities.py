@@ -56,10 +56,11 @@ class Numerics:
 class Capabilities:
     """The claims of one device. Each claim is an obligation: the conformance suite exercises it.
 
-    `dtypes` and `kv_dtypes` use torch's names without the prefix ("float32", "bfloat16"). `head_sizes` empty means any
-    size from 1 to `max_head_size`. `block_sizes` are the tokens per KV block that attention accepts. With
-    `static_code`, `Platform.compiled_kernels` shows the code of the kernels. A `simulated` device computes on the host
-    what the hardware would, for proofs without it: it serves only who names its platform, and every report says so.
+    `dtypes` and `kv_dtypes` use torch's names without the prefix ("float32", "bfloat16"); the KV dtype "int8" is codes
+    with scales, see `KVSpec`. `head_sizes` empty means any size from 1 to `max_head_size`. `block_sizes` are the tokens
+    per KV block that attention accepts. With `static_code`, `Platform.compiled_kernels` shows the code of the kernels.
+    A `simulated` device computes on the host what the hardware would, for proofs without it: it serves only who names
+    its platform, and every report says so.
     """
 
     dtypes: tuple[Numerics, ...]

@@ -36,6 +36,11 @@ class KVSpec(ABC):
     `block_size` is in tokens, `dtype` is the stored element type. Logical block i covers the tokens from
     i * block_size to (i + 1) * block_size - 1.
 
+    Where attention keeps keys and values as "int8", each head's vector x of each token is held as codes and a scale s =
+    max|x| / 127 in float32; a code is x / s in float32, rounded to the nearest integer with ties to even, within -127
+    to 127, and 0 where s is 0. Attention computes with code * s. Where an element of x is not finite, s is NaN and so
+    is the vector. How codes and scales lie in a block is up to the layout. States are never held so.
+
     The rule is one question, `first_needed_token`; the other methods follow from it and are overridden for speed, or
     by kinds that do not keep every block.
     """
@@ -118,7 +123,7 @@ class KVLayout:
     """How a platform stores one block of a group.
 
     `axes` names the logical axes from slowest to fastest varying, `shape` gives their extents inside one block; the
-    product of `shape` times the element size is `block_bytes`.
+    product of `shape` times the element size is `block_bytes`. Of dtype "int8" the shape has room for the scales too.
     """
 
     block_bytes: int

@@ -54,6 +54,7 @@ def negotiate(workload: Workload, offer: Offer) -> Plan | Refusal:
     """Decide every feature, check shapes, dtypes and memory, and size the KV cache. A refusal has all reasons."""
     decisions = tuple(_decide(feature, offer) for feature in sorted(_features_needed(workload)))
     reasons = [f"{d.feature}: {d.detail}" for d in decisions if d.outcome is Outcome.REFUSED]
+    reasons += _invariance_reasons(workload, offer)
     shape_reasons = [*_shape_reasons(workload, offer)]
     groups = () if shape_reasons or _refuses_a_kind(workload, decisions) else _groups(workload, offer)
     memory = _Budget(workload, offer, groups).plan()
@@ -71,6 +72,7 @@ def negotiate(workload: Workload, offer: Offer) -> Plan | Refusal:
         constraints=offer.constraints,
         notes=offer.notes,
         tensor_parallel_size=workload.tensor_parallel_size,
+        batch_invariant=workload.batch_invariant,
     )
 
 
@@ -129,6 +131,23 @@ def _decide(feature: Feature, offer: Offer) -> Decision:
     served = dict(offer.implementations)
     detail = served.get(feature.value) or served.get(feature.value.split(".")[0]) or "core"
     return Decision(feature.value, Outcome.SUPPORTED, detail)
+
+
+def _invariance_reasons(workload: Workload, offer: Offer) -> Iterator[str]:
+    """Yield why results would depend on what else runs, where they must not."""
+    if not workload.batch_invariant:
+        return
+    device = offer.device
+    if not device.capabilities.batch_invariant:
+        yield (
+            f"batch_invariant: device {device.device_id!r} ({device.name}) does not claim it; turn it off or choose "
+            "another platform"
+        )
+    if Feature.TRANSFORMERS_BACKEND in workload.features:
+        yield (
+            "batch_invariant: the modules of Transformers multiply with the array library, which promises no order of "
+            "sums; turn it off or choose a model of zif's own decoder"
+        )
 
 
 def _shape_reasons(workload: Workload, offer: Offer) -> Iterator[str]:

@@ -16,7 +16,8 @@ class Workload:
     """What the engine wants to run on one device. Bytes are per device.
 
     `kv_bytes` is the KV memory asked for, or None to let the platform choose. `memory_limit_bytes` caps everything
-    that the platform may hold, or None for what the device has.
+    that the platform may hold, or None for what the device has. `batch_invariant` asks for results that have the same
+    bits whatever else runs.
     """
 
     dtype: str
@@ -31,6 +32,7 @@ class Workload:
     kv_bytes: int | None = None
     memory_limit_bytes: int | None = None
     tensor_parallel_size: int = 1
+    batch_invariant: bool = False
 
 
 class Outcome(StrEnum):
@@ -81,7 +83,7 @@ class Plan:
     """What will run on which device. Printable: `zif explain` shows all of it.
 
     `device_id` names a device of the probe. `implementations` maps each op and service to the code that serves it.
-    `tensor_parallel_size` is that of the workload.
+    `tensor_parallel_size` and `batch_invariant` are those of the workload: a device of a plan with the latter computes so.
     """
 
     platform: str
@@ -93,6 +95,7 @@ class Plan:
     constraints: SchedulerConstraints = SchedulerConstraints()
     notes: tuple[str, ...] = ()
     tensor_parallel_size: int = 1
+    batch_invariant: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,8 @@ def kv_fingerprint(planned: PlannedModel) -> bytes:
     """Return 32 bytes that differ when the same tokens could have other KV bytes.
 
     Hashes the configuration, names, sizes and modification times of weight and code files, dtype, implementation,
-    platform and KV layouts. The weights are not read: a model that is copied finds nothing of what the old one left.
+    quantization, platform and KV layouts. The weights are not read: a model that is copied finds nothing of what the
+    old one left.
     """
     model = planned.model
     files = [file for pattern in ("*.safetensors", "*.py") for file in sorted(model.path.glob(pattern))]
@@ -30,6 +31,7 @@ def kv_fingerprint(planned: PlannedModel) -> bytes:
         "files": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files],
         "dtype": model.dtype,
         "implementation": model.implementation,
+        "quantization": model.quantization,
         "platform": planned.plan.platform,
         "groups": [repr(group) for group in planned.arena.groups],
     }

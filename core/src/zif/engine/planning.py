@@ -80,8 +80,10 @@ def _model_source(settings: EngineSettings) -> ModelSource:
         dtype=settings.dtype,
         max_model_len=settings.max_model_len,
         block_size=settings.block_size or DEFAULT_BLOCK_SIZE,
+        kv_dtype=settings.kv_cache_dtype,
         implementation=cast("Literal['auto', 'native', 'transformers']", settings.model_impl),
         trust_remote_code=settings.trust_remote_code,
+        quantization=settings.quantization,
     )
 
 
@@ -102,6 +104,7 @@ def _workload(settings: EngineSettings, model: ModelDescription, max_model_len: 
         kv_bytes=settings.kv_bytes,
         memory_limit_bytes=settings.memory_limit,
         tensor_parallel_size=settings.tensor_parallel_size,
+        batch_invariant=settings.batch_invariant,
     )
 
 

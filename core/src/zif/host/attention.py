@@ -13,17 +13,27 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from zif.contract import AttentionBackend, AttentionBatch, AttentionParams, KVArena, KVLayout, KVSpec
+from zif.contract import (
+    AttentionBackend,
+    AttentionBatch,
+    AttentionParams,
+    AttentionSpec,
+    KVArena,
+    KVLayout,
+    KVSpec,
+)
 from zif.host.layout import kv_layout
 from zif.host.tiling import DecodeRows, FusedPart, PreparedStep, PromptChunk, TileLimits, prepare_step
+from zif.reference.quantization import encode_vectors, row_scales
 
 
 @dataclass(frozen=True, slots=True)
 class LayerCache:
     """One layer's keys and values inside its group's arena.
 
-    keys, values: [rows, block_size * D]; row `block * block_stride + head` is that block of that KV head. Both are
-    views of the whole group that start at the layer's own first row.
+    keys, values: [rows, block_size * E]; row `block * block_stride + head` is that block of that KV head. Both are
+    views of the whole group that start at the layer's own first row. E, `token_elements`, is D; of int8 it is D codes,
+    padding to a multiple of 4, and the 4 bytes of a float32 scale.
     """
 
     keys: torch.Tensor
@@ -31,6 +41,12 @@ class LayerCache:
     block_stride: int
     num_kv_heads: int
     head_dim: int
+    token_elements: int
+
+    @property
+    def is_quantized(self) -> bool:
+        """Say whether keys and values are codes with scales."""
+        return self.keys.dtype == torch.int8
 
 
 class TiledAttention(AttentionBackend[LayerCache, PreparedStep]):
@@ -47,13 +63,14 @@ class TiledAttention(AttentionBackend[LayerCache, PreparedStep]):
         return kv_layout(spec)
 
     def bind(self, arena: KVArena, group: int, memory: torch.Tensor) -> Sequence[LayerCache]:
-        layout = arena.groups[group].layout
-        num_layers, _, num_kv_heads, block_size, head_dim = layout.shape
+        layout, spec = arena.groups[group].layout, arena.groups[group].spec
+        assert isinstance(spec, AttentionSpec), f"KV of kind {spec.kind!r} is not claimed"
+        num_layers, _, num_kv_heads, block_size, token_elements = layout.shape
         elements = memory[: arena.num_cells(group) * layout.block_bytes].view(_torch_dtype(layout.dtype))
-        rows = elements.view(-1, block_size * head_dim)
+        rows = elements.view(-1, block_size * token_elements)
         stride = num_layers * 2 * num_kv_heads
-        firsts = range(0, stride, 2 * num_kv_heads)
-        return [LayerCache(rows[i:], rows[i + num_kv_heads :], stride, num_kv_heads, head_dim) for i in firsts]
+        sizes = (stride, num_kv_heads, spec.head_dim, token_elements)
+        return [LayerCache(rows[i:], rows[i + num_kv_heads :], *sizes) for i in range(0, stride, 2 * num_kv_heads)]
 
     def prepare(self, batch: AttentionBatch) -> PreparedStep:
         return prepare_step(batch, self._limits)
@@ -64,7 +81,9 @@ class TiledAttention(AttentionBackend[LayerCache, PreparedStep]):
         heads = torch.arange(cache.num_kv_heads) * block_size
         index = (first[:, None] + heads).flatten()
         for fresh, kept in ((key, cache.keys), (value, cache.values)):
-            kept.view(-1, cache.head_dim).index_copy_(0, index, fresh.to(kept.dtype).reshape(-1, cache.head_dim))
+            stored = encode_vectors(fresh) if cache.is_quantized else fresh.to(kept.dtype)
+            rows = stored.reshape(-1, cache.token_elements)
+            kept.view(-1, cache.token_elements).index_copy_(0, index, rows)
 
     def attend(
         self, query: torch.Tensor, cache: LayerCache, prepared: PreparedStep, params: AttentionParams
@@ -201,13 +220,15 @@ class _Layer:
         One call per query head of a group: each sees the KV heads as they are, so nothing is expanded.
         """
         num_queries, num_heads, head_dim = query.shape
-        grouped = query.view(num_queries, self.cache.num_kv_heads, num_heads // self.cache.num_kv_heads, head_dim)
+        # Scaled codes are no numbers of a half type: they are multiplied as they are.
+        wide = query.float() if self.cache.is_quantized else query
+        grouped = wide.view(num_queries, self.cache.num_kv_heads, num_heads // self.cache.num_kv_heads, head_dim)
         out = torch.empty_like(grouped)
         for part in parts:
             tokens = slice(part.first_token, part.last_token)
             rows = slice(part.first_query, part.last_query)
-            keys = self._gather("keys", self.cache.keys, part.blocks[None])[None, :, tokens].to(query.dtype)
-            values = self._gather("values", self.cache.values, part.blocks[None])[None, :, tokens].to(query.dtype)
+            tiles = self._tile(part.blocks[None], wide.dtype)
+            keys, values = (tile[None, :, tokens] for tile in tiles)
             visible = None if part.hidden is None else ~part.hidden
             for head in range(grouped.shape[2]):
                 queries = grouped[rows, :, head].transpose(0, 1)[None]
@@ -215,7 +236,7 @@ class _Layer:
                     queries, keys, values, attn_mask=visible, is_causal=part.causal, scale=self.params.scale
                 )
                 out[rows, :, head] = attended[0].transpose(0, 1)
-        return out.view(query.shape)
+        return out.view(query.shape).to(query.dtype)
 
     def _scores(self, query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         """Return the logits of scaled queries. query: [batch, rows, D]. keys: [batch, S, D]. [batch, rows, S]."""
@@ -225,25 +246,28 @@ class _Layer:
             scores.div_(self.params.softcap).tanh_().mul_(self.params.softcap)
         return scores
 
-    def _tile(self, blocks: torch.Tensor) -> Sequence[torch.Tensor]:
-        """Copy blocks [N, B] as keys and values, each [N * K, B * block_size, D], float32."""
+    def _tile(self, blocks: torch.Tensor, dtype: torch.dtype = torch.float32) -> Sequence[torch.Tensor]:
+        """Copy blocks [N, B] as keys and values, each [N * K, B * block_size, D], of `dtype`."""
         return [
-            self._float32(purpose, self._gather(purpose, part, blocks))
+            self._converted(purpose, self._gather(purpose, part, blocks), dtype)
             for purpose, part in (("keys", self.cache.keys), ("values", self.cache.values))
         ]
 
-    def _float32(self, purpose: str, tile: torch.Tensor) -> torch.Tensor:
-        if tile.dtype == torch.float32:
+    def _converted(self, purpose: str, tile: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Return a gathered tile as elements of `dtype`."""
+        if tile.dtype == dtype:
             return tile
-        return self.scratch.tensor(purpose + " float32", torch.float32, *tile.shape).copy_(tile)
+        shape = (*tile.shape[:-1], self.cache.head_dim)
+        converted = self.scratch.tensor(f"{purpose} {dtype}", dtype, *shape).copy_(tile[..., : self.cache.head_dim])
+        return converted.mul_(row_scales(tile)) if self.cache.is_quantized else converted
 
     def _gather(self, purpose: str, part: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
-        """Copy blocks [N, B] of the keys or the values. Returns [N * K, B * block_size, D]."""
+        """Copy blocks [N, B] of the keys or the values. Returns [N * K, B * block_size, E]."""
         heads = torch.arange(self.cache.num_kv_heads)[:, None]
         rows = (blocks[:, None, :] * self.cache.block_stride + heads).flatten()
         gathered = self.scratch.tensor(purpose, part.dtype, rows.numel(), part.shape[1])
         torch.index_select(part, 0, rows, out=gathered)
-        return gathered.view(blocks.shape[0] * self.cache.num_kv_heads, -1, self.cache.head_dim)
+        return gathered.view(blocks.shape[0] * self.cache.num_kv_heads, -1, self.cache.token_elements)
 
 
 def _torch_dtype(name: str) -> torch.dtype:

@@ -4,7 +4,17 @@ from typing import Any
 
 import torch
 
-from zif.contract import AttentionBackend, Communicator, CommunicatorGroup, Device, Health, OpTable, Plan
+from zif.contract import (
+    AttentionBackend,
+    Communicator,
+    CommunicatorGroup,
+    Device,
+    EagerGraphs,
+    GraphRunner,
+    Health,
+    OpTable,
+    Plan,
+)
 from zif.host.attention import TiledAttention
 from zif.host.gloo import GlooCommunicator
 from zif.host.health import check_health
@@ -14,6 +24,8 @@ from zif.reference.ops import ReferenceOps
 
 class HostDevice(Device):
     """One process's share of the host. Attention and operators are the portable ones, unless given.
+
+    Without `graphs` functions run as they are.
 
     Sets torch's thread count, which is the process's, and puts it back at `close`.
     """
@@ -27,12 +39,14 @@ class HostDevice(Device):
         num_threads: int,
         attention: AttentionBackend[Any, Any] | None = None,
         ops: OpTable | None = None,
+        graphs: GraphRunner | None = None,
     ) -> None:
         self.plan = plan
         self.rank = rank
         self.allocator = HostAllocator(plan.memory.available_bytes)
         self.attention = attention or TiledAttention()
         self.ops = ops or ReferenceOps()
+        self.graphs = graphs or EagerGraphs()
         self._communicators: list[Communicator] = []
         self._closed = False
         self._previous_threads = torch.get_num_threads()

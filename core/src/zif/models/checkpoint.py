@@ -17,11 +17,17 @@ from zif.errors import CheckpointError
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
-DTYPE_BYTES: Mapping[str, int] = MappingProxyType({"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "uint8": 1})
-"""Element sizes of the dtypes that the loader reads, by torch's name."""
-
 _DTYPES: Mapping[str, str] = MappingProxyType(
-    {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "U8": "uint8"}
+    {
+        "F64": "float64",
+        "F32": "float32",
+        "F16": "float16",
+        "BF16": "bfloat16",
+        "U8": "uint8",
+        "I8": "int8",
+        "I32": "int32",
+        "I64": "int64",
+    }
 )
 
 

@@ -10,13 +10,28 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
-from zif.contract import AttentionParams, ExpertWeights, NormOutput, OpTable
+from zif.contract import AttentionParams, ExpertWeights, NormOutput, OpTable, QuantizedExperts, QuantizedWeight
 from zif.models.model import LayerAttention, Model
 from zif.models.rope import Angles, Rotary
 from zif.models.spec import AttentionSpec, DecoderSpec, MlpSpec, MoeSpec, QKNorm, RopeSpec
 
-Weights = Mapping[str, torch.Tensor]
-"""Tensors by the decoder's own names, "layers.3.qkv"."""
+Weight = torch.Tensor | QuantizedWeight
+Weights = Mapping[str, Weight]
+"""Weights by the decoder's own names, "layers.3.qkv"."""
+
+
+@dataclass(frozen=True, slots=True)
+class Projection:
+    """A matrix, [O, I], with its bias, [O]."""
+
+    weight: Weight
+    bias: torch.Tensor | None
+
+    def apply(self, ops: OpTable, x: torch.Tensor) -> torch.Tensor:
+        """Multiply and add. x: [T, I]. Returns [T, O]."""
+        if isinstance(self.weight, QuantizedWeight):
+            return ops.quantized_linear(x, self.weight, self.bias)
+        return ops.linear(x, self.weight, self.bias)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +57,8 @@ class Attention:
     spec: AttentionSpec
     layer: int
     params: AttentionParams
-    qkv: torch.Tensor
-    qkv_bias: torch.Tensor | None
-    output: torch.Tensor
-    output_bias: torch.Tensor | None
+    qkv: Projection
+    output: Projection
     q_norm: Norm | None
     k_norm: Norm | None
 
@@ -54,7 +67,7 @@ class Attention:
     ) -> torch.Tensor:
         """Attend from each token. x: [T, C]. Returns [T, C]."""
         spec = self.spec
-        qkv = ops.linear(x, self.qkv, self.qkv_bias)
+        qkv = self.qkv.apply(ops, x)
         query, key, value = torch.split(qkv, [spec.query_size, spec.kv_size, spec.kv_size], dim=-1)
         query = self._heads(ops, query, spec.num_heads, self.q_norm)
         key = self._heads(ops, key, spec.num_kv_heads, self.k_norm)
@@ -63,7 +76,7 @@ class Attention:
             rotated = ops.rotate(query, key, angle.cos, angle.sin, interleaved=False)
             query, key = rotated.query, rotated.key
         heads = attend(self.layer, query, key, value.view(-1, spec.num_kv_heads, spec.head_dim), self.params)
-        return ops.linear(heads.flatten(1), self.output, self.output_bias)
+        return self.output.apply(ops, heads.flatten(1))
 
     def _heads(self, ops: OpTable, x: torch.Tensor, num_heads: int, norm: Norm | None) -> torch.Tensor:
         """Split channels into heads, normalized before or after as the spec says. x: [T, H * D]. Returns [T, H, D]."""
@@ -78,15 +91,13 @@ class Mlp:
     """A gated MLP. gate_up: [2I, C]. down: [C, I]."""
 
     spec: MlpSpec
-    gate_up: torch.Tensor
-    gate_up_bias: torch.Tensor | None
-    down: torch.Tensor
-    down_bias: torch.Tensor | None
+    gate_up: Projection
+    down: Projection
 
     def run(self, ops: OpTable, x: torch.Tensor) -> torch.Tensor:
         """Transform each token. x: [T, C]. Returns [T, C]."""
-        gate_up = ops.linear(x, self.gate_up, self.gate_up_bias)
-        return ops.linear(ops.gated_activation(gate_up, self.spec.activation), self.down, self.down_bias)
+        gate_up = self.gate_up.apply(ops, x)
+        return self.down.apply(ops, ops.gated_activation(gate_up, self.spec.activation))
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,15 +105,14 @@ class Moe:
     """A mixture of experts. router: [E, C]."""
 
     spec: MoeSpec
-    router: torch.Tensor
-    router_bias: torch.Tensor | None
-    weights: ExpertWeights
+    router: Projection
+    weights: ExpertWeights | QuantizedExperts
 
     def run(self, ops: OpTable, x: torch.Tensor) -> torch.Tensor:
         """Transform each token by its experts. x: [T, C]. Returns [T, C]."""
-        routed = ops.route(
-            ops.linear(x, self.router, self.router_bias), self.spec.num_experts_per_token, self.spec.routing
-        )
+        routed = ops.route(self.router.apply(ops, x), self.spec.num_experts_per_token, self.spec.routing)
+        if isinstance(self.weights, QuantizedExperts):
+            return ops.quantized_experts(x, self.weights, routed, self.spec.activation)
         return ops.experts(x, self.weights, routed, self.spec.activation)
 
 
@@ -127,14 +137,14 @@ class Decoder(Model):
         self._spec = spec
         self._ops = ops
         self._embedding = weights["embedding"]
-        self._lm_head = self._embedding if spec.tied_embeddings else weights["lm_head"]
-        self._norm = Norm(weights["norm"], spec.norm_eps, spec.norm_weight_offset)
+        self._lm_head = Projection(self._embedding if spec.tied_embeddings else weights["lm_head"], None)
+        self._norm = Norm(_tensor(weights, "norm"), spec.norm_eps, spec.norm_weight_offset)
         self._layers = tuple(_build_layer(spec, index, weights) for index in range(len(spec.layers)))
         self._rotaries = {rope: Rotary(rope, max_model_len, array_device) for rope in spec.ropes}
-        self._embedding_multiplier = _embedding_multiplier(spec, self._embedding.dtype)
+        self._embedding_multiplier = _embedding_multiplier(spec, self._norm.weight.dtype)
 
     def forward(self, token_ids: torch.Tensor, positions: torch.Tensor, attend: LayerAttention) -> torch.Tensor:
-        hidden = functional.embedding(token_ids, self._embedding)
+        hidden = self._embed(token_ids)
         if self._embedding_multiplier != 1.0:
             hidden = hidden * self._embedding_multiplier
         angles = {rope: rotary.angles(positions) for rope, rotary in self._rotaries.items()}
@@ -147,11 +157,18 @@ class Decoder(Model):
         return state.normed
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        logits = self._ops.linear(hidden, self._lm_head, None).float()
+        logits = self._lm_head.apply(self._ops, hidden).float()
         if self._spec.logits_divisor != 1.0:
             logits = logits / self._spec.logits_divisor
         cap = self._spec.final_softcap
         return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    def _embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Look tokens up. Returns [T, C], model dtype."""
+        if not isinstance(self._embedding, QuantizedWeight):
+            return functional.embedding(token_ids, self._embedding)
+        rows = self._embedding.codes[token_ids] * self._embedding.scales[token_ids]
+        return rows.to(self._norm.weight.dtype)
 
     def _norm_after(self, layer: int) -> Norm | None:
         """The norm that the sum after a layer goes through: the next layer's first, or the final one."""
@@ -183,17 +200,15 @@ def _build_layer(spec: DecoderSpec, index: int, weights: Weights) -> Layer:
     layer, held = spec.layers[index], f"layers.{index}"
 
     def norm(name: str) -> Norm | None:
-        weight = weights.get(f"{held}.{name}")
+        weight = _optional_tensor(weights, f"{held}.{name}")
         return None if weight is None else Norm(weight, spec.norm_eps, spec.norm_weight_offset)
 
     attention = Attention(
         spec=layer.attention,
         layer=index,
-        params=_attention_params(layer.attention, weights.get(f"{held}.sinks")),
-        qkv=weights[f"{held}.qkv"],
-        qkv_bias=weights.get(f"{held}.qkv_bias"),
-        output=weights[f"{held}.output"],
-        output_bias=weights.get(f"{held}.output_bias"),
+        params=_attention_params(layer.attention, _optional_tensor(weights, f"{held}.sinks")),
+        qkv=_projection(weights, f"{held}.qkv"),
+        output=_projection(weights, f"{held}.output"),
         q_norm=norm("q_norm"),
         k_norm=norm("k_norm"),
     )
@@ -212,9 +227,26 @@ def _attention_params(spec: AttentionSpec, sinks: torch.Tensor | None) -> Attent
 
 
 def _build_mlp(spec: MlpSpec | MoeSpec, held: str, weights: Weights) -> Mlp | Moe:
-    gate_up, down = weights[f"{held}.gate_up"], weights[f"{held}.down"]
-    gate_up_bias, down_bias = weights.get(f"{held}.gate_up_bias"), weights.get(f"{held}.down_bias")
+    gate_up, down = _projection(weights, f"{held}.gate_up"), _projection(weights, f"{held}.down")
     if isinstance(spec, MlpSpec):
-        return Mlp(spec, gate_up, gate_up_bias, down, down_bias)
-    experts = ExpertWeights(gate_up, down, gate_up_bias, down_bias)
-    return Moe(spec, weights[f"{held}.router"], weights.get(f"{held}.router_bias"), experts)
+        return Mlp(spec, gate_up, down)
+    router = _projection(weights, f"{held}.router")
+    if isinstance(gate_up.weight, QuantizedWeight):
+        assert isinstance(down.weight, QuantizedWeight), f"{held}: the experts' matrices are held alike"
+        return Moe(spec, router, QuantizedExperts(gate_up.weight, down.weight, gate_up.bias, down.bias))
+    return Moe(spec, router, ExpertWeights(gate_up.weight, _tensor(weights, f"{held}.down"), gate_up.bias, down.bias))
+
+
+def _projection(weights: Weights, name: str) -> Projection:
+    return Projection(weights[name], _optional_tensor(weights, f"{name}_bias"))
+
+
+def _optional_tensor(weights: Weights, name: str) -> torch.Tensor | None:
+    return _tensor(weights, name) if name in weights else None
+
+
+def _tensor(weights: Weights, name: str) -> torch.Tensor:
+    """Return a weight that is never held as codes."""
+    weight = weights[name]
+    assert isinstance(weight, torch.Tensor), f"{name} is held as codes"
+    return weight

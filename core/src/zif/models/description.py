@@ -6,18 +6,21 @@ No weight is read and, for native models, no array library is imported. Called b
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 from zif.contract import Feature, FullAttentionSpec, KVSpec, ModelDescription, SlidingWindowSpec
 from zif.errors import ConfigError, ModelError, UnknownArchitectureError
-from zif.models.checkpoint import DTYPE_BYTES, Checkpoint, open_checkpoint
+from zif.models.checkpoint import Checkpoint, open_checkpoint
 from zif.models.config import load_config
 from zif.models.families import BUILDERS, decoder_spec
+from zif.models.held import Layout
 from zif.models.layout import plan_layout
-from zif.models.spec import AttentionSpec, DecoderSpec, ExpertTensors, LayerSpec, MoeSpec
+from zif.models.quantization.plan import ROUNDINGS, read_quantization
+from zif.models.spec import AttentionSpec, DecoderSpec, LayerSpec, MoeSpec
 
-MODEL_DTYPES = ("float32", "bfloat16", "float16")
-"""Dtypes in which weights can be held."""
+MODEL_DTYPES: Mapping[str, int] = MappingProxyType({"float32": 4, "bfloat16": 2, "float16": 2})
+"""Dtypes in which weights can be held, and the bytes of an element."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +28,8 @@ class ModelSource:
     """Which model to serve, and how.
 
     `dtype` "auto" is the checkpoint's own. `max_model_len` None is what the configuration allows. "auto" picks the
-    native decoder where it knows the architecture, else the generic backend.
+    native decoder where it knows the architecture, else the generic backend. `kv_dtype` "auto" is the dtype of the
+    weights. `quantization` is what weights are rounded to on load, one of `ROUNDINGS`; None leaves them as stored.
     """
 
     path: Path
@@ -34,6 +38,8 @@ class ModelSource:
     block_size: int = 16
     implementation: Literal["auto", "native", "transformers"] = "auto"
     trust_remote_code: bool = False
+    kv_dtype: str = "auto"
+    quantization: str | None = None
 
 
 def describe_model(source: ModelSource) -> ModelDescription:
@@ -46,6 +52,8 @@ def describe_model(source: ModelSource) -> ModelDescription:
         raise ConfigError(f"dtype={source.dtype!r} is not served; use 'auto' or one of {', '.join(MODEL_DTYPES)}")
     if source.block_size < 1:
         raise ConfigError(f"block_size={source.block_size!r} must be at least 1")
+    if source.quantization is not None and source.quantization not in ROUNDINGS:
+        raise ConfigError(f"quantization={source.quantization!r} is not served; use one of {', '.join(ROUNDINGS)}")
     config = load_config(source.path)
     architecture = architecture_of(config)
     if source.implementation == "transformers":
@@ -78,6 +86,11 @@ def resolve_dtype(source: ModelSource, config: Mapping[str, Any], checkpoint: Ch
     return dtype
 
 
+def resolve_kv_dtype(source: ModelSource, dtype: str) -> str:
+    """Choose the dtype of keys and values of a model whose weights are held in `dtype`."""
+    return dtype if source.kv_dtype == "auto" else source.kv_dtype
+
+
 def resolve_max_model_len(source: ModelSource, longest: int, default: int) -> int:
     """Choose the longest sequence to serve. Raises `ConfigError` when more is asked for than the model has."""
     asked = source.max_model_len
@@ -95,11 +108,11 @@ def resolve_max_model_len(source: ModelSource, longest: int, default: int) -> in
 
 def _describe_native(source: ModelSource, config: dict[str, Any], architecture: str) -> ModelDescription:
     spec = decoder_spec(architecture, config)
-    _check_quantization(config, spec)
+    quantization = read_quantization(config, source.quantization, spec)
     checkpoint = open_checkpoint(source.path)
-    layout = plan_layout(spec, checkpoint)
+    layout = plan_layout(spec, checkpoint, quantization)
     dtype = resolve_dtype(source, config, checkpoint)
-    element_bytes = DTYPE_BYTES[dtype]
+    element_bytes = MODEL_DTYPES[dtype]
     return ModelDescription(
         path=source.path,
         architecture=architecture,
@@ -108,15 +121,22 @@ def _describe_native(source: ModelSource, config: dict[str, Any], architecture: 
         dtype=dtype,
         vocab_size=spec.vocab_size,
         max_model_len=resolve_max_model_len(source, spec.max_position, spec.default_max_len),
-        kv_specs=_kv_specs(spec, source.block_size, dtype),
-        features=_features(spec, layout.is_packed),
-        weight_bytes=layout.num_elements * element_bytes,
+        kv_specs=_kv_specs(spec, source.block_size, resolve_kv_dtype(source, dtype)),
+        features=_features(spec, layout),
+        weight_bytes=layout.num_bytes(element_bytes),
         token_activation_bytes=_token_activation_bytes(spec, element_bytes),
         sample_activation_bytes=_sample_activation_bytes(spec, element_bytes),
+        quantization=source.quantization,
+        weight_schemes=tuple(dict.fromkeys(scheme.name for scheme in layout.schemes)),
     )
 
 
 def _describe_generic(source: ModelSource, config: dict[str, Any], architecture: str) -> ModelDescription:
+    if source.quantization is not None:
+        raise ConfigError(
+            f"quantization={source.quantization!r} is served by native decoders only, and {architecture!r} runs "
+            "through the transformers backend; leave it out, or choose a model of a native architecture"
+        )
     try:
         from zif.models import transformers_backend
     except ImportError as error:
@@ -131,24 +151,6 @@ def _describe_generic(source: ModelSource, config: dict[str, Any], architecture:
             f"neither the native decoder (it serves {', '.join(BUILDERS)}) nor the transformers backend serves "
             f"{architecture!r}: {error}"
         ) from error
-
-
-def _check_quantization(config: Mapping[str, Any], spec: DecoderSpec) -> None:
-    """Raise on quantized weights other than the packed experts that loading unpacks."""
-    quantization = config.get("quantization_config") or config.get("compression_config")
-    if not quantization:
-        return
-    method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
-    unpacked = any(_is_packable(layer) for layer in spec.layers)
-    if method != "mxfp4" or not unpacked:
-        raise ModelError(
-            f"config.json: quantization method {method!r} is not implemented for this architecture (only 'mxfp4' "
-            "experts of GptOssForCausalLM are); use a checkpoint that is not quantized"
-        )
-
-
-def _is_packable(layer: LayerSpec) -> bool:
-    return isinstance(layer.mlp, MoeSpec) and layer.mlp.tensors == ExpertTensors.INTERLEAVED
 
 
 def _stored_dtype(checkpoint: Checkpoint) -> str:
@@ -177,7 +179,7 @@ def _kv_spec(key: tuple[int, int, int], layers: tuple[int, ...], block_size: int
     return FullAttentionSpec(layers, num_kv_heads, head_dim, block_size, dtype)
 
 
-def _features(spec: DecoderSpec, is_packed: bool) -> frozenset[Feature]:
+def _features(spec: DecoderSpec, layout: Layout) -> frozenset[Feature]:
     attentions = [layer.attention for layer in spec.layers]
     needed = {
         Feature.ATTENTION_FULL: any(a.window is None for a in attentions),
@@ -185,9 +187,10 @@ def _features(spec: DecoderSpec, is_packed: bool) -> frozenset[Feature]:
         Feature.ATTENTION_SOFTCAP: any(a.softcap is not None for a in attentions),
         Feature.ATTENTION_SINKS: any(a.sinks for a in attentions),
         Feature.MIXTURE_OF_EXPERTS: any(isinstance(layer.mlp, MoeSpec) for layer in spec.layers),
-        Feature.QUANTIZATION_MXFP4_DEQUANTIZED: is_packed,
+        Feature.QUANTIZATION_MXFP4_DEQUANTIZED: layout.is_packed,
     }
-    return frozenset(feature for feature, is_needed in needed.items() if is_needed)
+    schemes = {scheme.feature for scheme in layout.schemes}
+    return frozenset(feature for feature, is_needed in needed.items() if is_needed) | schemes
 
 
 def _token_activation_bytes(spec: DecoderSpec, element_bytes: int) -> int:

@@ -2,17 +2,18 @@
 
 Query, key and value matrices are held as one, gate and up as one, all experts of a layer as one: fewer and larger
 multiplications. Pure bookkeeping on names and shapes; nothing is read and no array library is imported, so that the
-same plan serves the description (bytes), the check of a checkpoint, and the loader.
+same plan serves the description (bytes), the check of a checkpoint, and the loader. Which of them are held as codes
+with scales, `zif.models.quantization.plan` says.
 """
 
 import math
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from enum import StrEnum
+from collections.abc import Iterable, Iterator, Mapping
 
 from zif.errors import CheckpointError
-from zif.models.checkpoint import DTYPE_BYTES, Checkpoint, StoredTensor
+from zif.models.checkpoint import Checkpoint, StoredTensor
+from zif.models.held import BYTES, FLOATS, Arrangement, HeldTensor, Layout, Piece, Source
+from zif.models.quantization.plan import Quantization
 from zif.models.spec import AttentionSpec, DecoderSpec, ExpertTensors, MlpSpec, MoeSpec, NormPlacement, QKNorm
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -26,77 +27,15 @@ _IGNORED = re.compile(r"\.rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
 
 _NAMES_SHOWN = 8
 
-
-class Arrangement(StrEnum):
-    """How stored elements are ordered, relative to how they are held.
-
-    AS_STORED: the same. TRANSPOSED: last two axes swapped. INTERLEAVED: gate and up alternate along the last axis,
-    held one after the other. INTERLEAVED_TRANSPOSED: both. MXFP4: packed blocks of 4-bit elements with scales.
-    MXFP4_INTERLEAVED: packed, gate and up rows alternate.
-    """
-
-    AS_STORED = "as_stored"
-    TRANSPOSED = "transposed"
-    INTERLEAVED = "interleaved"
-    INTERLEAVED_TRANSPOSED = "interleaved_transposed"
-    MXFP4 = "mxfp4"
-    MXFP4_INTERLEAVED = "mxfp4_interleaved"
+_CODES = ("weight", "weight_packed", "qweight")
+"""Last parts of the names under which a module's matrix may be stored, as numbers or as codes."""
 
 
-@dataclass(frozen=True, slots=True)
-class Source:
-    """One stored tensor that is needed, and the shape it must have."""
-
-    name: str
-    shape: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """A run of elements of a held tensor, from `offset` on, out of one stored tensor (or packed blocks and scales)."""
-
-    sources: tuple[Source, ...]
-    offset: int
-    arrangement: Arrangement = Arrangement.AS_STORED
-
-
-@dataclass(frozen=True, slots=True)
-class HeldTensor:
-    """One tensor of the decoder. `name` is the decoder's own: "layers.3.qkv"."""
-
-    name: str
-    shape: tuple[int, ...]
-    pieces: tuple[Piece, ...]
-
-    @property
-    def num_elements(self) -> int:
-        """Count the elements."""
-        return math.prod(self.shape)
-
-
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """All tensors of a decoder. `repeats_embedding` when a tied checkpoint stores the output matrix once more."""
-
-    tensors: tuple[HeldTensor, ...]
-    repeats_embedding: bool
-
-    @property
-    def num_elements(self) -> int:
-        """Count the elements of all tensors."""
-        return sum(tensor.num_elements for tensor in self.tensors)
-
-    @property
-    def is_packed(self) -> bool:
-        """Say whether MXFP4 blocks are unpacked on load."""
-        packed = (Arrangement.MXFP4, Arrangement.MXFP4_INTERLEAVED)
-        return any(piece.arrangement in packed for tensor in self.tensors for piece in tensor.pieces)
-
-
-def plan_layout(spec: DecoderSpec, checkpoint: Checkpoint) -> Layout:
+def plan_layout(spec: DecoderSpec, checkpoint: Checkpoint, quantization: Quantization) -> Layout:
     """Match a decoder with the tensors of a checkpoint.
 
-    Raises one `CheckpointError` that names what is missing, unexpected, or of another shape or dtype.
+    Raises one `CheckpointError` that names what is missing, unexpected, or of another shape or dtype; `ModelError` on
+    codes that are not served.
     """
     stored = checkpoint.tensors
     tensors = [_whole("embedding", EMBEDDING, (spec.vocab_size, spec.hidden_size))]
@@ -105,7 +44,8 @@ def plan_layout(spec: DecoderSpec, checkpoint: Checkpoint) -> Layout:
     tensors.append(_whole("norm", "model.norm.weight", (spec.hidden_size,)))
     if not spec.tied_embeddings:
         tensors.append(_whole("lm_head", LM_HEAD, (spec.vocab_size, spec.hidden_size)))
-    layout = Layout(tuple(tensors), spec.tied_embeddings and LM_HEAD in stored)
+    held = quantization.held(tensors, stored)
+    layout = Layout(held, spec.tied_embeddings and LM_HEAD in stored, _zero_biases(held, stored))
     _check(layout, checkpoint)
     return layout
 
@@ -151,7 +91,7 @@ def _attention(
     spec: AttentionSpec, hidden: int, prefix: str, held: str, stored: Mapping[str, StoredTensor]
 ) -> Iterator[HeldTensor]:
     sizes = {"q": spec.query_size, "k": spec.kv_size, "v": spec.kv_size}
-    if f"{prefix}.qkv_proj.weight" in stored:
+    if _is_stored(f"{prefix}.qkv_proj", stored):
         parts = {"qkv": sum(sizes.values())}
     else:
         parts = sizes
@@ -173,7 +113,7 @@ def _mlp(
     spec: MlpSpec, hidden: int, prefix: str, held: str, stored: Mapping[str, StoredTensor]
 ) -> Iterator[HeldTensor]:
     rows = spec.intermediate_size
-    if f"{prefix}.gate_up_proj.weight" in stored:
+    if _is_stored(f"{prefix}.gate_up_proj", stored):
         parts = {"gate_up": 2 * rows}
     else:
         parts = {"gate": rows, "up": rows}
@@ -233,15 +173,27 @@ def _packed(name: str, shape: tuple[int, int, int]) -> tuple[Source, ...]:
     """Name blocks and scales of a packed [E, rows, columns] tensor: two elements a byte, a scale per block."""
     experts, rows, columns = shape
     scales = (experts, rows, columns // MXFP4_BLOCK)
-    return Source(f"{name}_blocks", (*scales, MXFP4_BLOCK // 2)), Source(f"{name}_scales", scales)
+    return Source(f"{name}_blocks", (*scales, MXFP4_BLOCK // 2), BYTES), Source(f"{name}_scales", scales, BYTES)
+
+
+def _is_stored(module: str, stored: Mapping[str, StoredTensor]) -> bool:
+    return any(f"{module}.{name}" in stored for name in _CODES)
+
+
+def _zero_biases(tensors: Iterable[HeldTensor], stored: Mapping[str, StoredTensor]) -> tuple[str, ...]:
+    """Name the biases of matrices with `qweight` that the architecture does not have: some writers store zeros."""
+    needed = {source.name for tensor in tensors for piece in tensor.pieces for source in piece.sources}
+    modules = [name.removesuffix(".qweight") for name in needed if name.endswith(".qweight")]
+    return tuple(sorted(bias for bias in (f"{m}.bias" for m in modules) if bias in stored and bias not in needed))
 
 
 def _check(layout: Layout, checkpoint: Checkpoint) -> None:
     stored = checkpoint.tensors
     pieces = [piece for tensor in layout.tensors for piece in tensor.pieces]
     needed = {source.name: source for piece in pieces for source in piece.sources}
-    packed = {s.name for piece in pieces if piece.arrangement.startswith("mxfp4") for s in piece.sources}
-    allowed = needed.keys() | ({LM_HEAD} if layout.repeats_embedding else set())
+    allowed = {name: source.dtypes for name, source in needed.items()} | dict.fromkeys(layout.zero_biases, FLOATS)
+    if layout.repeats_embedding:
+        allowed[LM_HEAD] = FLOATS
     problems = [
         _listing("missing", [name for name in needed if name not in stored]),
         _listing("unexpected", [name for name in stored if name not in allowed and not _IGNORED.search(name)]),
@@ -257,8 +209,8 @@ def _check(layout: Layout, checkpoint: Checkpoint) -> None:
             "of a dtype that is not read",
             [
                 f"{name} ({stored[name].dtype})"
-                for name in sorted(allowed)
-                if _unreadable(stored.get(name), name in packed)
+                for name, dtypes in sorted(allowed.items())
+                if name in stored and stored[name].dtype not in dtypes
             ],
         ),
     ]
@@ -268,12 +220,6 @@ def _check(layout: Layout, checkpoint: Checkpoint) -> None:
             f"tensors in {str(checkpoint.folder)!r} do not fit the architecture: {found}. "
             "Use the config.json that belongs to these weights"
         )
-
-
-def _unreadable(tensor: StoredTensor | None, packed: bool) -> bool:
-    if tensor is None:
-        return False
-    return tensor.dtype != "uint8" if packed else tensor.dtype == "uint8" or tensor.dtype not in DTYPE_BYTES
 
 
 def _listing(what: str, names: list[str]) -> str:

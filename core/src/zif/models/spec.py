@@ -195,6 +195,12 @@ class DecoderSpec:
         return tuple(dict.fromkeys(layer.attention.rope for layer in self.layers if layer.attention.rope is not None))
 
     @property
+    def interleaves_experts(self) -> bool:
+        """Say whether experts are stored in one tensor with gate and up alternating, which may be packed as MXFP4."""
+        tensors = (layer.mlp.tensors for layer in self.layers if isinstance(layer.mlp, MoeSpec))
+        return ExpertTensors.INTERLEAVED in tensors
+
+    @property
     def default_max_len(self) -> int:
         """Tokens: the original length where a longer one would change how short sequences are computed (LongRoPE)."""
         originals = [r.scaling.original_max_position for r in self.ropes if isinstance(r.scaling, LongRopeScaling)]

@@ -25,7 +25,7 @@ from zif.contract import (
 )
 from zif.errors import ConfigError, UnknownArchitectureError
 from zif.models.checkpoint import open_checkpoint
-from zif.models.description import ModelSource, resolve_dtype, resolve_max_model_len
+from zif.models.description import ModelSource, resolve_dtype, resolve_kv_dtype, resolve_max_model_len
 from zif.models.transformers_attention import TRACED_ATTENTION, TRACED_EXPERTS, register
 from zif.models.transformers_model import load_transformers_model
 from zif.models.transformers_parts import SplitModel, find_decoder_path
@@ -42,7 +42,7 @@ def describe(source: ModelSource, config: dict[str, Any]) -> ModelDescription:
     """Say what the checkpoint needs of a platform when transformers runs it.
 
     `config` is the checkpoint's `config.json`. Reads no weight. Raises `UnknownArchitectureError` with the reason when
-    the architecture cannot be served, `CheckpointError` on unsound files, `ConfigError` on a length it does not serve.
+    the architecture cannot be served, `CheckpointError` on unsound files, `ConfigError` on a setting it does not serve.
     """
     _require_transformers()
     hf_config = _load_config(source, config)
@@ -58,6 +58,11 @@ def describe(source: ModelSource, config: dict[str, Any]) -> ModelDescription:
     dtype: torch.dtype = getattr(torch, dtype_name)
     model = _build_without_weights(hf_config, source, dtype, traced_config)
     traced = trace(model, traced_config)
+    if source.kv_dtype != "auto" and not traced.layers:
+        raise ConfigError(
+            f"kv_cache_dtype={source.kv_dtype!r} has no meaning for {traced_config.architecture!r}, which keeps states "
+            "and no keys and values; leave it out"
+        )
     return ModelDescription(
         path=source.path,
         architecture=traced_config.architecture,
@@ -67,7 +72,7 @@ def describe(source: ModelSource, config: dict[str, Any]) -> ModelDescription:
         vocab_size=traced.num_logits,
         max_model_len=_max_model_len(source, text_config, max_position),
         kv_specs=(
-            *_kv_specs(traced.layers, source.block_size, dtype_name),
+            *_kv_specs(traced.layers, source.block_size, resolve_kv_dtype(source, dtype_name)),
             *_state_specs(traced.states, source.block_size, dtype_name),
         ),
         features=_features(traced),

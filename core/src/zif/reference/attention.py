@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from zif.contract import AttentionBackend, AttentionBatch, AttentionParams, AttentionSpec, KVArena, KVLayout, KVSpec
+from zif.reference.quantization import decode_vectors, encode_vectors, row_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,14 +39,18 @@ class PreparedReference:
 
 
 class ReferenceAttention(AttentionBackend[torch.Tensor, PreparedReference]):
-    """The reference. The cache of a layer is a view [num_cells, 2, block_size, K, D]; keys are 0, values 1."""
+    """The reference. The cache of a layer is a view [num_cells, 2, block_size, K, D]; keys are 0, values 1.
+
+    Of dtype "int8" the last axis is a row of codes and their scale, as `zif.reference.quantization` makes it.
+    """
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self._device = torch.device(device)
 
     def kv_layout(self, spec: KVSpec) -> KVLayout:
         assert isinstance(spec, AttentionSpec), f"KV of kind {spec.kind!r} is not claimed"
-        shape = (len(spec.layers), 2, spec.block_size, spec.num_kv_heads, spec.head_dim)
+        elements = row_bytes(spec.head_dim) if spec.dtype == "int8" else spec.head_dim
+        shape = (len(spec.layers), 2, spec.block_size, spec.num_kv_heads, elements)
         num_bytes = torch.Size(shape).numel() * _torch_dtype(spec.dtype).itemsize
         return KVLayout(num_bytes, ("layer", "kv", "token", "head", "element"), shape, spec.dtype)
 
@@ -66,8 +71,9 @@ class ReferenceAttention(AttentionBackend[torch.Tensor, PreparedReference]):
         return PreparedReference(spans, slots // batch.block_size, slots % batch.block_size)
 
     def write(self, key: torch.Tensor, value: torch.Tensor, cache: torch.Tensor, prepared: PreparedReference) -> None:
-        cache[prepared.blocks, 0, prepared.offsets] = key.to(cache.dtype)
-        cache[prepared.blocks, 1, prepared.offsets] = value.to(cache.dtype)
+        for part, fresh in enumerate((key, value)):
+            stored = encode_vectors(fresh) if cache.dtype == torch.int8 else fresh.to(cache.dtype)
+            cache[prepared.blocks, part, prepared.offsets] = stored
 
     def attend(
         self, query: torch.Tensor, cache: torch.Tensor, prepared: PreparedReference, params: AttentionParams
@@ -85,7 +91,7 @@ def _attend_request(
 ) -> torch.Tensor:
     """Attend from one request's queries, [L, H, D], to its visible keys. Returns [L, H, D], dtype of query."""
     first_key = 0 if params.window is None else max(0, span.first_position - params.window + 1)
-    keys, values = _gather(cache, span, first_key)
+    keys, values = _gather(cache, span, first_key, query.shape[-1])
     num_queries, num_heads, head_dim = query.shape
     num_kv_heads = keys.shape[1]
     grouped = _wide(query).view(num_queries, num_kv_heads, num_heads // num_kv_heads, head_dim)
@@ -104,7 +110,7 @@ def _attend_request(
     return torch.einsum("lkgs,skd->lkgd", weights, values).reshape(query.shape).to(query.dtype)
 
 
-def _gather(cache: torch.Tensor, span: RequestSpan, first_key: int) -> torch.Tensor:
+def _gather(cache: torch.Tensor, span: RequestSpan, first_key: int, head_dim: int) -> torch.Tensor:
     """Return keys and values at positions `first_key` to seq_len - 1: [2, S, K, D], float32 or wider.
 
     Only blocks that hold such a position are read: other entries of the block table are undefined.
@@ -113,7 +119,8 @@ def _gather(cache: torch.Tensor, span: RequestSpan, first_key: int) -> torch.Ten
     first_block, last_block = first_key // block_size, -(-span.seq_len // block_size)
     blocks = cache[span.blocks[first_block:last_block]].transpose(0, 1).flatten(1, 2)
     offset = first_block * block_size
-    return _wide(blocks[:, first_key - offset : span.seq_len - offset])
+    seen = blocks[:, first_key - offset : span.seq_len - offset]
+    return decode_vectors(seen, head_dim) if seen.dtype == torch.int8 else _wide(seen)
 
 
 def _softmax(scores: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:

@@ -15,7 +15,7 @@ extern "C" {
 #define ZIF_CPU_PUBLIC __attribute__((visibility("default")))
 
 // What elements are. Codes are part of the ABI.
-enum { ZIF_FLOAT32 = 0, ZIF_BFLOAT16 = 1, ZIF_FLOAT16 = 2 };
+enum { ZIF_FLOAT32 = 0, ZIF_BFLOAT16 = 1, ZIF_FLOAT16 = 2, ZIF_INT8 = 3 };
 
 // Gated activations, as zif.contract.Activation has them.
 enum { ZIF_SILU = 0, ZIF_GELU = 1, ZIF_GELU_TANH = 2, ZIF_SWIGLU_CLAMPED = 3 };
@@ -35,6 +35,21 @@ ZIF_CPU_PUBLIC int32_t zif_cpu_use_threads(int32_t num_threads);
 // bias: [outputs] or null. y: [tokens, outputs]. All of one dtype.
 ZIF_CPU_PUBLIC void zif_cpu_linear(const void* x, int64_t x_stride, const void* weight, const void* bias, void* y,
                                    int64_t tokens, int64_t inputs, int64_t outputs, int32_t dtype);
+
+// The same as a struct.
+typedef struct {
+    const void* x;
+    const void* weight;
+    const void* bias;
+    void* y;
+    int64_t x_stride;
+    int64_t tokens;
+    int64_t inputs;
+    int64_t outputs;
+    int32_t dtype;
+} zif_cpu_product;
+
+ZIF_CPU_PUBLIC void zif_cpu_multiply(const zif_cpu_product* call);
 
 // The operators of one row take a struct: to a caller from another language, each argument costs as much as the row.
 
@@ -94,19 +109,34 @@ typedef struct {
 
 ZIF_CPU_PUBLIC void zif_cpu_gated_activation(const zif_cpu_gating* call);
 
-// Put keys and values of new tokens into their slots of a paged cache.
-// key, value: [tokens, kv_heads, head_dim], first axes strided. slots: [tokens], block * block_size + offset; negative
-// ones are skipped. Block b of head h of the cache is at keys + b * block_stride + h * block_size * head_dim.
-ZIF_CPU_PUBLIC void zif_cpu_write_kv(const void* key, int64_t key_stride, const void* value, int64_t value_stride,
-                                     void* keys, void* values, int64_t block_stride, const int64_t* slots,
-                                     int64_t tokens, int64_t kv_heads, int64_t head_dim, int64_t block_size,
-                                     int32_t dtype);
+// Put keys and values of new tokens into their slots of a paged cache. Block b of head h of the cache is at
+// keys + b * block_stride + h * block_size * row. A row is one token's vector of a head: head_dim elements, or, of
+// ZIF_INT8, head_dim codes, zeros up to a multiple of 4 bytes, and the float32 scale that codes are multiplied by:
+// largest absolute element / 127, or NaN where an element is not finite.
+typedef struct {
+    const void* key;       // [tokens, kv_heads, head_dim], first axis strided
+    const void* value;     // the same
+    void* keys;            // the cache
+    void* values;
+    const int64_t* slots;  // [tokens], block * block_size + offset; negative ones are skipped
+    int64_t key_stride;
+    int64_t value_stride;
+    int64_t block_stride;
+    int64_t tokens;
+    int64_t kv_heads;
+    int64_t head_dim;
+    int64_t block_size;
+    int32_t dtype;
+    int32_t cache;  // of the cache: dtype, or ZIF_INT8
+} zif_cpu_kv_rows;
 
-// Attention over a paged cache for short queries (decoding, verification of drafts); softmax in float32.
+ZIF_CPU_PUBLIC void zif_cpu_store_kv(const zif_cpu_kv_rows* call);
+
+// Attention over a paged cache, of prompts and of single tokens; softmax in float32.
 typedef struct {
     const void* query;           // [tokens, heads, head_dim], first axis strided
     void* output;                // [tokens, heads, head_dim], dense
-    const void* keys;            // as in zif_cpu_write_kv
+    const void* keys;            // as in zif_cpu_store_kv
     const void* values;
     const void* sinks;           // [heads], or null
     const int32_t* requests;     // [num_requests], rows of the tables below that are served
@@ -125,6 +155,7 @@ typedef struct {
     float scale;
     float softcap;  // 0: none
     int32_t dtype;
+    int32_t cache;  // of keys and values: dtype, or ZIF_INT8
 } zif_cpu_attention;
 
 ZIF_CPU_PUBLIC void zif_cpu_attend(const zif_cpu_attention* call);
@@ -154,6 +185,15 @@ typedef struct {
 // Returns 0, or -1 when an id is no expert, in which case y is undefined.
 ZIF_CPU_PUBLIC int32_t zif_cpu_experts(const zif_cpu_experts_call* call);
 
+// One call of a list: a function of those here that take a struct and return nothing, and its struct.
+typedef struct {
+    void (*function)(const void* call);
+    const void* call;
+} zif_cpu_entry;
+
+// Make the calls of a list, in order.
+ZIF_CPU_PUBLIC void zif_cpu_run(const zif_cpu_entry* entries, int64_t count);
+
 // The next token of each row: the most likely one at temperature 0, else one drawn, as OpTable.choose_tokens has it.
 typedef struct {
     const float* logits;       // [rows, vocabulary], first axis strided
@@ -170,6 +210,54 @@ typedef struct {
 } zif_cpu_choice;
 
 ZIF_CPU_PUBLIC void zif_cpu_choose(const zif_cpu_choice* call);
+
+// A weight held as integers: an element is (code - zero) * scale. `group` inputs share a scale and a zero, and divide
+// the inputs. Codes of 8 bits: [outputs, inputs], int8. Of 4 bits: [outputs, inputs / 2]; of a group of g codes, byte j
+// has code j in its lower and code j + g / 2 in its upper half.
+typedef struct {
+    const void* codes;
+    const float* scales;   // [outputs, inputs / group]
+    const int16_t* zeros;  // the same, or null: zero is 0 for 8 bits and 8 for 4 bits
+    int64_t outputs;
+    int64_t inputs;
+    int64_t group;
+    int32_t bits;                 // 8, or 4
+    int32_t dynamic_activations;  // x is rounded to 8 bits: for codes of 8 bits with one group and no zeros
+} zif_cpu_quantized;
+
+// y = x @ weight.T + bias, as OpTable.quantized_linear has it. Sums of 8-bit activations are exact below 131072 inputs.
+typedef struct {
+    zif_cpu_quantized weight;
+    const void* x;     // [tokens, inputs], first axis strided
+    const void* bias;  // [outputs], or null
+    void* y;           // [tokens, outputs]
+    int64_t x_stride;
+    int64_t tokens;
+    int32_t dtype;
+} zif_cpu_quantized_product;
+
+ZIF_CPU_PUBLIC void zif_cpu_quantized_linear(const zif_cpu_quantized_product* call);
+
+// What zif_cpu_experts does with quantized weights, each a stack of one per expert; `outputs` and `inputs` are of one.
+typedef struct {
+    zif_cpu_quantized gate_up;  // gate rows before up rows
+    zif_cpu_quantized down;
+    const void* x;
+    const void* gate_up_bias;
+    const void* down_bias;
+    const float* weights;
+    const int64_t* ids;
+    void* y;
+    int64_t x_stride;
+    int64_t tokens;
+    int64_t experts;
+    int64_t chosen;
+    int32_t activation;
+    int32_t dtype;
+} zif_cpu_quantized_experts_call;
+
+// Returns 0, or -1 when an id is no expert, in which case y is undefined.
+ZIF_CPU_PUBLIC int32_t zif_cpu_quantized_experts(const zif_cpu_quantized_experts_call* call);
 
 #ifdef __cplusplus
 }

@@ -1,251 +1,335 @@
-// Attention over a paged cache for short queries, and the writing of that cache.
+// Attention over a paged cache, for decoding and for prompts, and the writing of that cache.
 //
-// Keys are cut at multiples of `kSplitKeys` positions, and what each cut gives is merged in order. Which thread does
-// what changes nothing in the arithmetic of a query: neither the other requests nor the other queries of its own do.
+// Keys are cut at multiples of `kSplitKeys` positions, and what each cut gives is merged in order. What a query gets is
+// the same to the bit whatever else is in its unit and the batch, and whichever thread computes it; by tiles also however
+// the request is cut into steps, else among steps of up to `kFewQueries` of its queries, and among those of more.
 //
 //     unit    some adjacent queries of one request; `rows` are its queries times the query heads of one KV head
-//     task    a unit and a KV head, all cuts in order; of long requests each cut is a task, and the last one merges
+//     task    a unit and a KV head, all cuts in order; where tasks are few each cut is one, and the last one merges
 //     split   scores of all rows [rows, keys], softmax of each row's visible keys, then values times weights
 //
 // Softmax in parts: Milakov and Gimelshein, 2018; parts in parallel: Dao et al., Flash-Decoding, 2023.
 #pragma once
 
-#include "attention_amx.h"
-#include "attention_tile.h"
-#include "pool.h"
-#include "zif_cpu.h"
+#include "attention_plan.h"
 
 namespace zif {
 namespace ZIF_ISA {
 namespace {
 namespace paged {
 
-constexpr int64_t kSplitKeys = 256;
-constexpr int64_t kScoreKeys = 16;  // keys that all rows use before the next ones: they stay in L1
-constexpr int64_t kValueKeys = 32;
-constexpr int64_t kUnitRows = 64;
-constexpr int64_t kMaxPartialBytes = 64 << 20;
-constexpr int64_t kOffsets = kSplitKeys + 128;  // keys behind the last one are asked for, and may be multiplied
-static_assert(kSplitKeys + 16 <= kScoreStride);
-
-inline int64_t first_visible(const zif_cpu_attention& call, int64_t position) {
-    return call.window > 0 ? larger(0, position - call.window + 1) : 0;
-}
-
-// Some adjacent queries of one request.
-struct Unit {
-    int64_t request;
-    int64_t token;  // the first one's row in the batch
-    int64_t num_queries;
-    int64_t position;  // the first one's
-    int64_t first_split;
-    int64_t num_splits;
-    int64_t first_task;
-    int64_t first_partial;  // [kv_heads, num_splits, Softmax] in the plan's partials; -1: a head's splits are one task
-    int32_t* pending;       // [kv_heads], splits that are not done
-};
-
-struct Plan {
-    Unit* units;
-    int64_t num_units;
-    int64_t num_tasks;
-    float* partials;
-
-    const Unit& unit_of(int64_t task) const {
-        int64_t low = 0, high = num_units;
-        while (high - low > 1) {
-            const int64_t middle = (low + high) / 2;
-            (units[middle].first_task <= task ? low : high) = middle;
-        }
-        return units[low];
-    }
-};
-
-// One KV head of a unit. Memory is its thread's.
-template <class T>
+// One KV head of a unit. Memory is its thread's. T: queries and results, C: the cache.
+template <class T, class C>
 struct HeadTask {
+    static constexpr bool kTiled = kByTiles<T>;
+    static constexpr int64_t kPer = kPaired<T> ? 2 : 1;  // elements of a word
+    static constexpr int64_t kStride = kTiled ? kWeightStride : kScoreStride;
+    typedef std::conditional_t<kTiled, BFloat16, float> Weight;
+
     const zif_cpu_attention& call;
     const Unit& unit;
     int64_t head;
+    Place next;     // what this thread computes next, as far as is known
     int64_t group;  // query heads of the KV head
     int64_t rows;
-    int thread;
-    int64_t width;  // head_dim in whole vectors
-    int64_t query_width;
-    const T* keys;
-    const T* values;
-    typename Dot<T>::Query* query;  // [rows, query_width]
-    float* scores;                  // [rows, kScoreStride], later weights
-    float* running;                 // Softmax
-    float* fresh;                   // Softmax
-    int64_t* offsets;               // [kOffsets], of the split's keys; behind the last one it is repeated
-    int64_t* first;                 // [rows], of the split's keys the first that the row sees
-    int64_t* last;                  // [rows], one behind the last
+    int64_t held;   // rows, and those that make tiles whole
+    int64_t width;  // head_dim in whole vectors, or tiles
+    int64_t words;  // of a query row
+    float* query;   // [held, words]
+    float* scores;  // [held, kScoreStride], later weights
+    Weight* weights;
+    float* running;       // Softmax
+    float* fresh;         // Softmax
+    float* packed_query;  // a panel of up to 16 rows
+    float* panels;        // [kPanels, words, kLanes]
+    float* packed;        // values: [kKeyStep, width], or tiles of all keys
+    float* key_scales;    // [kSplitKeys]
+    float* value_scales;  // [kSplitKeys]
+    const char** keys;    // [kPlaces], rows of the split
+    const char** values;  // the same
+    int64_t num_coming;
+    const char** coming;  // [kSplitKeys], keys that are read after the split's values
+    Seen* seen;           // [rows]
 
-    HeadTask(const zif_cpu_attention& call, const Unit& unit, int64_t head, int thread)
-        : call(call), unit(unit), head(head), group(call.heads / call.kv_heads), rows(unit.num_queries * group),
-          thread(thread), width(rounded_up(call.head_dim, kLanes)),
-          query_width(rounded_up(call.head_dim, Dot<T>::kStep)) {
-        const int64_t start = head * call.block_size * call.head_dim;
-        keys = static_cast<const T*>(call.keys) + start;
-        values = static_cast<const T*>(call.values) + start;
-        const int64_t indices = kOffsets + 2 * rows, state = Softmax::size(rows, width);
-        const int64_t floats = rows * kScoreStride + 2 * state;
-        const int64_t bytes = indices * 8 + floats * 4 + rows * query_width * sizeof(*query);
-        offsets = static_cast<int64_t*>(scratch(thread, 2, bytes));
-        first = offsets + kOffsets;
-        last = first + rows;
-        scores = reinterpret_cast<float*>(last + rows);
-        running = scores + rows * kScoreStride;
-        fresh = running + state;
-        query = reinterpret_cast<typename Dot<T>::Query*>(fresh + state);
+    HeadTask(const zif_cpu_attention& call, const Place& place, const Place& next, int thread)
+        : call(call), unit(*place.unit), head(place.head), next(next), group(call.heads / call.kv_heads),
+          rows(unit.num_queries * group), held(held_rows<T>(rows)), width(width_of<T>(call.head_dim)),
+          words(rounded_up(call.head_dim, kVectorElements<kPaired<T>>) / kPer) {
+        Pieces counted = {nullptr, 0};
+        place_pieces(counted);
+        Pieces pieces = {static_cast<char*>(scratch(thread, 2, counted.used)), 0};
+        place_pieces(pieces);
+    }
+
+    void place_pieces(Pieces& pieces) {
+        query = pieces.take<float>(held * words);
+        scores = pieces.take<float>(held * kScoreStride);
+        // Behind the last row as many as a tile has: single rows are multiplied by whole tiles too.
+        weights = kTiled ? pieces.take<Weight>((held + 16) * kStride) : reinterpret_cast<Weight*>(scores);
+        for (float** softmax : {&running, &fresh}) *softmax = pieces.take<float>(Softmax::size(held, width));
+        packed_query = pieces.take<float>(kLanes * words);
+        panels = pieces.take<float>(kPanelKeys * words);
+        packed = pieces.take<float>(kTiled ? kSplitKeys * width / 2 : kKeyStep * width);
+        for (float** scales : {&key_scales, &value_scales}) *scales = pieces.take<float>(kSplitKeys);
+        keys = pieces.take<const char*>(kPlaces);
+        values = pieces.take<const char*>(kPlaces);
+        coming = pieces.take<const char*>(kSplitKeys);
+        seen = pieces.take<Seen>(rows);
     }
 
     void keep_query() {
-        std::memset(query, 0, rows * query_width * sizeof(*query));
+        std::memset(query, 0, held * words * sizeof(float));
         for (int64_t row = 0; row < rows; ++row) {
             const T* token = static_cast<const T*>(call.query) + (unit.token + row / group) * call.query_stride;
             const T* from = token + (head * group + row % group) * call.head_dim;
-            Dot<T>::keep(from, query + row * query_width, call.head_dim);
+            for (int64_t at = 0, word = 0; at < call.head_dim; at += kVectorElements<kPaired<T>>, word += kLanes) {
+                store(query + row * words + word, words_of<kPaired<T>>(from + at, call.head_dim - at));
+            }
         }
+        if (!lie_as_tiles()) return;
+        const char* lying[kLanes];
+        for (int64_t i = 0; i < kLanes; ++i) {
+            lying[i] = reinterpret_cast<const char*>(query + smaller(i, rows - 1) * words);
+        }
+        Ahead none(nullptr, 0, 0, 1);
+        pack_panel<kPaired<T>, T>(lying, call.head_dim, packed_query, none);
     }
 
-    // Place the keys of a split that some query sees, and for each row those that it sees. Returns their number.
-    int64_t place(int64_t split) {
-        int64_t from = larger(split * kSplitKeys, first_visible(call, unit.position));
-        if (call.block_size % kScoreKeys == 0) from -= from % kScoreKeys;  // then 16 keys lie together
-        const int64_t to = smaller((split + 1) * kSplitKeys, unit.position + unit.num_queries);
-        const int32_t* blocks = call.block_table + unit.request * call.table_stride;
-        for (int64_t key = from; key < to;) {
-            const int64_t block = key / call.block_size, end = smaller(to, (block + 1) * call.block_size);
-            int64_t at = blocks[block] * call.block_stride + (key - block * call.block_size) * call.head_dim;
-            for (; key < end; ++key, at += call.head_dim) offsets[key - from] = at;
-        }
-        for (int64_t i = to - from; i < kOffsets; ++i) offsets[i] = offsets[to - from - 1];
+    // Place the rows of a split that some query sees, and for each row those that it sees.
+    KeyRange place(int64_t split) {
+        const KeyRange range = unit.keys(call, split);
+        const HeadRows<C> cache(call, unit.request, head);
+        const int64_t base = split * kSplitKeys, start = range.start / kPanelKeys * kPanelKeys;
+        cache.find(call.keys, base + range.from, base + range.to, keys + range.from);
+        cache.find(call.values, base + range.from, base + range.to, values + range.from);
+        num_coming = place_next(split);
+        // What others are is not looked at. Behind the last ones lies what is read next, for those who ask for rows.
+        std::fill(keys + start, keys + range.from, keys[range.from]);
+        std::fill(values + start, values + range.from, values[range.from]);
+        const int64_t asked = smaller(kTileAhead, range.to - range.from), other = smaller(kTileAhead, num_coming);
+        std::copy(values + range.from, values + range.from + asked, keys + range.to);
+        std::copy(coming, coming + other, values + range.to);
+        std::fill(keys + range.to + asked, keys + kPlaces, keys[range.to - 1]);
+        std::fill(values + range.to + other, values + kPlaces, values[range.to - 1]);
         for (int64_t row = 0; row < rows; ++row) {
             const int64_t position = unit.position + row / group;
-            last[row] = larger(0, smaller(position + 1, to) - from);
-            first[row] = smaller(last[row], larger(0, first_visible(call, position) - from));
+            const int64_t last = larger(range.from, smaller(position + 1 - base, range.to));
+            const int64_t first = smaller(last, larger(range.from, first_visible(call, position) - base));
+            seen[row] = {first, last, range.start, range.stop};
         }
-        return to - from;
+        return range;
     }
 
-    // Ask for the first keys or values of the split; the later ones are asked for by those who read.
-    void ask_first(const T* from) const {
-        const int64_t bytes = call.head_dim * sizeof(T);
-        for (int64_t i = 0; i < kAheadKeys; ++i) {
-            const char* row = reinterpret_cast<const char*>(from + offsets[i]);
-            for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at, 0, 2);
-        }
+    // Place the keys that are read after a split's values. Returns their number.
+    int64_t place_next(int64_t split) {
+        if (split + 1 < unit.first_split + unit.num_splits) return place_keys(unit, head, split + 1);
+        return next.unit == nullptr ? 0 : place_keys(*next.unit, next.head, next.split);
     }
 
-    template <int kRows, bool kAsk>
-    void score(int64_t row, int64_t key) {
-        constexpr int64_t kKeys = kLanes / kRows;
-        for (int64_t end = key + kScoreKeys; key < end; key += kKeys) {
-            float each[kLanes];
-            const auto* some = query + row * query_width;
-            store(each, dots<T, kRows, kAsk>(some, query_width, keys, offsets + key, call.head_dim));
-            for (int i = 0; i < kRows; ++i) {
-                std::memcpy(scores + (row + i) * kScoreStride + key, each + i * kKeys, kKeys * sizeof(float));
-            }
-        }
+    int64_t place_keys(const Unit& of, int64_t of_head, int64_t split) {
+        const KeyRange range = of.keys(call, split);
+        const int64_t base = split * kSplitKeys;
+        HeadRows<C>(call, of.request, of_head).find(call.keys, base + range.from, base + range.to, coming);
+        return range.to - range.from;
     }
 
-    template <int kRows>
-    void add(int64_t row, int64_t from, int64_t to, const Softmax& softmax) {
-        if (from >= to) return;
-        const float* weights = scores + row * kScoreStride + from;
-        const int64_t* places = offsets + from;
-        float* weighted = softmax.weighted + row * width;
-        int64_t at = 0;
-        for (; at + kVectorsAtOnce * kLanes <= call.head_dim; at += kVectorsAtOnce * kLanes) {
-            add_values<T, kRows, kVectorsAtOnce, true>(weights, values + at, places, to - from, weighted + at, width,
-                                                       0);
-        }
-        for (; at < call.head_dim; at += kLanes) {
-            const int64_t tail = at + kLanes <= call.head_dim ? 0 : call.head_dim - at;
-            add_values<T, kRows, 1, true>(weights, values + at, places, to - from, weighted + at, width, tail);
-        }
+    // Whether rows are asked for shortly before they are read, not while the ones before are multiplied.
+    bool few_or_tiles() const { return lie_as_tiles() || (!kTiled && unit.few); }
+
+    // Whether keys are left operands of tiles as they lie.
+    bool lie_as_tiles() const {
+        return kTiled && std::is_same_v<C, BFloat16> && held <= 16 && call.head_dim % 32 == 0;
     }
 
-    // Add the values of keys from - to to kRows rows: together where all see them, and only to those that do.
-    template <int kRows>
-    void add_visible(int64_t row, int64_t from, int64_t to, const Softmax& softmax) {
-        int64_t start = from, end = to;
-        for (int64_t i = row; i < row + kRows; ++i) {
-            start = larger(start, first[i]);
-            end = smaller(end, last[i]);
+    void score_all(const KeyRange& range) {
+        const int64_t start = range.start / kPanelKeys * kPanelKeys;
+        if constexpr (std::is_same_v<C, Int8>) {
+            for (int64_t i = range.start; i < range.stop; ++i) key_scales[i] = row_scale(keys[i], call.head_dim);
         }
-        end = larger(start, end);
-        for (int64_t i = row; i < row + kRows; ++i) {
-            add<1>(i, larger(from, first[i]), smaller(smaller(start, last[i]), to), softmax);
-        }
-        add<kRows>(row, start, end, softmax);
-        for (int64_t i = row; i < row + kRows; ++i) {
-            add<1>(i, larger(end, first[i]), smaller(to, last[i]), softmax);
-        }
-    }
-
-
-    void score_rows(int64_t key) {
-        int64_t row = 0;
-        if (rows >= 4) score<4, true>(row, key), row += 4;
-        for (; row + 4 <= rows; row += 4) score<4, false>(row, key);
-        if (row + 2 <= rows) score<2, true>(row, key), row += 2;
-        if (row < rows) score<1, true>(row, key);
-    }
-
-    // scores[row][key] = query[row] @ key, of all rows and `count` keys; up to 15 more may be written.
-    void score_all(int64_t count) {
 #if defined(__AMX_BF16__)
-        if constexpr (sizeof(query[0]) == sizeof(BFloat16)) {
-            if (TileScores::serves(call.head_dim)) {
-                const TileRegisters registers;
-                TileScores tiles(query, rows, call.head_dim, thread);
-                const bool adjacent = call.block_size >= kTile;
-                int64_t key = 0;
-                for (; key + kTileAhead <= rounded_up(count, kTile); key += kTileAhead) {
-                    tiles.template put<kTilesAtOnce>(keys, offsets + key, adjacent, scores + key);
-                }
-                for (; key < count; key += kTile) tiles.template put<1>(keys, offsets + key, adjacent, scores + key);
-                return;
+        if constexpr (kTiled) {
+            const RowTiles registers(lie_as_tiles() ? kTile : rows);
+            if (!lie_as_tiles()) return score_packed(range, start);
+            for (int64_t key = start; key < range.to; key += 64) {
+                char* copies = reinterpret_cast<char*>(panels);
+                const int64_t bytes = row_bytes<C>(call.head_dim);
+                multiply_keys(keys + key, bytes, packed_query, words / kTile, copies, scores + key, rows);
             }
+            return;
         }
 #endif
-        for (int64_t key = 0; key < count; key += kScoreKeys) score_rows(key);
+        if (!unit.few) return score_packed(range, start);
+        for (int64_t key = start; key < range.to; key += kFewAhead) score_few(key);
     }
 
-    void add_all(int64_t from, int64_t to, const Softmax& softmax) {
+    // Scores of all rows and 16 keys, which stay in the first cache meanwhile; the first rows ask for later keys.
+    void score_few(int64_t key) {
+        const auto score = [&](int64_t row, auto count, auto asks) {
+            constexpr int kRows = count.value, kKeys = kLanes / kRows;
+            for (int64_t i = key; i < key + kFewAhead; i += kKeys) {
+                float* to = scores + row * kScoreStride + i;
+                const float* some = query + row * words;
+                score_rows<kPaired<T>, C, kRows, asks.value>(some, words, keys + i, call.head_dim, to);
+            }
+        };
+        const std::true_type asks;
         int64_t row = 0;
-        for (; row + 4 <= rows; row += 4) add_visible<4>(row, from, to, softmax);
-        if (row + 2 <= rows) add_visible<2>(row, from, to, softmax), row += 2;
-        if (row < rows) add_visible<1>(row, from, to, softmax);
+        if (rows >= 4) score(row, std::integral_constant<int, 4>(), asks), row += 4;
+        for (; row + 4 <= rows; row += 4) score(row, std::integral_constant<int, 4>(), std::false_type());
+        if (row + 2 <= rows) score(row, std::integral_constant<int, 2>(), asks), row += 2;
+        if (row < rows) score(row, std::integral_constant<int, 1>(), asks);
     }
+
+    void score_packed(const KeyRange& range, int64_t start) {
+        const int64_t steps = (range.to - start) / kLanes * (words / kLanes);
+        const int64_t bytes = row_bytes<C>(call.head_dim);
+        Ahead ahead(values + range.from, range.to - range.from, bytes, steps + steps / 4 * rows / 4);
+        // Of one tile of rows: the next panel is packed while the last one is multiplied.
+        const int64_t at_once = kTiled && held <= 16 ? kLanes : kPanelKeys;
+        for (int64_t key = start; key < range.to; key += at_once) {
+            for (int i = 0; i < at_once / kLanes; ++i) {
+                pack_panel<kPaired<T>, C>(keys + key + i * kLanes, call.head_dim, panels + i * words * kLanes, ahead);
+            }
+#if defined(__AMX_BF16__)
+            if constexpr (kTiled) {
+                TileOperands of = {};
+                of.rows = reinterpret_cast<const char*>(query), of.row_stride = words * 4;
+                of.columns = reinterpret_cast<const char*>(panels);
+                of.column_step = 1024, of.column_stride = words * 64;
+                of.sums = reinterpret_cast<char*>(scores + key), of.sum_stride = kScoreStride * 4;
+                of.steps = words / kTile;
+                multiply_tiles(of, held, at_once, ahead);
+                continue;
+            }
+#endif
+            by_rows(0, rows, [&](int64_t row, auto count) {
+                float* to = scores + row * kScoreStride + key;
+                score_block<kPaired<T>, count.value>(query + row * words, words, panels, to, ahead);
+            });
+        }
+    }
+
+    // Add the values of keys from - to - 1 to kRows rows: together where all see them, and only to those that do.
+    template <int kRows>
+    void add_visible(int64_t row, int64_t from, int64_t to, const Softmax& softmax, Ahead& ahead) {
+        int64_t start = from, end = to;
+        for (int64_t i = row; i < row + kRows; ++i) {
+            start = larger(start, seen[i].first);
+            end = smaller(end, seen[i].last);
+        }
+        end = larger(start, end);
+        const auto add = [&](int64_t i, int64_t first, int64_t last, auto count) {
+            if (first >= last) return;
+            const float* some = reinterpret_cast<const float*>(weights) + i * kScoreStride + first;
+            float* weighted = softmax.weighted + i * width;
+            if (unit.few) {
+                add_lying<C, count.value>(some, values + first, call.head_dim, last - first, weighted, width);
+                return;
+            }
+            add_rows<count.value>(some, packed + (first - from) * width, last - first, weighted, width, ahead);
+        };
+        const std::integral_constant<int, 1> one;
+        for (int64_t i = row; i < row + kRows; ++i) {
+            add(i, larger(from, seen[i].first), smaller(smaller(start, seen[i].last), to), one);
+        }
+        add(row, start, end, std::integral_constant<int, kRows>());
+        for (int64_t i = row; i < row + kRows; ++i) {
+            add(i, larger(end, seen[i].first), smaller(to, seen[i].last), one);
+        }
+    }
+
+    void add_all(const KeyRange& range, const Softmax& softmax, Ahead& ahead) {
+#if defined(__AMX_BF16__)
+        if constexpr (kTiled) return add_tiles(range, softmax, ahead);
+#endif
+        std::memset(softmax.weighted, 0, held * width * sizeof(float));
+        for (int64_t key = range.from; key < range.to;) {
+            const int64_t end = smaller(range.to, rounded_up(key + 1, kKeyStep));
+            for (int64_t i = key; i < end && !unit.few; ++i) {
+                widen_row<C>(values[i], call.head_dim, width, packed + (i - key) * width);
+                if (i % 4 == 0) ahead.step();
+            }
+            by_rows(0, rows, [&](int64_t row, auto count) { add_visible<count.value>(row, key, end, softmax, ahead); });
+            key = end;
+        }
+    }
+
+#if defined(__AMX_BF16__)
+    // sums = weights[row] @ values of keys start - stop - 1, of `count` rows; of these keys first - last - 1 are read.
+    void add_pairs(const KeyRange& range, int64_t row, int64_t count, float* sums, Ahead& ahead) {
+        // Of one tile of rows values are used once: few at a time, they stay in the first cache.
+        const int64_t at_once = count > 16 ? kSplitKeys : kKeyStep;
+        for (int64_t key = range.start; key < range.stop; key += at_once) {
+            const int64_t end = smaller(range.stop, key + at_once);
+            for (int64_t i = key; i < end; i += kKeyStep) {
+                char* tiles = reinterpret_cast<char*>(packed) + (i - key) / kKeyStep * width * 64;
+                const auto pair = few_or_tiles() ? pair_values<C, true> : pair_values<C, false>;
+                pair(values + i, range.from - i, range.to - i, call.head_dim, width, tiles, ahead);
+            }
+            multiply_tiles({reinterpret_cast<const char*>(weights + row * kStride + key), kStride * 2,
+                            reinterpret_cast<const char*>(packed), width * 64, 1024, (end - key) / kKeyStep,
+                            reinterpret_cast<char*>(sums), width * 4, key > range.start},
+                           count, width, ahead);
+        }
+    }
+
+    void add_tiles(const KeyRange& range, const Softmax& softmax, Ahead& ahead) {
+        const RowTiles registers(rows);
+        add_pairs(range, 0, held, softmax.weighted, ahead);
+        if (!spoiled(range)) return;
+        // A weight of zero does not hide what is no number: each row alone, with the values that it sees.
+        float* sums = scores;
+        for (int64_t row = 0; row < rows; ++row) {
+            add_pairs({seen[row].first, seen[row].last, range.start, range.stop}, row, smaller(held, 16), sums, ahead);
+            std::memcpy(softmax.weighted + row * width, sums, width * sizeof(float));
+        }
+    }
+
+    // Whether a value that some rows see and others do not is no finite number.
+    bool spoiled(const KeyRange& range) const {
+        if constexpr (std::is_same_v<C, Int8>) return false;
+        const Seen &first = seen[0], &last = seen[rows - 1];
+        for (int64_t key = range.from; key < range.to; ++key) {
+            const bool by_all = key >= last.first && key < first.last;
+            if (!by_all && !all_finite<C>(values[key], call.head_dim)) return true;
+        }
+        return false;
+    }
+#endif
 
     void attend_split(int64_t split, const Softmax& softmax) {
-        const int64_t count = place(split);
-        ask_first(keys);
-        score_all(count);
-        ask_first(values);
+        const KeyRange range = place(split);
+        score_all(range);
+        float* scales = nullptr;
+        if constexpr (std::is_same_v<C, Int8>) {
+            scales = value_scales;
+            for (int64_t i = range.start; i < range.stop; ++i) scales[i] = row_scale(values[i], call.head_dim);
+        }
+        const Scaling scaling = Scaling::of(call.scale, call.softcap, scales == nullptr ? nullptr : key_scales, scales);
         for (int64_t row = 0; row < rows; ++row) {
-            float* seen = scores + row * kScoreStride + first[row];
-            make_logits(seen, last[row] - first[row], call.scale, call.softcap);
-            soften(seen, last[row] - first[row], softmax.maximum + row, softmax.total + row);
+            soften(scores + row * kScoreStride, weights + row * kStride, seen[row], scaling, softmax.maximum + row,
+                   softmax.total + row);
         }
-        std::memset(softmax.weighted, 0, rows * width * sizeof(float));
-        for (int64_t key = 0; key < count; key += kValueKeys) {
-            add_all(key, smaller(key + kValueKeys, count), softmax);
-        }
+        const int64_t blocks = width / (kColumns * kLanes) * rows / (2 * kRowsAtOnce);
+        const int64_t steps = (range.to - range.from) / 4 * (1 + blocks);
+        Ahead ahead(coming, few_or_tiles() ? 0 : num_coming, row_bytes<C>(call.head_dim), steps);
+        add_all(range, softmax, ahead);
     }
 
     void start(const Softmax& softmax) const {
         const T* sinks = static_cast<const T*>(call.sinks);
         for (int64_t row = 0; row < rows; ++row) {
-            softmax.maximum[row] = sinks == nullptr ? kLowest : to_float(sinks[head * group + row % group]);
+            softmax.maximum[row] = sinks == nullptr ? kLowest : to_float(sinks[head * group + row % group]) * kLog2e;
             softmax.total[row] = sinks == nullptr ? 0.0f : 1.0f;
         }
-        std::memset(softmax.weighted, 0, rows * width * sizeof(float));
+        std::memset(softmax.weighted, 0, held * width * sizeof(float));
+    }
+
+    Float weighted_part(const float* weighted, int64_t at) const {
+#if defined(__AMX_BF16__)
+        if constexpr (kTiled) return in_order(weighted + at / 32 * 32, at % 32 / 16);
+#endif
+        return load(weighted + at);
     }
 
     void finish(const Softmax& softmax) const {
@@ -255,13 +339,13 @@ struct HeadTask {
             const float* weighted = softmax.weighted + row * width;
             const float total = softmax.total[row];
             int64_t i = 0;
-            for (; i + kLanes <= call.head_dim; i += kLanes) store(output + i, load(weighted + i) / total);
-            if (i < call.head_dim) store_some(output + i, load(weighted + i) / total, call.head_dim - i);
+            for (; i + kLanes <= call.head_dim; i += kLanes) store(output + i, weighted_part(weighted, i) / total);
+            if (i < call.head_dim) store_some(output + i, weighted_part(weighted, i) / total, call.head_dim - i);
         }
     }
 
     void run_all() {
-        const Softmax whole(running, rows), part(fresh, rows);
+        const Softmax whole(running, held), part(fresh, held);
         keep_query();
         start(whole);
         for (int64_t split = 0; split < unit.num_splits; ++split) {
@@ -272,107 +356,42 @@ struct HeadTask {
     }
 
     // One split. The last of a head to be done merges all, in order.
-    void run_one(int64_t split, float* partials) {
-        const int64_t size = Softmax::size(rows, width);
+    void run_one(int64_t number, float* partials) {
+        const int64_t size = Softmax::size(held, width);
         partials += head * unit.num_splits * size;
         keep_query();
-        attend_split(unit.first_split + split, Softmax(partials + split * size, rows));
+        attend_split(number, Softmax(partials + (number - unit.first_split) * size, held));
         if (__atomic_sub_fetch(unit.pending + head, 1, __ATOMIC_ACQ_REL) > 0) return;
-        const Softmax whole(running, rows);
+        const Softmax whole(running, held);
         start(whole);
-        for (int64_t i = 0; i < unit.num_splits; ++i) whole.merge(Softmax(partials + i * size, rows), rows, width);
+        for (int64_t i = 0; i < unit.num_splits; ++i) whole.merge(Softmax(partials + i * size, held), rows, width);
         finish(whole);
     }
 };
 
-// Cut the call into units. Returns their number; writes them where `units` is not null.
-inline int64_t cut(const zif_cpu_attention& call, Unit* units) {
-    const int64_t most = larger(1, kUnitRows * call.kv_heads / call.heads);
-    int64_t num_units = 0;
-    for (int64_t i = 0; i < call.num_requests; ++i) {
-        const int64_t request = call.requests[i], begin = call.query_start[request];
-        const int64_t end = call.query_start[request + 1], context = call.seq_lens[request] - (end - begin);
-        for (int64_t token = begin; token < end; token += most, ++num_units) {
-            if (units == nullptr) continue;
-            Unit unit = {};
-            unit.request = request;
-            unit.token = token;
-            unit.num_queries = smaller(most, end - token);
-            unit.position = context + token - begin;
-            unit.first_split = first_visible(call, unit.position) / kSplitKeys;
-            unit.num_splits = (unit.position + unit.num_queries - 1) / kSplitKeys + 1 - unit.first_split;
-            units[num_units] = unit;
-        }
-    }
-    return num_units;
-}
-
-// Give each split its own task where a unit's head would be a large part of one thread's share of all splits.
-inline Plan plan_tasks(const zif_cpu_attention& call) {
-    const int64_t num_units = cut(call, nullptr), group = call.heads / call.kv_heads;
-    const int64_t unit_bytes = num_units * sizeof(Unit);
-    Plan plan = {nullptr, num_units, 0, nullptr};
-    plan.units = static_cast<Unit*>(scratch(0, 0, unit_bytes + num_units * call.kv_heads * sizeof(int32_t)));
-    auto* pending = reinterpret_cast<int32_t*>(plan.units + num_units);
-    cut(call, plan.units);
-    int64_t total = 0, floats = 0;
-    for (int64_t i = 0; i < num_units; ++i) total += plan.units[i].num_splits * call.kv_heads;
-    const int64_t share = num_threads() > 1 ? total / (8 * num_threads()) : total;
-    for (int64_t i = 0; i < num_units; ++i) {
-        Unit& unit = plan.units[i];
-        const int64_t size = Softmax::size(unit.num_queries * group, rounded_up(call.head_dim, kLanes));
-        const int64_t wanted = call.kv_heads * unit.num_splits * size;
-        const bool apart = unit.num_splits > larger(1, share) && (floats + wanted) * 4 <= kMaxPartialBytes;
-        unit.first_task = plan.num_tasks;
-        unit.first_partial = apart ? floats : -1;
-        unit.pending = pending + i * call.kv_heads;
-        for (int64_t head = 0; head < call.kv_heads; ++head) unit.pending[head] = unit.num_splits;
-        plan.num_tasks += call.kv_heads * (apart ? unit.num_splits : 1);
-        floats += apart ? wanted : 0;
-    }
-    plan.partials = static_cast<float*>(scratch(0, 1, floats * sizeof(float)));
-    return plan;
+template <class T, class C>
+void attend_as(const zif_cpu_attention& call) {
+    const Plan plan = plan_tasks<T>(call);
+    parallel_for(plan.num_tasks, [&](int64_t task, int thread) {
+        const Place place = plan.place_of(task), next = plan.place_of(task + num_threads());
+        HeadTask<T, C> one(call, place, next, thread);
+        if (place.unit->first_partial < 0) one.run_all();
+        else one.run_one(place.split, plan.partials + place.unit->first_partial);
+    });
 }
 
 template <class T>
-void attend_as(const zif_cpu_attention& call) {
-    const Plan plan = plan_tasks(call);
-    parallel_for(plan.num_tasks, [&](int64_t task, int thread) {
-        const Unit& unit = plan.unit_of(task);
-        const int64_t own = task - unit.first_task, per_head = unit.first_partial < 0 ? 1 : unit.num_splits;
-        HeadTask<T> one(call, unit, own / per_head, thread);
-        if (unit.first_partial < 0) one.run_all();
-        else one.run_one(own % per_head, plan.partials + unit.first_partial);
-    });
+void attend_cache(const zif_cpu_attention& call) {
+    if (call.cache == ZIF_INT8) attend_as<T, Int8>(call);
+    else attend_as<T, T>(call);
 }
 
 }  // namespace paged
 
 void attend(const zif_cpu_attention* call) {
-    if (call->dtype == ZIF_BFLOAT16) paged::attend_as<BFloat16>(*call);
-    else if (call->dtype == ZIF_FLOAT16) paged::attend_as<Float16>(*call);
-    else paged::attend_as<float>(*call);
-}
-
-void write_kv(const void* key, int64_t key_stride, const void* value, int64_t value_stride, void* keys, void* values,
-              int64_t block_stride, const int64_t* slots, int64_t tokens, int64_t kv_heads, int64_t head_dim,
-              int64_t block_size, int32_t dtype) {
-    constexpr int64_t kTaskBytes = 1 << 17;  // less is not worth waking a thread
-    const int64_t element = dtype == ZIF_FLOAT32 ? 4 : 2, head_bytes = head_dim * element;
-    const int64_t at_once = paged::larger(1, kTaskBytes / (2 * kv_heads * head_bytes));
-    parallel_for((tokens + at_once - 1) / at_once, [&](int64_t task, int) {
-        for (int64_t token = task * at_once; token < paged::smaller(tokens, (task + 1) * at_once); ++token) {
-            if (slots[token] < 0) continue;
-            const int64_t block = slots[token] / block_size, offset = slots[token] % block_size;
-            int64_t to = (block * block_stride + offset * head_dim) * element;
-            const char* new_key = static_cast<const char*>(key) + token * key_stride * element;
-            const char* new_value = static_cast<const char*>(value) + token * value_stride * element;
-            for (int64_t head = 0; head < kv_heads; ++head, to += block_size * head_bytes) {
-                std::memcpy(static_cast<char*>(keys) + to, new_key + head * head_bytes, head_bytes);
-                std::memcpy(static_cast<char*>(values) + to, new_value + head * head_bytes, head_bytes);
-            }
-        }
-    });
+    if (call->dtype == ZIF_BFLOAT16) paged::attend_cache<BFloat16>(*call);
+    else if (call->dtype == ZIF_FLOAT16) paged::attend_cache<Float16>(*call);
+    else paged::attend_cache<float>(*call);
 }
 
 }  // namespace

@@ -40,6 +40,47 @@ struct Multiplier<BFloat16> {
 };
 #endif
 
+// The sum of the lanes of each of kLanes vectors, added as `sum` adds them: halves, then their halves.
+inline Float sum_each(const Float* vectors) {
+#if defined(__AVX512F__)
+    __m512 some[16];
+    for (int i = 0; i < 8; ++i) {
+        const __m512 a = bits_as<__m512>(vectors[2 * i]), b = bits_as<__m512>(vectors[2 * i + 1]);
+        some[i] = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+    }
+    for (int i = 0; i < 4; ++i) {
+        const __m512 a = some[2 * i], b = some[2 * i + 1];
+        some[i] = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+    }
+    for (int i = 0; i < 2; ++i) {
+        const __m512d a = _mm512_castps_pd(some[2 * i]), b = _mm512_castps_pd(some[2 * i + 1]);
+        some[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b)) + _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+    }
+    const __m512 low = _mm512_shuffle_ps(some[0], some[1], 0x88), high = _mm512_shuffle_ps(some[0], some[1], 0xdd);
+    // Vector 4 * i + j is now at 4 * j + i.
+    const __m512i places = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
+    return bits_as<Float>(_mm512_permutexvar_ps(places, _mm512_add_ps(low, high)));
+#elif defined(__AVX2__)
+    __m256 some[4];
+    for (int i = 0; i < 4; ++i) {
+        const __m256 a = bits_as<__m256>(vectors[2 * i]), b = bits_as<__m256>(vectors[2 * i + 1]);
+        some[i] = _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
+    }
+    for (int i = 0; i < 2; ++i) {
+        const __m256d a = _mm256_castps_pd(some[2 * i]), b = _mm256_castps_pd(some[2 * i + 1]);
+        some[i] = _mm256_castpd_ps(_mm256_unpacklo_pd(a, b)) + _mm256_castpd_ps(_mm256_unpackhi_pd(a, b));
+    }
+    const __m256 low = _mm256_shuffle_ps(some[0], some[1], 0x88), high = _mm256_shuffle_ps(some[0], some[1], 0xdd);
+    // Vector 2 * i + j is now at 4 * j + i.
+    const __m256i places = _mm256_set_epi32(7, 3, 6, 2, 5, 1, 4, 0);
+    return bits_as<Float>(_mm256_permutevar8x32_ps(_mm256_add_ps(low, high), places));
+#else
+    Float each = {};
+    for (int i = 0; i < kLanes; ++i) each[i] = sum(vectors[i]);
+    return each;
+#endif
+}
+
 // Rows of activations as `Multiplier` wants them. stride counts elements of Held.
 template <class T>
 struct Rows {
@@ -55,6 +96,16 @@ struct Target {
     T* y;
     int64_t stride;
     const T* bias;  // by output, or null
+
+    // `count` outputs from `output` on, at most a vector's.
+    void put_some(int64_t token, int64_t output, Float values, int64_t count) const {
+        T* to = y + token * stride + output;
+        if (count == kLanes) {
+            store(to, bias == nullptr ? values : values + load(bias + output));
+        } else {
+            store_some(to, bias == nullptr ? values : values + load_some(bias + output, count), count);
+        }
+    }
 
     void put(int64_t token, int64_t output, float value) const {
         store_one(y + token * stride + output, bias == nullptr ? value : value + to_float(bias[output]));

@@ -119,13 +119,19 @@ private:
             const Operand<T> rows = operand(x, inputs, dispatch_.used[i], memory + offsets[i]);
             for (int64_t part = 0; part < rows.num_parts(); ++part) rows.prepare(part);
         });
-        const int64_t chunks = num_chunks(outputs);
-        parallel_for(dispatch_.num_used * chunks, [&](int64_t task, int) {
-            const int64_t i = task / chunks, chunk = task % chunks, expert = dispatch_.used[i];
+        const bool many = Operand<T>::many(entries_ / dispatch_.num_used, inputs);
+        const int64_t chunk = many ? large_chunk(outputs, dispatch_.num_used) : kChunk;
+        const int64_t chunks = (outputs + chunk - 1) / chunk;
+        parallel_for(dispatch_.num_used * chunks, [&](int64_t task, int thread) {
+            const int64_t i = task / chunks, begin = task % chunks * chunk, expert = dispatch_.used[i];
+            const int64_t end = begin + chunk < outputs ? begin + chunk : outputs;
             const T* own_bias = bias == nullptr ? nullptr : typed(bias) + expert * outputs;
+            const T* own_weight = typed(weight) + expert * outputs * inputs;
             const Target<T> target = {y + dispatch_.starts[expert] * outputs, outputs, own_bias};
-            operand(x, inputs, expert, memory + offsets[i])
-                .multiply(typed(weight) + expert * outputs * inputs, chunk * kChunk, chunk_end(chunk, outputs), target);
+            const Operand<T> rows = operand(x, inputs, expert, memory + offsets[i]);
+            for (int64_t block = 0; block < rows.num_blocks(); ++block) {
+                rows.multiply(block, own_weight, begin, end, target, thread);
+            }
         });
     }
 

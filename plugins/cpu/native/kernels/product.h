@@ -1,20 +1,22 @@
 // One product of activations with rows of weights, by the way that suits their number: what `linear` and `experts` share.
 #pragma once
 
-#include "dots.h"
-#include "tiles.h"
+#include "dot_blocks.h"
+#include "tile_blocks.h"
 
 namespace zif {
 namespace ZIF_ISA {
 namespace {
 
-constexpr int64_t kChunk = 32;     // outputs of a task
+constexpr int64_t kChunk = 32;     // outputs of a task, of few tokens
+constexpr int64_t kMaxChunk = 1024;
+constexpr int64_t kTasksPerThread = 4;
 constexpr int64_t kPartRows = 16;  // rows that are made ready at once
 
-inline int64_t num_chunks(int64_t outputs) { return (outputs + kChunk - 1) / kChunk; }
-
-inline int64_t chunk_end(int64_t chunk, int64_t outputs) {
-    return (chunk + 1) * kChunk < outputs ? (chunk + 1) * kChunk : outputs;
+// Outputs of a task where each of `groups` groups of many tokens is multiplied with all `outputs`.
+inline int64_t large_chunk(int64_t outputs, int64_t groups) {
+    const int64_t share = outputs * groups / (kTasksPerThread * num_threads()) / kChunk * kChunk;
+    return share < kChunk ? kChunk : share > kMaxChunk ? kMaxChunk : share;
 }
 
 template <class T>
@@ -30,12 +32,20 @@ constexpr bool kTiled = kHeldAsIs<T> && sizeof(T) == 2;
 template <class T>
 class Operand {
 public:
+    // Whether tokens are so many that weights are copied for them. Sums are the same either way.
+    static bool many(int64_t tokens, [[maybe_unused]] int64_t inputs) {
+#if defined(__AMX_BF16__)
+        if constexpr (kTiled<T>) return tokens * inputs * 2 > kCachedBytes && tokens > kLeastTokens;
+#endif
+        return tokens > (kHeldAsIs<T> ? kLeastTokens : kLeastWidened);
+    }
+
     // The memory that `tokens` rows need; 0 where they are used as they are.
     static int64_t bytes(int64_t tokens, int64_t inputs) {
 #if defined(__AMX_BF16__)
         if constexpr (kTiled<T>) return packed_bytes(tokens, inputs);
 #endif
-        return kHeldAsIs<T> ? 0 : tokens * inputs * 4;
+        return kHeldAsIs<T> && !many(tokens, inputs) ? 0 : tokens * stride(inputs) * int64_t(sizeof(Held));
     }
 
     // memory: 64-byte aligned, as much as `bytes` says; filled by `prepare`.
@@ -51,37 +61,64 @@ public:
 #if defined(__AMX_BF16__)
         if constexpr (kTiled<T>) return pack_tile(x_, stride_, packed(), part);
 #endif
-        if constexpr (!kHeldAsIs<T>) widen(part);
+        hold(part);
     }
 
-    // All tokens times outputs `begin` to `end` - 1 of weight, [outputs, inputs].
-    void multiply(const T* weight, int64_t begin, int64_t end, const Target<T>& target) const {
+    // Parts of the tokens that may be multiplied apart.
+    int64_t num_blocks() const { return many(tokens_, inputs_) ? (tokens_ + kBlock - 1) / kBlock : 1; }
+
+    // One part of the tokens times outputs `begin` to `end` - 1 of weight, [outputs, inputs].
+    void multiply(int64_t block, const T* weight, int64_t begin, int64_t end, const Target<T>& target,
+                  int thread) const {
+        const int64_t first = block * kBlock, last = first + kBlock < tokens_ ? first + kBlock : tokens_;
+        const bool is_many = many(tokens_, inputs_);
 #if defined(__AMX_BF16__)
-        if constexpr (kTiled<T>) return multiply_by_tiles(packed(), weight, begin, end, target);
+        if constexpr (kTiled<T>) {
+            if (!is_many) return multiply_by_tiles(packed(), weight, begin, end, target);
+            return TileBlocks(packed(), first / kTile, num_tiles(last, kTile), weight, begin, end, target).run(thread);
+        }
 #endif
-        multiply_by_dots(rows(), weight, begin, end, target);
+        if (!is_many) return multiply_by_dots(rows(), weight, begin, end, target);
+        DotBlocks<T>(rows(), first, last, weight, begin, end, target).run(thread);
     }
 
 private:
     typedef typename Multiplier<T>::Held Held;
 
+    static constexpr int64_t kLeastTokens = 48;
+    static constexpr int64_t kLeastWidened = 12;
+    static constexpr int64_t kCachedBytes = 1 << 20;  // of packed tokens, which the second cache holds
 #if defined(__AMX_BF16__)
+    static constexpr int64_t kBlock = kTiled<T> ? kBlockTokens * kTile : kPassTokens;
+
     PackedRows packed() const { return {static_cast<const uint32_t*>(memory_), tokens_, inputs_}; }
+#else
+    static constexpr int64_t kBlock = kPassTokens;
 #endif
 
-    Rows<T> rows() const {
-        if constexpr (kHeldAsIs<T>) return {reinterpret_cast<const Held*>(x_), stride_, tokens_, inputs_};
-        return {static_cast<const Held*>(memory_), inputs_, tokens_, inputs_};
+    // Elements from one held row to the next: whole vectors, and one more, so that rows do not fall on the same lines
+    // of a cache.
+    static int64_t stride(int64_t inputs) {
+        return (inputs + Multiplier<T>::kStep - 1) / Multiplier<T>::kStep * Multiplier<T>::kStep + Multiplier<T>::kStep;
     }
 
-    void widen(int64_t part) const {
+    Rows<T> rows() const {
+        if (bytes(tokens_, inputs_) == 0) return {reinterpret_cast<const Held*>(x_), stride_, tokens_, inputs_};
+        return {static_cast<const Held*>(memory_), stride(inputs_), tokens_, inputs_};
+    }
+
+    // Rows of a part, widened where they are to be, with zeros behind them.
+    void hold(int64_t part) const {
+        typedef Multiplier<T> Mul;
         const int64_t end = (part + 1) * kPartRows < tokens_ ? (part + 1) * kPartRows : tokens_;
         for (int64_t token = part * kPartRows; token < end; ++token) {
             const T* from = x_ + token * stride_;
-            float* to = static_cast<float*>(memory_) + token * inputs_;
-            int64_t k = 0;
-            for (; k + kLanes <= inputs_; k += kLanes) store(to + k, load(from + k));
-            for (; k < inputs_; ++k) to[k] = to_float(from[k]);
+            Held* to = static_cast<Held*>(memory_) + token * stride(inputs_);
+            for (int64_t k = 0; k < inputs_; k += Mul::kStep) {
+                const int64_t left = inputs_ - k;
+                const auto words = left >= Mul::kStep ? Mul::words(from + k) : Mul::some_words(from + k, left);
+                std::memcpy(to + k, &words, sizeof(words));
+            }
         }
     }
 

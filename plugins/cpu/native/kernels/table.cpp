@@ -2,10 +2,13 @@
 #include "isa.h"
 
 #include "attention.h"
+#include "attention_write.h"
 #include "choice.h"
 #include "elementwise.h"
 #include "experts.h"
 #include "linear.h"
+#include "quantized.h"
+#include "quantized_experts.h"
 
 namespace zif {
 namespace ZIF_ISA {
@@ -15,7 +18,8 @@ namespace ZIF_ISA {
 
 extern const Kernels kernels;
 const Kernels kernels = {
-    ZIF_TEXT(ZIF_ISA), linear, rms_norm, add_rms_norm, rotate, gated_activation, write_kv, attend, experts, choose,
+    ZIF_TEXT(ZIF_ISA), linear, rms_norm, add_rms_norm, rotate, gated_activation, store_kv, attend, experts, choose,
+    quantized_linear, quantized_experts,
 };
 
 }  // namespace ZIF_ISA

@@ -15,6 +15,8 @@ namespace {
 constexpr int64_t kTile = 16;        // rows of a tile
 constexpr int64_t kTileInputs = 32;  // bfloat16 elements of a row of a tile
 constexpr int64_t kTileWords = kTile * kTile;
+constexpr int64_t kPairRows = 2 * kTile;  // of two tiles side by side
+constexpr int64_t kPairWords = 2 * kTileWords;
 
 // Tiles are loaded by instructions of which GCC 12 does not know that they read memory: what was stored must be there.
 inline void stored() { asm volatile("" ::: "memory"); }
@@ -56,21 +58,48 @@ inline int64_t packed_bytes(int64_t tokens, int64_t inputs) {
     return num_tiles(tokens, kTile) * num_tiles(inputs, kTileInputs) * kTileWords * 4;
 }
 
+// Rows and columns of 16 by 16 words change places.
+inline void transpose_words(__m512i* rows) {
+    __m512i some[16];
+    for (int i = 0; i < 16; i += 2) {
+        some[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
+        some[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+        rows[i] = _mm512_unpacklo_epi64(some[i], some[i + 2]);
+        rows[i + 1] = _mm512_unpackhi_epi64(some[i], some[i + 2]);
+        rows[i + 2] = _mm512_unpacklo_epi64(some[i + 1], some[i + 3]);
+        rows[i + 3] = _mm512_unpackhi_epi64(some[i + 1], some[i + 3]);
+    }
+    // Now quarters of 4 words: rows[4 * a + b] has column 4 * q + b of rows 4 * a to 4 * a + 3 as its quarter q.
+    for (int b = 0; b < 4; ++b) {
+        some[b] = _mm512_shuffle_i32x4(rows[b], rows[4 + b], 0x88);
+        some[4 + b] = _mm512_shuffle_i32x4(rows[b], rows[4 + b], 0xdd);
+        some[8 + b] = _mm512_shuffle_i32x4(rows[8 + b], rows[12 + b], 0x88);
+        some[12 + b] = _mm512_shuffle_i32x4(rows[8 + b], rows[12 + b], 0xdd);
+    }
+    for (int b = 0; b < 4; ++b) {
+        rows[b] = _mm512_shuffle_i32x4(some[b], some[8 + b], 0x88);
+        rows[8 + b] = _mm512_shuffle_i32x4(some[b], some[8 + b], 0xdd);
+        rows[4 + b] = _mm512_shuffle_i32x4(some[4 + b], some[12 + b], 0x88);
+        rows[12 + b] = _mm512_shuffle_i32x4(some[4 + b], some[12 + b], 0xdd);
+    }
+}
+
 // Pack 16 tokens from `tile` * 16 on. x: first axis strided.
 inline void pack_tile(const BFloat16* x, int64_t stride, const PackedRows& packed, int64_t tile) {
-    const __m512i places = _mm512_mullo_epi32(
-        _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), _mm512_set1_epi32(kTile));
     const int64_t first = tile * kTile;
     const int64_t count = packed.tokens - first < kTile ? packed.tokens - first : kTile;
     for (int64_t input_tile = 0; input_tile < packed.input_tiles(); ++input_tile) {
         auto* words = const_cast<uint32_t*>(packed.tile(tile, input_tile));
         const int64_t left = packed.inputs - input_tile * kTileInputs;
         const __mmask32 valid = left >= kTileInputs ? ~0u : (1u << left) - 1;
-        for (int64_t token = 0; token < kTile; ++token) {
-            const BFloat16* row = x + (first + token) * stride + input_tile * kTileInputs;
-            const __m512i pairs = token < count ? _mm512_maskz_loadu_epi16(valid, row) : _mm512_setzero_si512();
-            _mm512_i32scatter_epi32(words + token, places, pairs, 4);
+        __m512i rows[kTile] = {};
+        for (int64_t token = 0; token < count; ++token) {
+            rows[token] = _mm512_maskz_loadu_epi16(valid, x + (first + token) * stride + input_tile * kTileInputs);
         }
+        transpose_words(rows);
+        for (int64_t pair = 0; pair < kTile; ++pair) _mm512_store_si512(words + pair * kTile, rows[pair]);
     }
 }
 
@@ -95,23 +124,32 @@ inline WeightTile weight_tile(const BFloat16* weight, int64_t inputs, int64_t ro
     return {copy, kTileInputs * 2};
 }
 
-// Write a tile of sums, [16 outputs][16 tokens], to its tokens' rows.
-inline void put_tile(const float* sums, int64_t token, int64_t output, int64_t end, int64_t tokens,
+// Write sums, [32 outputs][16 tokens], to their tokens' rows.
+inline void put_pair(const float* sums, int64_t token, int64_t output, int64_t end, int64_t tokens,
                      const Target<BFloat16>& target) {
-    const __m512i places = _mm512_mullo_epi32(
-        _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), _mm512_set1_epi32(kTile));
-    const int64_t count = end - output < kTile ? end - output : kTile;
-    const __mmask16 valid = (1u << count) - 1;
-    __m512 bias = _mm512_setzero_ps();
+    const int64_t count = end - output < kPairRows ? end - output : kPairRows;
+    const __mmask32 valid = count == kPairRows ? ~0u : (1u << count) - 1;
+    alignas(64) float bias[kPairRows] = {};
     if (target.bias != nullptr) {
-        const __m256i words = _mm256_maskz_loadu_epi16(valid, target.bias + output);
-        bias = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16));
+        for (int64_t i = 0; i < count; ++i) bias[i] = to_float(target.bias[output + i]);
     }
-    const int64_t last = tokens - token < kTile ? tokens - token : kTile;
-    for (int64_t i = 0; i < last; ++i) {
-        const __m512 column = _mm512_add_ps(_mm512_i32gather_ps(places, sums + i, 4), bias);
-        const __m256i words = bits_as<__m256i>(_mm512_cvtneps_pbh(column));
-        _mm256_mask_storeu_epi16(target.y + (token + i) * target.stride + output, valid, words);
+    // Two outputs of a token are one word.
+    const __m512i places = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                                            21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    __m512i rows[kTile];
+    for (int64_t i = 0; i < kTile; ++i) {
+        const __m512 even = _mm512_add_ps(_mm512_load_ps(sums + 2 * i * kTile), _mm512_set1_ps(bias[2 * i]));
+        const __m512 odd = _mm512_add_ps(_mm512_load_ps(sums + (2 * i + 1) * kTile), _mm512_set1_ps(bias[2 * i + 1]));
+        rows[i] = _mm512_permutexvar_epi16(places, bits_as<__m512i>(_mm512_cvtne2ps_pbh(odd, even)));
+    }
+    transpose_words(rows);
+    BFloat16* to = target.y + token * target.stride + output;
+    if (tokens - token >= kTile && valid == ~0u) {
+        for (int64_t i = 0; i < kTile; ++i) _mm512_storeu_si512(to + i * target.stride, rows[i]);
+        return;
+    }
+    for (int64_t i = 0; i < kTile && token + i < tokens; ++i) {
+        _mm512_mask_storeu_epi16(to + i * target.stride, valid, rows[i]);
     }
 }
 
@@ -119,7 +157,7 @@ inline void put_tile(const float* sums, int64_t token, int64_t output, int64_t e
 inline void multiply_block(const PackedRows& x, const BFloat16* weight, int64_t output, int64_t end, int64_t tile,
                            const Target<BFloat16>& target) {
     alignas(64) uint16_t copies[2][kTileWords * 2];
-    alignas(64) float sums[kTileWords];
+    alignas(64) float sums[2][kPairWords];
     const bool second_tokens = (tile + 1) * kTile < x.tokens;
     _tile_zero(0);
     _tile_zero(1);
@@ -139,28 +177,23 @@ inline void multiply_block(const PackedRows& x, const BFloat16* weight, int64_t 
             _tile_dpbf16ps(3, 5, 7);
         }
     }
-    const int64_t token = tile * kTile;
-    _tile_stored(0, sums, 64);
-    put_tile(sums, token, output, end, x.tokens, target);
-    if (output + kTile < end) {
-        _tile_stored(1, sums, 64);
-        put_tile(sums, token, output + kTile, end, x.tokens, target);
-    }
+    _tile_stored(0, sums[0], 64);
+    _tile_stored(1, sums[0] + kTileWords, 64);
+    stored();
+    put_pair(sums[0], tile * kTile, output, end, x.tokens, target);
     if (!second_tokens) return;
-    _tile_stored(2, sums, 64);
-    put_tile(sums, token + kTile, output, end, x.tokens, target);
-    if (output + kTile < end) {
-        _tile_stored(3, sums, 64);
-        put_tile(sums, token + kTile, output + kTile, end, x.tokens, target);
-    }
+    _tile_stored(2, sums[1], 64);
+    _tile_stored(3, sums[1] + kTileWords, 64);
+    stored();
+    put_pair(sums[1], (tile + 1) * kTile, output, end, x.tokens, target);
 }
 
 // All tokens times outputs `begin` to `end` - 1.
 inline void multiply_by_tiles(const PackedRows& x, const BFloat16* weight, int64_t begin, int64_t end,
                               const Target<BFloat16>& target) {
     const TileRegisters registers;
-    for (int64_t output = begin; output < end; output += 2 * kTile) {
-        const int64_t stop = output + 2 * kTile < end ? output + 2 * kTile : end;
+    for (int64_t output = begin; output < end; output += kPairRows) {
+        const int64_t stop = output + kPairRows < end ? output + kPairRows : end;
         for (int64_t tile = 0; tile < num_tiles(x.tokens, kTile); tile += 2) {
             multiply_block(x, weight, output, stop, tile, target);
         }

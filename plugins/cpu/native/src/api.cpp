@@ -38,17 +38,24 @@ void zif_cpu_gated_activation(const zif_cpu_gating* call) {
     kernels().gated_activation(call);
 }
 
-void zif_cpu_write_kv(const void* key, int64_t key_stride, const void* value, int64_t value_stride, void* keys,
-                      void* values, int64_t block_stride, const int64_t* slots, int64_t tokens, int64_t kv_heads,
-                      int64_t head_dim, int64_t block_size, int32_t dtype) {
+void zif_cpu_store_kv(const zif_cpu_kv_rows* call) {
     const OneCall one;
-    kernels().write_kv(key, key_stride, value, value_stride, keys, values, block_stride, slots, tokens, kv_heads,
-                       head_dim, block_size, dtype);
+    kernels().store_kv(call);
 }
 
 void zif_cpu_attend(const zif_cpu_attention* call) {
     const OneCall one;
     kernels().attend(call);
+}
+
+void zif_cpu_multiply(const zif_cpu_product* call) {
+    const OneCall one;
+    kernels().linear(call->x, call->x_stride, call->weight, call->bias, call->y, call->tokens, call->inputs,
+                     call->outputs, call->dtype);
+}
+
+void zif_cpu_run(const zif_cpu_entry* entries, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) entries[i].function(entries[i].call);
 }
 
 void zif_cpu_choose(const zif_cpu_choice* call) {
@@ -59,4 +66,14 @@ void zif_cpu_choose(const zif_cpu_choice* call) {
 int32_t zif_cpu_experts(const zif_cpu_experts_call* call) {
     const OneCall one;
     return kernels().experts(call);
+}
+
+void zif_cpu_quantized_linear(const zif_cpu_quantized_product* call) {
+    const OneCall one;
+    kernels().quantized_linear(call);
+}
+
+int32_t zif_cpu_quantized_experts(const zif_cpu_quantized_experts_call* call) {
+    const OneCall one;
+    return kernels().quantized_experts(call);
 }

@@ -18,6 +18,7 @@ namespace zif {
 ZIF_DECLARE(portable)
 ZIF_DECLARE(avx2)
 ZIF_DECLARE(avx512)
+ZIF_DECLARE(avx512_vnni)
 ZIF_DECLARE(avx512_bf16)
 ZIF_DECLARE(amx)
 
@@ -34,15 +35,17 @@ bool has_avx512() {
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 
-bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+bool has_avx512_vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
+
+bool has_avx512_bf16() { return has_avx512_vnni() && __builtin_cpu_supports("avx512bf16"); }
 
 // AMX also needs the system's leave to use the tile registers (Linux, arch_prctl ARCH_REQ_XCOMP_PERM, for XTILEDATA).
 bool has_amx() {
 #if defined(__linux__)
     unsigned eax, ebx, ecx, edx;
     if (!has_avx512_bf16() || !__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
-    const bool tiles = edx & (1u << 24), bf16 = edx & (1u << 22);
-    return tiles && bf16 && syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+    const bool tiles = edx & (1u << 24), bf16 = edx & (1u << 22), int8 = edx & (1u << 25);
+    return tiles && bf16 && int8 && syscall(SYS_arch_prctl, 0x1023, 18) == 0;
 #else
     return false;
 #endif
@@ -55,7 +58,7 @@ struct Level {
     bool runs;
 };
 
-constexpr int kMaxLevels = 5;
+constexpr int kMaxLevels = 6;
 
 struct Levels {
     Level levels[kMaxLevels];
@@ -77,6 +80,9 @@ const Levels& levels() {
 #if defined(ZIF_HAS_avx2)
         all->add(avx2::kernels, has_avx2());
         all->add(avx512::kernels, has_avx512());
+#endif
+#if defined(ZIF_HAS_avx512_vnni)
+        all->add(avx512_vnni::kernels, has_avx512_vnni());
 #endif
 #if defined(ZIF_HAS_avx512_bf16)
         all->add(avx512_bf16::kernels, has_avx512_bf16());

@@ -13,10 +13,12 @@ struct Kernels {
     decltype(&zif_cpu_add_rms_norm) add_rms_norm;
     decltype(&zif_cpu_rotate) rotate;
     decltype(&zif_cpu_gated_activation) gated_activation;
-    decltype(&zif_cpu_write_kv) write_kv;
+    decltype(&zif_cpu_store_kv) store_kv;
     decltype(&zif_cpu_attend) attend;
     decltype(&zif_cpu_experts) experts;
     decltype(&zif_cpu_choose) choose;
+    decltype(&zif_cpu_quantized_linear) quantized_linear;
+    decltype(&zif_cpu_quantized_experts) quantized_experts;
 };
 
 // The table in use: at first the best that this processor runs.

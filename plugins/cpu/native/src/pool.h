@@ -36,7 +36,7 @@ int num_threads();
 bool use_threads(int count);
 
 // Memory of at least `bytes`, 64-byte aligned, of this thread number, undefined content, kept between calls: valid until
-// the same thread number asks for the same purpose again. Purposes: 0 to 3.
+// the same thread number asks for the same purpose again. Purposes: 0 to 4.
 void* scratch(int thread, int purpose, int64_t bytes);
 
 }  // namespace zif

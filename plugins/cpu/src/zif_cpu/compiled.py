@@ -3,12 +3,21 @@
 A node runs what the `NativeOps` made last runs. `zif_cpu.operators` calls the functions below where a graph is traced.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from zif.contract import Activation, ExpertWeights, NormOutput, RotatedHeads, RouterOutput
+from zif.contract import (
+    Activation,
+    ExpertWeights,
+    NormOutput,
+    QuantizedExperts,
+    QuantizedWeight,
+    RotatedHeads,
+    RouterOutput,
+    WeightScheme,
+)
 
 _nodes = torch.ops.zif_cpu
 
@@ -23,6 +32,8 @@ class Eager:
     rotate: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, bool], RotatedHeads]
     gated_activation: Callable[[torch.Tensor, Activation], torch.Tensor]
     experts: Callable[[torch.Tensor, ExpertWeights, RouterOutput, Activation], torch.Tensor]
+    quantized_linear: Callable[[torch.Tensor, QuantizedWeight, torch.Tensor | None], torch.Tensor]
+    quantized_experts: Callable[[torch.Tensor, QuantizedExperts, RouterOutput, Activation], torch.Tensor]
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -60,6 +71,38 @@ def experts(x: torch.Tensor, weights: ExpertWeights, routed: RouterOutput, activ
     return y
 
 
+def quantized_linear(x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | None) -> torch.Tensor:
+    y: torch.Tensor = _nodes.quantized_linear(x, *_parts(weight), _numbers(weight.scheme), bias)
+    return y
+
+
+def quantized_experts(
+    x: torch.Tensor, weights: QuantizedExperts, routed: RouterOutput, activation: Activation
+) -> torch.Tensor:
+    held = [*_parts(weights.gate_up), *_parts(weights.down), weights.gate_up_bias, weights.down_bias]
+    schemes = [*_numbers(weights.gate_up.scheme), *_numbers(weights.down.scheme)]
+    y: torch.Tensor = _nodes.quantized_experts(x, held, schemes, routed.weights, routed.expert_ids, activation.value)
+    return y
+
+
+def _parts(weight: QuantizedWeight) -> list[torch.Tensor | None]:
+    return [weight.codes, weight.scales, weight.zeros]
+
+
+def _numbers(scheme: WeightScheme) -> list[int]:
+    """Return a scheme as numbers, which is how a node takes it; a group of 0 is none."""
+    return [scheme.bits, scheme.group_size or 0, int(scheme.zero_points), int(scheme.dynamic_activations)]
+
+
+def _weight(parts: Sequence[torch.Tensor | None], numbers: list[int]) -> QuantizedWeight:
+    bits, group_size, zero_points, dynamic = numbers
+    scheme = WeightScheme(bits, group_size or None, bool(zero_points), bool(dynamic))
+    codes, scales, zeros = parts
+    assert codes is not None, "a weight without codes"
+    assert scales is not None, "a weight without scales"
+    return QuantizedWeight(scheme, codes, scales, zeros)
+
+
 class _Serving:
     """Whose operators the nodes run."""
 
@@ -78,6 +121,7 @@ def register(eager: Eager) -> None:
     _register_norms()
     _register_rotation()
     _register_experts()
+    _register_quantized()
 
 
 def _register_projections() -> None:
@@ -149,6 +193,41 @@ def _register_experts() -> None:
 
     arguments = "Tensor x, Tensor?[] weights, Tensor shares, Tensor ids, str activation"
     _define(f"experts({arguments}) -> Tensor", mixed, mixed_shape)
+
+
+def _register_quantized() -> None:
+    def multiplied(
+        x: torch.Tensor,
+        codes: torch.Tensor,
+        scales: torch.Tensor,
+        zeros: torch.Tensor | None,
+        scheme: list[int],
+        bias: torch.Tensor | None,
+    ) -> torch.Tensor:
+        return _serving.eager.quantized_linear(x, _weight([codes, scales, zeros], scheme), bias)
+
+    def linear_shape(x: torch.Tensor, codes: torch.Tensor, *_: object) -> torch.Tensor:
+        return x.new_empty(*x.shape[:-1], codes.shape[0])
+
+    def mixed(
+        x: torch.Tensor,
+        weights: list[torch.Tensor | None],
+        schemes: list[int],
+        shares: torch.Tensor,
+        ids: torch.Tensor,
+        activation: str,
+    ) -> torch.Tensor:
+        gate_up, down = _weight(weights[:3], schemes[:4]), _weight(weights[3:6], schemes[4:])
+        held = QuantizedExperts(gate_up, down, *weights[6:])
+        return _serving.eager.quantized_experts(x, held, RouterOutput(shares, ids), Activation(activation))
+
+    def mixed_shape(x: torch.Tensor, *_: object) -> torch.Tensor:
+        return x.new_empty(x.shape)
+
+    weight = "Tensor codes, Tensor scales, Tensor? zeros, int[] scheme"
+    _define(f"quantized_linear(Tensor x, {weight}, Tensor? bias) -> Tensor", multiplied, linear_shape)
+    arguments = "Tensor x, Tensor?[] weights, int[] schemes, Tensor shares, Tensor ids, str activation"
+    _define(f"quantized_experts({arguments}) -> Tensor", mixed, mixed_shape)
 
 
 def _define(schema: str, run: Callable[..., object], shape: Callable[..., object]) -> None:

@@ -24,6 +24,8 @@ NO_KERNELS = "torch"
 """The value of `ZIF_CPU_ISA` that asks for torch in place of native kernels."""
 
 DTYPE_CODES: Mapping[str, int] = MappingProxyType({"float32": 0, "bfloat16": 1, "float16": 2})
+INT8_CODE = 3
+"""The code of int8, which only caches have."""
 ACTIVATION_CODES: Mapping[str, int] = MappingProxyType({"silu": 0, "gelu": 1, "gelu_tanh": 2, "swiglu_clamped": 3})
 
 _FILE = "libzif_cpu.dylib" if sys.platform == "darwin" else "libzif_cpu.so"
@@ -42,6 +44,19 @@ class AttentionCall(ctypes.Structure):
         ("scale", _F),
         ("softcap", _F),
         ("dtype", _N),
+        ("cache", _N),
+    )
+
+
+class RowsCall(ctypes.Structure):
+    """`zif_cpu_kv_rows` of the C ABI."""
+
+    _fields_ = (
+        *((name, _P) for name in ("key", "value", "keys", "values", "slots")),
+        *((name, _I) for name in ("key_stride", "value_stride", "block_stride")),
+        *((name, _I) for name in ("tokens", "kv_heads", "head_dim", "block_size")),
+        ("dtype", _N),
+        ("cache", _N),
     )
 
 
@@ -56,6 +71,30 @@ class ExpertsCall(ctypes.Structure):
     )
 
 
+class QuantizedCall(ctypes.Structure):
+    """`zif_cpu_quantized` of the C ABI."""
+
+    _fields_ = (
+        *((name, _P) for name in ("codes", "scales", "zeros")),
+        *((name, _I) for name in ("outputs", "inputs", "group")),
+        ("bits", _N),
+        ("dynamic_activations", _N),
+    )
+
+
+class QuantizedExpertsCall(ctypes.Structure):
+    """`zif_cpu_quantized_experts_call` of the C ABI."""
+
+    _fields_ = (
+        ("gate_up", QuantizedCall),
+        ("down", QuantizedCall),
+        *((name, _P) for name in ("x", "gate_up_bias", "down_bias", "weights", "ids", "y")),
+        *((name, _I) for name in ("x_stride", "tokens", "experts", "chosen")),
+        ("activation", _N),
+        ("dtype", _N),
+    )
+
+
 _ARGUMENTS: Mapping[str, tuple[type, ...]] = MappingProxyType(
     {
         "linear": (_P, _I, _P, _P, _P, _I, _I, _I, _N),
@@ -64,9 +103,12 @@ _ARGUMENTS: Mapping[str, tuple[type, ...]] = MappingProxyType(
         "add_rms_norm": (_P,),
         "rotate": (_P,),
         "gated_activation": (_P,),
-        "write_kv": (_P, _I, _P, _I, _P, _P, _I, _P, _I, _I, _I, _I, _N),
+        "store_kv": (_P,),
         "attend": (_P,),
+        "quantized_linear": (_P,),
         "choose": (_P,),
+        "multiply": (_P,),
+        "run": (_P, _I),
     }
 )
 
@@ -158,6 +200,7 @@ def _declare(raw: ctypes.CDLL) -> tuple[str, ...]:
         function = getattr(raw, f"zif_cpu_{name}")
         function.argtypes, function.restype = arguments, None
     raw.zif_cpu_experts.argtypes, raw.zif_cpu_experts.restype = (_P,), _N
+    raw.zif_cpu_quantized_experts.argtypes, raw.zif_cpu_quantized_experts.restype = (_P,), _N
     raw.zif_cpu_use_isa.argtypes = (ctypes.c_char_p,)
     raw.zif_cpu_use_threads.argtypes = (_N,)
     raw.zif_cpu_isas.restype = ctypes.c_char_p

@@ -6,7 +6,8 @@ errors are the reference's too. For inference: nothing here keeps what a gradien
 """
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from ctypes import byref
 from struct import Struct
 from types import MappingProxyType
@@ -15,10 +16,12 @@ import torch
 from torch.compiler import is_compiling
 
 from zif.contract import Activation, ChosenTokens, DrawOptions, ExpertWeights, NormOutput, RotatedHeads, RouterOutput
-from zif.reference.ops import ReferenceOps
 from zif_cpu import compiled
+from zif_cpu.arguments import ACTIVATIONS, FLOAT32, address_of, code_of, fits, is_vector, row_stride
 from zif_cpu.choices import choose_tokens
-from zif_cpu.library import ACTIVATION_CODES, DTYPE_CODES, ExpertsCall, Library
+from zif_cpu.library import DTYPE_CODES, ExpertsCall, Library
+from zif_cpu.quantized import QuantizedOps
+from zif_cpu.recording import Recorder
 
 MAX_TOKENS = 64
 """Up to as many tokens `linear` is native: beyond, weights are read once for many, and torch's products are faster."""
@@ -29,41 +32,42 @@ MAX_TOKENS_PER_EXPERT = 64
 _ANY_NUMBER = 1 << 30
 MAX_TOKENS_BY_ISA: Mapping[tuple[str, str], int] = MappingProxyType(
     {
-        ("amx", "bfloat16"): 128,
+        ("amx", "bfloat16"): 512,
         # Processors without 16-bit products: torch widens too, and is three times as slow at it.
-        **dict.fromkeys(itertools.product(("avx2", "avx512"), ("bfloat16", "float16")), _ANY_NUMBER),
+        **dict.fromkeys(itertools.product(("avx2", "avx512", "avx512_vnni"), ("bfloat16", "float16")), _ANY_NUMBER),
     }
 )
 """Where it is another number: (instruction set, dtype)."""
 
-_CODES = MappingProxyType({getattr(torch, name): code for name, code in DTYPE_CODES.items()})
-_ACTIVATIONS = MappingProxyType({Activation(name): code for name, code in ACTIVATION_CODES.items()})
-_FLOAT32 = _CODES[torch.float32]
-_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))  # a subclass may have no memory, as fake arrays
 
 # The structs of zif_cpu.h. Packed into bytes they cost a call 0.4 us; the same values as arguments cost 1.9 to 2.8.
 _norm = Struct("5P5q2fi").pack
 _rotation = Struct("6P7q2i").pack
 _gating = Struct("2P3q2i").pack
+_product = Struct("4P4qi").pack
 
 
-class NativeOps(ReferenceOps):
+class NativeOps(QuantizedOps):
     """Native where the library serves the arguments, else the reference. `isa` is the instruction set in use.
 
+    With `batch_invariant` all products are native: the library sums in one order for any number of tokens, torch
+    does not.
     Within `torch.compile` every method is one node of the graph, which runs the same code (`zif_cpu.compiled`).
     """
 
-    def __init__(self, library: Library, isa: str) -> None:
+    def __init__(self, library: Library, isa: str, *, batch_invariant: bool = False) -> None:
         raw = self._raw = library.raw
-        self._linear_kernel = raw.zif_cpu_linear
+        self._linear_kernel = raw.zif_cpu_multiply
         self._rms_norm_kernel = raw.zif_cpu_rms_norm
         self._add_rms_norm_kernel = raw.zif_cpu_add_rms_norm
         self._rotate_kernel = raw.zif_cpu_rotate
         self._gated_activation_kernel = raw.zif_cpu_gated_activation
         self._experts_kernel = raw.zif_cpu_experts
-        self._limits_experts = isa == "avx512_bf16"
+        self._take_quantized(raw)
+        self._limits_experts = isa == "avx512_bf16" and not batch_invariant
         self._max_tokens = {
-            code: MAX_TOKENS_BY_ISA.get((isa, dtype), MAX_TOKENS) for dtype, code in DTYPE_CODES.items()
+            code: _ANY_NUMBER if batch_invariant else MAX_TOKENS_BY_ISA.get((isa, dtype), MAX_TOKENS)
+            for dtype, code in DTYPE_CODES.items()
         }
         compiled.register(
             compiled.Eager(
@@ -73,8 +77,21 @@ class NativeOps(ReferenceOps):
                 self._rotate,
                 self._gated_activation,
                 self._experts,
+                self._quantized_linear,
+                self._quantized_experts,
             )
         )
+
+    @contextmanager
+    def recording(self, recorder: Recorder) -> Iterator[None]:
+        """Let `recorder` hear the native calls that are made within the context."""
+        kernels = {name: kernel for name, kernel in vars(self).items() if name.endswith("_kernel")}
+        try:
+            for name, kernel in kernels.items():
+                setattr(self, name, recorder.heard(kernel))
+            yield
+        finally:
+            vars(self).update(kernels)
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         if is_compiling():
@@ -117,27 +134,27 @@ class NativeOps(ReferenceOps):
 
     def _linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         shape, weight_shape = x.shape, weight.shape
-        code = _code(x, weight)
+        code = code_of(x, weight)
         if (
             code is None
             or not len(shape) == len(weight_shape) == 2
             or not shape[0] <= self._max_tokens[code]
             or shape[1] != weight_shape[1]
-            or not (stride := _row_stride(x, shape))
+            or not (stride := row_stride(x, shape))
             or not weight.is_contiguous()
-            or (bias is not None and not _fits(bias, x, weight_shape[:1]))
+            or (bias is not None and not fits(bias, x, weight_shape[:1]))
         ):
             return super().linear(x, weight, bias)
         tokens, outputs = shape[0], weight_shape[0]
         y = x.new_empty(tokens, outputs)
-        addresses = x.data_ptr(), stride, weight.data_ptr(), None if bias is None else bias.data_ptr(), y.data_ptr()
-        self._linear_kernel(*addresses, tokens, shape[1], outputs, code)
+        arrays = x.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr(), y.data_ptr()
+        self._linear_kernel(_product(*arrays, stride, tokens, shape[1], outputs, code))
         return y
 
     def _rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float, weight_offset: float) -> torch.Tensor:
         shape = x.shape
-        code = _code(x, weight)
-        if code is None or not (stride := _row_stride(x, shape)) or not _is_vector(weight, shape[-1]):
+        code = code_of(x, weight)
+        if code is None or not (stride := row_stride(x, shape)) or not is_vector(weight, shape[-1]):
             return super().rms_norm(x, weight, eps, weight_offset)
         rows, channels = shape[0], shape[-1]
         heads = 1 if len(shape) == 2 else x.numel() // (rows * channels)
@@ -150,14 +167,14 @@ class NativeOps(ReferenceOps):
         self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, weight_offset: float
     ) -> NormOutput:
         shape = x.shape
-        code = _code(x, weight)
+        code = code_of(x, weight)
         if (
             code is None
-            or code != _code(residual, weight)
+            or code != code_of(residual, weight)
             or residual.shape != shape
-            or not (stride := _row_stride(x, shape))
-            or not (residual_stride := _row_stride(residual, shape))
-            or not _is_vector(weight, shape[-1])
+            or not (stride := row_stride(x, shape))
+            or not (residual_stride := row_stride(residual, shape))
+            or not is_vector(weight, shape[-1])
         ):
             return super().add_rms_norm(x, residual, weight, eps, weight_offset)
         rows, channels = shape[0], shape[-1]
@@ -172,15 +189,15 @@ class NativeOps(ReferenceOps):
         self, query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool
     ) -> RotatedHeads:
         shape, key_shape, angles = query.shape, key.shape, cos.shape
-        code = _code(query, key)
+        code = code_of(query, key)
         if (
             code is None
             or not len(shape) == len(key_shape) == 3
             or shape[0] != key_shape[0]
             or shape[2] != key_shape[2]
-            or not (query_stride := _row_stride(query, shape))
-            or not (key_stride := _row_stride(key, key_shape))
-            or _code(cos, sin) != _FLOAT32
+            or not (query_stride := row_stride(query, shape))
+            or not (key_stride := row_stride(key, key_shape))
+            or code_of(cos, sin) != FLOAT32
             or sin.shape != angles
             or not (cos.is_contiguous() and sin.is_contiguous())
             or len(angles) != 2
@@ -196,8 +213,8 @@ class NativeOps(ReferenceOps):
 
     def _gated_activation(self, gate_up: torch.Tensor, activation: Activation) -> torch.Tensor:
         shape = gate_up.shape
-        code = _code(gate_up, gate_up)
-        if code is None or not (stride := _row_stride(gate_up, shape)) or shape[-1] % 2:
+        code = code_of(gate_up, gate_up)
+        if code is None or not (stride := row_stride(gate_up, shape)) or shape[-1] % 2:
             return super().gated_activation(gate_up, activation)
         channels = shape[-1] // 2
         rows = shape[0]
@@ -207,7 +224,7 @@ class NativeOps(ReferenceOps):
             rows, stride = gate_up.numel() // shape[-1], shape[-1]
         y = gate_up.new_empty(*shape[:-1], channels)
         arrays = gate_up.data_ptr(), y.data_ptr()
-        self._gated_activation_kernel(_gating(*arrays, stride, rows, channels, _ACTIVATIONS[activation], code))
+        self._gated_activation_kernel(_gating(*arrays, stride, rows, channels, ACTIVATIONS[activation], code))
         return y
 
     def _experts(
@@ -223,59 +240,22 @@ class NativeOps(ReferenceOps):
         return y
 
 
-def _code(x: torch.Tensor, other: torch.Tensor) -> int | None:
-    """Return the code of the dtype of both, or None where they differ or the library does not serve them."""
-    if type(x) in _PLAIN and type(other) in _PLAIN and x.is_cpu and other.is_cpu and not (x.is_neg() or other.is_neg()):
-        dtype = x.dtype
-        if other.dtype is dtype:
-            return _CODES.get(dtype)
-    return None
-
-
-def _row_stride(x: torch.Tensor, shape: torch.Size) -> int:
-    """Return the elements from one row, an entry of the first axis, to the next, or 0 where rows are not dense.
-
-    Also 0 where there are none, or where they overlap, because `empty_like` then gives no dense array.
-    """
-    size = x.numel()
-    if not size or len(shape) < 2:
-        return 0
-    row = size // shape[0]
-    if x.is_contiguous():
-        return row
-    strides, dense = x.stride(), 1
-    for axis in range(len(shape) - 1, 0, -1):
-        if strides[axis] != dense and shape[axis] != 1:
-            return 0
-        dense *= shape[axis]
-    return strides[0] if strides[0] >= row else 0
-
-
-def _is_vector(weight: torch.Tensor, size: int) -> bool:
-    return weight.dim() == 1 and weight.numel() == size and weight.is_contiguous()
-
-
-def _fits(array: torch.Tensor | None, x: torch.Tensor, shape: tuple[int, ...]) -> bool:
-    """Whether an array has this shape and x's dtype, dense. None, an array that is not given, fits."""
-    return array is None or (_code(array, x) is not None and array.shape == shape and array.is_contiguous())
-
-
 def _experts_call(
     x: torch.Tensor, weights: ExpertWeights, routed: RouterOutput, activation: Activation
 ) -> ExpertsCall | None:
     """Return the call without its output, or None where the library does not serve the arguments."""
-    code, ids, shares = _code(x, weights.gate_up), routed.expert_ids, routed.weights
-    stride = _row_stride(x, x.shape)
+    code, ids, shares = code_of(x, weights.gate_up), routed.expert_ids, routed.weights
+    stride = row_stride(x, x.shape)
     if code is None or x.dim() != 2 or not stride or weights.down.dim() != 3 or ids.dim() != 2:
         return None
     (tokens, channels), (experts, _, inner) = x.shape, weights.down.shape
     chosen = ids.shape[1]
     served = (
-        _fits(weights.gate_up, x, (experts, 2 * inner, channels))
-        and _fits(weights.down, x, (experts, channels, inner))
-        and _fits(weights.gate_up_bias, x, (experts, 2 * inner))
-        and _fits(weights.down_bias, x, (experts, channels))
-        and _code(shares, shares) == _FLOAT32
+        fits(weights.gate_up, x, (experts, 2 * inner, channels))
+        and fits(weights.down, x, (experts, channels, inner))
+        and fits(weights.gate_up_bias, x, (experts, 2 * inner))
+        and fits(weights.down_bias, x, (experts, channels))
+        and code_of(shares, shares) == FLOAT32
         and shares.shape == ids.shape == (tokens, chosen)
         and ids.dtype is torch.int64
         and ids.is_cpu
@@ -287,9 +267,9 @@ def _experts_call(
     return ExpertsCall(
         x=x.data_ptr(),
         gate_up=weights.gate_up.data_ptr(),
-        gate_up_bias=_address(weights.gate_up_bias),
+        gate_up_bias=address_of(weights.gate_up_bias),
         down=weights.down.data_ptr(),
-        down_bias=_address(weights.down_bias),
+        down_bias=address_of(weights.down_bias),
         weights=shares.data_ptr(),
         ids=ids.data_ptr(),
         x_stride=stride,
@@ -298,10 +278,6 @@ def _experts_call(
         inner=inner,
         experts=experts,
         chosen=chosen,
-        activation=_ACTIVATIONS[activation],
+        activation=ACTIVATIONS[activation],
         dtype=code,
     )
-
-
-def _address(array: torch.Tensor | None) -> int | None:
-    return None if array is None else array.data_ptr()

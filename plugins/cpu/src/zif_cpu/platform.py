@@ -4,6 +4,7 @@ Called by discovery through `zif_cpu.plugin`; `open` is the only method that imp
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from zif.contract import (
@@ -43,11 +44,14 @@ _CAPABILITIES = Capabilities(
             Feature.STATE_RECURRENT,
             Feature.MIXTURE_OF_EXPERTS,
             Feature.QUANTIZATION_MXFP4_DEQUANTIZED,
+            Feature.QUANTIZATION_W8A8,
+            Feature.QUANTIZATION_W8A16,
+            Feature.QUANTIZATION_W4A16,
             Feature.TRANSFORMERS_BACKEND,
             Feature.PREFIX_CACHING,
         }
     ),
-    kv_dtypes=_DTYPES,
+    kv_dtypes=(*_DTYPES, "int8"),
     block_sizes=(8, 16, 32, 64, 128),
     max_head_size=512,
     collectives=frozenset(Collective),
@@ -55,14 +59,22 @@ _CAPABILITIES = Capabilities(
     notes=("threads of one process share the cores: run one rank per socket", "collectives run over gloo"),
 )
 
-_NATIVE = (("attention", "zif_cpu.attention.NativeAttention"), ("ops", "zif_cpu.operators.NativeOps"))
+_NATIVE = (
+    ("attention", "zif_cpu.attention.NativeAttention"),
+    ("graphs", "zif_cpu.programs.StepPrograms"),
+    ("ops", "zif_cpu.operators.NativeOps"),
+    ("quantization", "zif_cpu.quantized.QuantizedOps"),
+)
 
-_PORTABLE = (("attention", "zif.host.attention.TiledAttention"), ("ops", "zif.reference.ops.ReferenceOps"))
+_PORTABLE = (
+    ("attention", "zif.host.attention.TiledAttention"),
+    ("graphs", "zif.contract.EagerGraphs"),
+    ("ops", "zif.reference.ops.ReferenceOps"),
+)
 
 _IMPLEMENTATIONS = (
     ("allocator", "zif.host.memory.HostAllocator"),
     ("communicator", "zif.host.gloo.GlooCommunicator"),
-    ("graphs", "zif.contract.EagerGraphs"),
     ("runner", "core"),
     ("state", "zif.reference.state"),
 )
@@ -71,8 +83,13 @@ _EMULATED = (
     (Feature.QUANTIZATION_MXFP4_DEQUANTIZED, "weights are held in the model's dtype: about four times the bytes"),
 )
 
+_DECODED = "zif.reference.quantization: every product decodes its weight first, into 4 or 8 bytes per element"
+
 _EMULATED_PORTABLY = (
     (Feature.MIXTURE_OF_EXPERTS, "zif.reference.ops.ReferenceOps: one matrix product per expert in use"),
+    (Feature.QUANTIZATION_W8A8, _DECODED),
+    (Feature.QUANTIZATION_W8A16, _DECODED),
+    (Feature.QUANTIZATION_W4A16, _DECODED),
 )
 
 
@@ -131,11 +148,12 @@ class CpuPlatform(Platform):
             return HostDevice(plan, rank, threads)
         from zif_cpu.attention import NativeAttention
         from zif_cpu.operators import NativeOps
+        from zif_cpu.programs import StepPrograms
 
         kernels.library.use(kernels.isa, threads)
-        return HostDevice(
-            plan, rank, threads, NativeAttention(kernels.library), NativeOps(kernels.library, kernels.isa)
-        )
+        ops = NativeOps(kernels.library, kernels.isa, batch_invariant=plan.batch_invariant)
+        attention = NativeAttention(kernels.library)
+        return HostDevice(plan, rank, threads, attention, ops, StepPrograms(kernels.library, (ops, attention)))
 
 
 def _device_info(host: Host, torch_version: str, kernels: Kernels) -> DeviceInfo:
@@ -145,7 +163,9 @@ def _device_info(host: Host, torch_version: str, kernels: Kernels) -> DeviceInfo
         architecture=host.architecture,
         memory_bytes=host.memory_bytes,
         available_bytes=host.available_bytes,
-        capabilities=_CAPABILITIES,
+        capabilities=replace(
+            _CAPABILITIES, batch_invariant=kernels.library is not None, graph_capture=kernels.library is not None
+        ),
         runtime=(
             ("torch", torch_version),
             ("cores", str(host.num_cores)),
@@ -163,6 +183,8 @@ def _plan_notes(workload: Workload, device: DeviceInfo, kernels: Kernels) -> Ite
         yield f"torch computes in place of native kernels: {kernels.reason}"
     else:
         yield f"native kernels: {kernels.isa}" + ("" if kernels.isa != "portable" else ", which are slow")
+        if workload.batch_invariant:
+            yield "batch-invariant: torch makes no products, which it does faster for the largest prompts"
     native = {"bfloat16": {"amx_bf16", "avx512_bf16", "bf16", "svebf16"}, "float16": {"avx512_fp16", "asimd"}}
     if workload.dtype in native and not native[workload.dtype] & {*runtime["instruction set"].split()}:
         yield f"this processor has no {workload.dtype} instructions: float32 may be faster, at twice the bytes"

@@ -13,11 +13,12 @@ from zif.contract import AttentionBackend
 from zif.host.attention import TiledAttention
 from zif.reference.attention import ReferenceAttention
 from zif_cpu.attention import NativeAttention
-from zif_cpu.library import DTYPE_CODES, AttentionCall
+from zif_cpu.library import DTYPE_CODES, INT8_CODE, AttentionCall, RowsCall
 
 MIXED = ((1, 1), (1, 16), (17, 17), (1, 100), (30, 70), (33, 33), (1, 64), (2, 80))
 LONG = ((1, 255), (1, 256), (1, 257), (4, 258), (16, 300), (1, 600), (70, 90))
 EXTRAS = ({}, {"softcap": 3.0}, {"sinks": True}, {"softcap": 3.0, "sinks": True})
+MAX_DRAFTS = 8
 CODES = {getattr(torch, name): code for name, code in DTYPE_CODES.items()}
 
 
@@ -41,16 +42,23 @@ class RawAttention(AttentionBackend):
         return batch
 
     def write(self, key, value, cache, prepared):
-        self.raw.zif_cpu_write_kv(
-            *_pointer_and_stride(key),
-            *_pointer_and_stride(value),
-            ctypes.c_void_p(cache.keys.data_ptr()),
-            ctypes.c_void_p(cache.values.data_ptr()),
-            ctypes.c_int64(cache.block_stride * cache.keys.shape[1]),
-            prepared.slots.ctypes.data_as(ctypes.c_void_p),
-            *map(ctypes.c_int64, (*key.shape, prepared.block_size)),
-            ctypes.c_int32(CODES[key.dtype]),
+        call = RowsCall(
+            key=key.data_ptr(),
+            value=value.data_ptr(),
+            keys=cache.keys.data_ptr(),
+            values=cache.values.data_ptr(),
+            slots=prepared.slots.ctypes.data,
+            key_stride=key.stride(0),
+            value_stride=value.stride(0),
+            block_stride=cache.block_stride * cache.keys.shape[1],
+            tokens=len(key),
+            kv_heads=key.shape[1],
+            head_dim=key.shape[2],
+            block_size=prepared.block_size,
+            dtype=CODES[key.dtype],
+            cache=INT8_CODE if cache.is_quantized else CODES[cache.keys.dtype],
         )
+        self.raw.zif_cpu_store_kv(ctypes.byref(call))
 
     def attend(self, query, cache, prepared, params):
         out = torch.full(query.shape, torch.nan, dtype=query.dtype)
@@ -78,6 +86,7 @@ class RawAttention(AttentionBackend):
             scale=params.scale,
             softcap=params.softcap or 0.0,
             dtype=CODES[query.dtype],
+            cache=INT8_CODE if cache.is_quantized else CODES[cache.keys.dtype],
         )
         self.raw.zif_cpu_attend(ctypes.byref(call))
         return out
@@ -90,6 +99,12 @@ def _pointer_and_stride(tensor):
 @pytest.fixture
 def native(library):
     return RawAttention(library.raw)
+
+
+@pytest.fixture
+def isa(request, library):
+    """The instruction set in use."""
+    return request.node.callspec.params["library"]
 
 
 @pytest.fixture
@@ -157,8 +172,9 @@ def test_a_row_depends_on_no_other_row_and_on_no_number_of_threads(library, nati
         rows = slice(ends[row] - length, ends[row])
         assert torch.equal(served[rows], alone[rows])
         assert served.isnan().flatten(1).all(1).sum() == len(served) - length
+    drafts = [row for row, (length, _) in enumerate(requests) if length <= MAX_DRAFTS]
     lone = PagedStep(StepCase(tuple((1, total) for _, total in requests), dtype=dtype, window=window, **shape))
-    assert torch.equal(lone.run(native), alone[[end - 1 for end in ends]])
+    assert torch.equal(lone.run(native)[drafts], alone[[ends[row] - 1 for row in drafts]])
 
 
 @pytest.mark.parametrize("dtype", CODES)
@@ -209,9 +225,96 @@ def test_a_long_write_equals_a_row_by_row_one(native, threads, dtype):
     torch.testing.assert_close(step.elements, whole, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("dtype", CODES)
+@pytest.mark.parametrize("head_dim", [1, 33, 80, 128])
+@pytest.mark.parametrize("extras", [{}, {"window": 20}, {"softcap": 3.0, "sinks": True}])
+def test_codes_with_scales_err_as_little_as_elements(native, dtype, head_dim, extras):
+    step = PagedStep(StepCase(MIXED + LONG, dtype=dtype, kv_dtype=torch.int8, head_dim=head_dim, **extras))
+    expected = step.expected()
+    error = (step.run(native).double() - expected).abs().max()
+    assert error <= {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype] * expected.abs().max()
+    assert torch.equal(step.run(native), step.run(native))
+
+
+@pytest.mark.parametrize("dtype", CODES)
+@pytest.mark.parametrize("kv_dtype", [None, torch.int8])
+@pytest.mark.parametrize("head_dim", [33, 64])
+@pytest.mark.parametrize("window", [None, 100])
+def test_a_prompt_is_the_same_however_it_is_cut(native, isa, dtype, kv_dtype, head_dim, window):
+    total = 700
+    shape = {"dtype": dtype, "kv_dtype": kv_dtype, "head_dim": head_dim, "window": window, "group_size": 3}
+    whole = PagedStep(StepCase(((total, total),), **shape))
+    expected = whole.run(native)
+    for cut in (MAX_DRAFTS + 1, 33, 128, 300):
+        cuts = PagedStep(StepCase(((cut, total),), **shape)).run(native)
+        assert torch.equal(cuts, expected[total - cut :])
+    few = PagedStep(StepCase(((MAX_DRAFTS, total),), **shape)).run(native)
+    for cut in (1, 2, 7):
+        cuts = PagedStep(StepCase(((cut, total),), **shape)).run(native)
+        assert torch.equal(cuts, few[MAX_DRAFTS - cut :])
+    if isa == "amx" and dtype is torch.bfloat16:
+        assert torch.equal(few, expected[total - MAX_DRAFTS :])
+
+
+@pytest.mark.parametrize("dtype", CODES)
+@pytest.mark.parametrize("head_dim", [24, 32])
+@pytest.mark.parametrize("window", [None, 3])
+def test_codes_that_a_query_does_not_see_may_have_no_scale(native, dtype, head_dim, window):
+    requests = ((9, 20), (16, 300), (5, 5))
+    step = PagedStep(StepCase(requests, dtype=dtype, kv_dtype=torch.int8, window=window, head_dim=head_dim))
+    clean, start = step.run(native), 0
+    for row, (_, total) in enumerate(requests):
+        step.keys[row][total - 2, :, 1] = torch.inf
+        step.values[row][total - 1, :, 0] = torch.nan
+    out = step.run(native)
+    for length, _ in requests:
+        end = start + length
+        assert torch.equal(out[start : end - 2], clean[start : end - 2])
+        assert out[end - 2 : end].isnan().all()
+        start = end
+
+
+@pytest.mark.parametrize("dtype", CODES)
+@pytest.mark.parametrize("head_dim", [1, 5, 33, 128])
+def test_codes_are_written_as_the_reference_writes_them(native, dtype, head_dim):
+    cases = [PagedStep(StepCase(((40, 40),), dtype=dtype, kv_dtype=torch.int8, head_dim=head_dim)) for _ in range(2)]
+    for step, backend in zip(cases, (native, TiledAttention()), strict=True):
+        step.keys[0][3] = 0
+        step.keys[0][4, 0, 0] = torch.inf
+        step.values[0][5, 1, -1] = torch.nan
+        step.bind(backend)
+        step.write(backend, [(0, 0, 40)])
+    rows = [step.elements.view(-1, (head_dim + 3) // 4 * 4 + 4) for step in cases]
+    scales = [row[:, -4:].contiguous().view(torch.float32) for row in rows]
+    torch.testing.assert_close(*scales, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(*(row[~scales[0].isnan().squeeze(), :-4] for row in rows))
+
+
+@pytest.mark.parametrize("kv_dtype", [None, torch.int8])
+@pytest.mark.parametrize("requests", [MIXED, ((1, 30), (1, 200)), ((64, 64),)])
 @pytest.mark.parametrize("window", [None, 40])
-@pytest.mark.parametrize("extras", EXTRAS)
-@pytest.mark.parametrize("requests", [MIXED, LONG, ((1, 30), (1, 200)), ((64, 64),)])
-def test_short_and_long_queries_of_one_step(library, requests, window, extras):
-    """The backend as devices have it: short queries by the kernel, long ones by torch."""
-    _assert_exact(PagedStep(StepCase(requests, window=window, **extras)), NativeAttention(library))
+def test_the_backend_equals_the_raw_functions(library, native, kv_dtype, requests, window):
+    step = PagedStep(StepCase(requests, kv_dtype=kv_dtype, window=window, softcap=3.0, sinks=True))
+    assert torch.equal(step.run(NativeAttention(library)), step.run(native))
+
+
+@pytest.mark.parametrize("requests", [MIXED, ((64, 64),)])
+def test_queries_of_another_dtype_than_the_cache_are_served(library, requests):
+    step = PagedStep(StepCase(requests, kv_dtype=torch.bfloat16))
+    error = (step.run(NativeAttention(library)).double() - step.expected()).abs().max()
+    assert error <= 0.05
+
+
+def test_layers_of_one_step_that_differ(library):
+    """What layers have in common is set once: another layer's sizes and scale must not stay."""
+    backend = NativeAttention(library)
+    small, large = (
+        PagedStep(StepCase(((3, 20), (1, 9)), **shape)) for shape in ({}, {"group_size": 5, "softcap": 2.0})
+    )
+    for step in (small, large):
+        step.run(backend)
+    prepared = backend.prepare(small.batch([(0, 17, 20), (1, 8, 9)]))
+    query = {id(step): torch.cat([step.queries[0][17:], step.queries[1][8:]]) for step in (small, large)}
+    for step in (small, large, small):
+        out = backend.attend(query[id(step)], step.cache, prepared, step.params)
+        torch.testing.assert_close(out.double(), step.expected(), atol=1e-5, rtol=1e-5)

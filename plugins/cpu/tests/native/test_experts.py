@@ -18,6 +18,7 @@ SHAPES = (
     (64, 128, 80, 16, 4),
     (3, 16, 16, 1, 1),
     (150, 64, 32, 8, 2),
+    (700, 1000, 40, 3, 2),
 )
 
 
@@ -76,6 +77,18 @@ def test_the_order_of_choices_does_not_matter(library):
     first, _ = _run(library, x, weights, routed, Activation.SILU)
     second, _ = _run(library, x, weights, turned, Activation.SILU)
     assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("name", DTYPE_CODES)
+def test_a_token_has_the_same_bits_in_any_batch(library, name):
+    torch.manual_seed(3)
+    x, weights, routed = _arguments((900, 1100, 40, 3, 2), getattr(torch, name), True)
+    together, _ = _run(library, x, weights, routed, Activation.SILU)
+    for first, count in ((0, 1), (5, 3), (899, 1), (100, 40), (200, 300), (1, 899)):
+        rows = slice(first, first + count)
+        part = RouterOutput(routed.weights[rows].contiguous(), routed.expert_ids[rows].contiguous())
+        alone, _ = _run(library, x[rows], weights, part, Activation.SILU)
+        assert torch.equal(alone, together[rows]), (first, count)
 
 
 @pytest.mark.parametrize("wrong", [-1, 8])

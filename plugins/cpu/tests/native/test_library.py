@@ -19,6 +19,7 @@ WORKLOAD = Workload("float32", (FullAttentionSpec((0,), 2, 16, 16, "float32"),),
 def absent(monkeypatch, tmp_path):
     """A machine where the package was installed without a compiler."""
     monkeypatch.setattr(native, "_places", lambda: [tmp_path / "nothing"])
+    monkeypatch.delenv("ZIF_CPU_LIBRARY", raising=False)
     load_library.cache_clear()
     yield
     load_library.cache_clear()
@@ -55,9 +56,13 @@ def test_the_plan_says_what_computes(present, monkeypatch, isa):
     plan = CpuPlatform().plan(WORKLOAD)
     assert isinstance(plan, Plan)
     native_parts = [what for _, what in plan.implementations if what.startswith("zif_cpu.")]
-    assert native_parts == (
-        [] if isa == "torch" else ["zif_cpu.attention.NativeAttention", "zif_cpu.operators.NativeOps"]
+    served = (
+        "attention.NativeAttention",
+        "programs.StepPrograms",
+        "operators.NativeOps",
+        "quantized.QuantizedOps",
     )
+    assert native_parts == ([] if isa == "torch" else [f"zif_cpu.{part}" for part in served])
     said = "torch computes in place of native kernels: ZIF_CPU_ISA asks for it" if isa == "torch" else "portable"
     assert any(said in note for note in plan.notes)
 

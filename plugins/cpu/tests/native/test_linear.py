@@ -12,6 +12,11 @@ SHAPES = (
     *((1, 1, 1), (1, 64, 16), (1, 1000, 7), (2, 31, 32), (3, 7, 5), (4, 96, 33), (5, 33, 17), (8, 80, 64)),
     *((15, 128, 31), (16, 32, 16), (17, 96, 100), (33, 260, 48), (40, 80, 33), (64, 200, 65), (100, 64, 130)),
 )
+# Many tokens: blocks of tokens, inputs and outputs, one of each and some, whole ones and parts.
+MANY = (
+    *((65, 1024, 300), (96, 31, 33), (97, 512, 15), (200, 1056, 129), (513, 1000, 70), (300, 2080, 290)),
+    *((545, 33, 257), (1000, 96, 31), (600, 1536, 520)),
+)
 HALF_UNIT = {"float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}
 
 
@@ -33,7 +38,7 @@ def multiply(library, x, weight, bias=None):
 def test_products_are_those_of_float64(library, name):
     torch.manual_seed(1)
     dtype = getattr(torch, name)
-    for tokens, inputs, outputs in SHAPES:
+    for tokens, inputs, outputs in SHAPES + MANY:
         x = torch.randn(tokens, inputs + 3).to(dtype)[:, :inputs]
         weight, bias = torch.randn(outputs, inputs).to(dtype), torch.randn(outputs).to(dtype)
         exact = x.double() @ weight.double().T
@@ -54,8 +59,36 @@ def test_nan_of_a_token_stays_with_it(library, name):
     assert not bool(y[torch.arange(20) != 3].isnan().any())
 
 
-def test_threads_do_not_change_a_bit(library):
-    x, weight = torch.randn(9, 300).bfloat16(), torch.randn(500, 300).bfloat16()
+@pytest.mark.parametrize("name", DTYPE_CODES)
+def test_a_row_has_the_same_bits_in_any_batch(library, name):
+    """Numbers of tokens on both sides of every border between ways to multiply, and of every tile."""
+    torch.manual_seed(3)
+    for inputs, outputs in ((1000, 45), (1120, 70), (2100, 33)):
+        x, weight, bias = (
+            torch.randn(*size).to(getattr(torch, name)) for size in ((620, inputs), (outputs, inputs), (outputs,))
+        )
+        together = multiply(library, x, weight, bias)
+        for count in (1, 2, 3, 5, 12, 13, 17, 48, 49, 64, 65, 97, 132, 133, 260, 512, 513, 530):
+            for first in (0, 620 - count):
+                rows = slice(first, first + count)
+                assert torch.equal(multiply(library, x[rows], weight, bias), together[rows]), (inputs, count, first)
+
+
+@pytest.mark.parametrize("tokens", [9, 530])
+@pytest.mark.parametrize("name", DTYPE_CODES)
+def test_threads_do_not_change_a_bit(library, name, tokens):
+    torch.manual_seed(4)
+    x, weight = torch.randn(tokens, 1100).to(getattr(torch, name)), torch.randn(500, 1100).to(getattr(torch, name))
     two = multiply(library, x, weight)
-    library.raw.zif_cpu_use_threads(1)
-    assert torch.equal(multiply(library, x, weight), two)
+    for threads in (1, 3):
+        library.raw.zif_cpu_use_threads(threads)
+        assert torch.equal(multiply(library, x, weight), two)
+
+
+@pytest.mark.parametrize("name", DTYPE_CODES)
+def test_nan_of_one_of_many_tokens_stays_with_it(library, name):
+    x = torch.randn(530, 1100).to(getattr(torch, name))
+    x[517, 1099] = torch.nan
+    y = multiply(library, x, torch.randn(33, 1100).to(x.dtype))
+    assert bool(y[517].isnan().all())
+    assert int(y.isnan().any(1).sum()) == 1

@@ -1,0 +1,242 @@
+// Products of 8-bit codes by AMX, in exact integers: 16 rows of weights by 64 inputs are one tile as they lie.
+#pragma once
+
+#include "pool.h"
+#include "quantized_rows.h"
+#include "tiles.h"
+
+#if defined(__AMX_INT8__) && defined(__AMX_BF16__)
+
+namespace zif {
+namespace ZIF_ISA {
+namespace {
+namespace quantized {
+
+constexpr int64_t kTileCodes = 64;   // 8-bit codes of a row of a tile
+constexpr int64_t kBlockRows = 2 * kTile;
+constexpr int64_t kCopiedTokens = 64;  // from more tokens on, rows of codes are copied tile by tile
+
+// Packed activations: [tiles of tokens][steps of inputs][16 words of inputs][16 tokens], zeros where there are none.
+struct Packed {
+    uint32_t* data;
+    int64_t tokens;
+    int64_t steps;
+
+    uint32_t* tile(int64_t token_tile, int64_t step) const { return data + (token_tile * steps + step) * kTileWords; }
+};
+
+inline int64_t packed_bytes(int64_t tokens, int64_t inputs, int64_t step_inputs) {
+    return num_tiles(tokens, kTile) * num_tiles(inputs, step_inputs) * kTileWords * 4;
+}
+
+inline void transpose(__m512i (&rows)[16]) {
+    __m512i quads[16];
+    for (int i = 0; i < 16; i += 4) {
+        const __m512i low01 = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
+        const __m512i high01 = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
+        const __m512i low23 = _mm512_unpacklo_epi32(rows[i + 2], rows[i + 3]);
+        const __m512i high23 = _mm512_unpackhi_epi32(rows[i + 2], rows[i + 3]);
+        quads[i] = _mm512_unpacklo_epi64(low01, low23);
+        quads[i + 1] = _mm512_unpackhi_epi64(low01, low23);
+        quads[i + 2] = _mm512_unpacklo_epi64(high01, high23);
+        quads[i + 3] = _mm512_unpackhi_epi64(high01, high23);
+    }
+    for (int i = 0; i < 4; ++i) {
+        const __m512i low = _mm512_shuffle_i32x4(quads[i], quads[4 + i], 0x44);
+        const __m512i high = _mm512_shuffle_i32x4(quads[i], quads[4 + i], 0xee);
+        const __m512i next_low = _mm512_shuffle_i32x4(quads[8 + i], quads[12 + i], 0x44);
+        const __m512i next_high = _mm512_shuffle_i32x4(quads[8 + i], quads[12 + i], 0xee);
+        rows[i] = _mm512_shuffle_i32x4(low, next_low, 0x88);
+        rows[4 + i] = _mm512_shuffle_i32x4(low, next_low, 0xdd);
+        rows[8 + i] = _mm512_shuffle_i32x4(high, next_high, 0x88);
+        rows[12 + i] = _mm512_shuffle_i32x4(high, next_high, 0xdd);
+    }
+}
+
+// Write 16 words of each of 16 tokens as a tile of 16 words by 16 tokens; the same back.
+inline void put_transposed(__m512i (&rows)[16], void* tile) {
+    transpose(rows);
+    for (int i = 0; i < 16; ++i) _mm512_storeu_si512(static_cast<uint32_t*>(tile) + i * kTile, rows[i]);
+}
+
+// Round 16 tokens from `tile` * 16 on and pack them. codes: memory for their rows.
+template <class T>
+inline void pack_codes(const T* x, int64_t stride, const Packed& packed, int64_t tile, IntegerRows::Token* tokens,
+                       int8_t* codes, int64_t inputs) {
+    const int64_t first = tile * kTile, width = packed.steps * kTileCodes;
+    const int64_t count = packed.tokens - first < kTile ? packed.tokens - first : kTile;
+    for (int64_t i = 0; i < count; ++i) {
+        const auto own = round_row(x + (first + i) * stride, inputs, codes + i * width, width);
+        tokens[first + i] = {own.scale, 0};
+    }
+    for (int64_t step = 0; step < packed.steps; ++step) {
+        __m512i rows[16];
+        for (int64_t i = 0; i < kTile; ++i) {
+            rows[i] = i < count ? _mm512_loadu_si512(codes + i * width + step * kTileCodes) : _mm512_setzero_si512();
+        }
+        put_transposed(rows, packed.tile(tile, step));
+    }
+}
+
+// Where the tiles of 32 rows of codes are: a step further, a row further, 16 rows further.
+struct CodeTiles {
+    const int8_t* data;
+    int64_t step;
+    int64_t row;
+    int64_t second;
+};
+
+// Rows of codes copied tile by tile, zeros where rows or inputs end.
+inline CodeTiles copied(const int8_t* codes, int64_t inputs, int64_t rows, int64_t steps, int8_t* copy) {
+    for (int64_t i = 0; i < kBlockRows; ++i) {
+        for (int64_t step = 0; step < steps; ++step) {
+            const int64_t left = inputs - step * kTileCodes;
+            const __mmask64 valid = i >= rows ? 0 : left >= kTileCodes ? ~uint64_t(0) : (uint64_t(1) << left) - 1;
+            const __m512i words = _mm512_maskz_loadu_epi8(valid, codes + i * inputs + step * kTileCodes);
+            _mm512_storeu_si512(copy + (step * kBlockRows + i) * kTileCodes, words);
+        }
+    }
+    stored();
+    return {copy, kBlockRows * kTileCodes, kTileCodes, kTile * kTileCodes};
+}
+
+inline void load_transposed(const void* tile, __m512i (&rows)[16]) {
+    for (int i = 0; i < 16; ++i) rows[i] = _mm512_loadu_si512(static_cast<const uint32_t*>(tile) + i * kTile);
+    transpose(rows);
+}
+
+// Scales and bias at the end of a tile of sums: the same arithmetic as that of `put_integers`.
+template <class T>
+inline void put_sums(const int32_t* sums, const IntegerRows::Token* tokens, int64_t count, const float* scales,
+                     int64_t token, int64_t output, int64_t end, const Target<T>& target) {
+    __m512i rows[16];
+    load_transposed(sums, rows);
+    const int64_t left = end - output;
+    const bool whole = left >= kTile;
+    const Float scale = whole ? load(scales + output) : load_some(scales + output, left);
+    Float bias = {};
+    if (target.bias != nullptr) bias = whole ? load(target.bias + output) : load_some(target.bias + output, left);
+    T* y = target.y + token * target.stride + output;
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i, y += target.stride) {
+        if (i >= count) continue;
+        const Float product = __builtin_convertvector(bits_as<Int>(rows[i]), Float) * tokens[token + i].scale;
+        const Float row = product * scale + bias;
+        whole ? store_row(y, row) : store_some(y, row, left);
+    }
+}
+
+// A product of 32 outputs and two tiles of tokens, whose sums are put when those of the next one are made: vectors work
+// beside tiles.
+template <class T>
+class CodeProduct {
+public:
+    CodeProduct(const Packed& x, const IntegerRows::Token* tokens, const float* scales, int64_t end,
+                const Target<T>& target)
+        : x_(x), tokens_(tokens), scales_(scales), end_(end), target_(target) {}
+
+    // ahead: codes that will be read next, or null.
+    void multiply(const CodeTiles& w, int64_t output, int64_t tile, const int8_t* ahead) {
+        for (int64_t i = tile * kTile; i < (tile + 2) * kTile && i < x_.tokens; ++i) {
+            __builtin_prefetch(target_.y + i * target_.stride + output, 1);
+        }
+        if (tile + 1 < num_tiles(x_.tokens, kTile)) {
+            sums_of<true>(w, tile, ahead);
+        } else {
+            sums_of<false>(w, tile, ahead);
+        }
+        put_rest();
+        current_ ^= 1;
+        output_ = output;
+        tile_ = tile;
+        left_ = 4;
+    }
+
+    void put_rest() {
+        while (left_ > 0) put_part();
+    }
+
+private:
+    template <bool kTwo>
+    void sums_of(const CodeTiles& w, int64_t tile, const int8_t* ahead) {
+        _tile_zero(0);
+        _tile_zero(1);
+        if constexpr (kTwo) {
+            _tile_zero(2);
+            _tile_zero(3);
+        }
+        const int8_t* codes = w.data;
+        for (int64_t step = 0; step < x_.steps; ++step, codes += w.step) {
+            if (ahead != nullptr) {
+                for (int64_t i = 0; i < kBlockRows; ++i, ahead += 64) __builtin_prefetch(ahead, 0, 2);
+            }
+            _tile_loadd(4, codes, w.row);
+            _tile_loadd(6, x_.tile(tile, step), 64);
+            _tile_dpbssd(0, 4, 6);
+            _tile_loadd(5, codes + w.second, w.row);
+            _tile_dpbssd(1, 5, 6);
+            if constexpr (kTwo) {
+                _tile_loadd(7, x_.tile(tile + 1, step), 64);
+                _tile_dpbssd(2, 4, 7);
+                _tile_dpbssd(3, 5, 7);
+            }
+            if (step % 2 == 1 && left_ > 0) put_part();
+        }
+        auto& sums = sums_[current_];
+        _tile_stored(0, sums[0], 64);
+        _tile_stored(1, sums[1], 64);
+        if constexpr (kTwo) {
+            _tile_stored(2, sums[2], 64);
+            _tile_stored(3, sums[3], 64);
+        }
+        stored();
+    }
+
+    // One of the four tiles of the last product: [2 tiles of tokens][2 of outputs].
+    void put_part() {
+        const int64_t part = 4 - left_--, token = (tile_ + part / 2) * kTile, output = output_ + part % 2 * kTile;
+        if (token >= x_.tokens || output >= end_) return;
+        put_sums(sums_[current_ ^ 1][part], tokens_, x_.tokens - token, scales_, token, output, end_, target_);
+    }
+
+    const Packed& x_;
+    const IntegerRows::Token* tokens_;
+    const float* scales_;
+    int64_t end_;
+    const Target<T>& target_;
+    int64_t output_ = 0;  // of the last product
+    int64_t tile_ = 0;
+    int64_t left_ = 0;  // its tiles that are not put yet
+    int current_ = 0;   // where the sums of the next product go
+    alignas(64) int32_t sums_[2][4][kTileWords];  // [16 outputs][16 tokens]
+};
+
+// All tokens times outputs `begin` to `end` - 1.
+template <class T>
+void multiply_codes(const Packed& x, const IntegerRows::Token* tokens, const zif_cpu_quantized& weight, int64_t begin,
+                    int64_t end, int thread, const Target<T>& target) {
+    const TileRegisters registers;
+    const auto* codes = static_cast<const int8_t*>(weight.codes);
+    const int64_t inputs = weight.inputs, tiles = num_tiles(x.tokens, kTile);
+    auto* copy = static_cast<int8_t*>(scratch(thread, 3, x.steps * kBlockRows * kTileCodes));
+    CodeProduct<T> product(x, tokens, weight.scales, end, target);
+    for (int64_t output = begin; output < end; output += kBlockRows) {
+        const int64_t count = end - output < kBlockRows ? end - output : kBlockRows;
+        const int8_t* own = codes + output * inputs;
+        const bool whole = count == kBlockRows && inputs % kTileCodes == 0 && x.tokens <= kCopiedTokens;
+        const CodeTiles w = whole ? CodeTiles{own, kTileCodes, inputs, kTile * inputs}
+                                  : copied(own, inputs, count, x.steps, copy);
+        const int8_t* ahead = output + 2 * kBlockRows <= end ? own + kBlockRows * inputs : nullptr;
+        for (int64_t tile = 0; tile < tiles; tile += 2) {
+            product.multiply(w, output, tile, tile == 0 ? ahead : nullptr);
+        }
+    }
+    product.put_rest();
+}
+
+}  // namespace quantized
+}  // namespace
+}  // namespace ZIF_ISA
+}  // namespace zif
+
+#endif

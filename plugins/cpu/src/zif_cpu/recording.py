@@ -1,0 +1,192 @@
+"""A forward pass seen as it runs: which native calls it makes, in order, and what torch computes between them.
+
+While a `Recorder` is active, torch takes the memory of results from a slab whose addresses stay valid, and hands each
+of its operations to the recorder. Native calls say themselves what they are. `zif_cpu.programs` repeats the record.
+"""
+
+import ctypes
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+SLAB_BYTES = 128 << 20
+"""Address space for the results of one pass; the system gives memory only to what is touched."""
+
+_ALIGNMENT = 64
+
+_aten = torch.ops.aten
+_UNREPEATABLE = frozenset((torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output))
+_EMPTY = frozenset((_aten.empty.memory_format, _aten.new_empty.default, _aten.empty_like.default))
+
+
+class NotRecordableError(Exception):
+    """The pass does something that cannot be repeated by calling the same functions again. Never leaves the package."""
+
+
+class Slab:
+    """Memory for results: a piece is free again when no array refers to it. Passes overlap each other."""
+
+    def __init__(self, num_bytes: int = SLAB_BYTES) -> None:
+        self._memory = np.empty(num_bytes, np.uint8)
+        self._start = -self._memory.ctypes.data % _ALIGNMENT
+        self._free: list[tuple[int, int]] = []
+        self.begin()
+
+    def begin(self) -> None:
+        """Start a pass: all is free. What earlier passes hold is theirs while they run."""
+        self._free = [(self._start, len(self._memory))]
+        self._pass = object()
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """Return an array of undefined content. Raises `NotRecordableError` when the slab has no room."""
+        count = 1
+        for extent in shape:
+            count *= extent
+        num_bytes = count * dtype.itemsize
+        begin = self._take(max(_ALIGNMENT, -(-num_bytes // _ALIGNMENT) * _ALIGNMENT))
+        piece = self._memory[begin : begin + num_bytes]
+        # The array keeps the piece, and the piece tells when nobody keeps it.
+        array = torch.from_numpy(piece)
+        weakref.finalize(piece, self._give_back, self._pass, begin, num_bytes)
+        return array.view(dtype).view(tuple(shape))
+
+    def _take(self, num_bytes: int) -> int:
+        for place, (begin, end) in enumerate(self._free):
+            if end - begin >= num_bytes:
+                self._free[place] = (begin + num_bytes, end)
+                return begin
+        raise NotRecordableError(f"the pass needs more than {len(self._memory) >> 20} MiB for its results")
+
+    def _give_back(self, owner: object, begin: int, num_bytes: int) -> None:
+        if owner is not self._pass:
+            return
+        end = begin + max(_ALIGNMENT, -(-num_bytes // _ALIGNMENT) * _ALIGNMENT)
+        spans = sorted([*self._free, (begin, end)])
+        merged = [spans[0]]
+        for start, stop in spans[1:]:
+            if start <= merged[-1][1]:
+                merged[-1] = (merged[-1][0], max(stop, merged[-1][1]))
+            else:
+                merged.append((start, stop))
+        self._free = [span for span in merged if span[1] > span[0]]
+
+
+@dataclass(slots=True)
+class StepCalls:
+    """The calls of one kind that one layer group makes: `calls` differ in the fields of layers, the rest is the step's.
+
+    kind: the struct. layer_fields: names of the fields that differ.
+    """
+
+    kind: type[ctypes.Structure]
+    layer_fields: tuple[str, ...]
+    calls: list[bytes] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class NativeCall:
+    """One call: the address of a function and its struct, or where in `StepCalls` the struct is."""
+
+    function: int
+    struct: ctypes.Array[ctypes.c_char] | None
+    group: tuple[int, type[ctypes.Structure]] | None = None
+    index: int = 0
+
+
+TorchCall = Callable[[], None]
+
+
+class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Record one pass. `items` are its calls in order, `steps` those whose structs change from step to step."""
+
+    def __init__(self, slab: Slab) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        slab.begin()
+        self._slab = slab
+        self.items: list[NativeCall | TorchCall] = []
+        self.steps: dict[tuple[int, type[ctypes.Structure]], StepCalls] = {}
+
+    def call(self, function: int, struct: bytes) -> None:
+        """Record a native call whose struct is the same every time."""
+        self.items.append(NativeCall(function, ctypes.create_string_buffer(struct, len(struct))))
+
+    def heard(self, function: Any) -> Callable[[Any], Any]:
+        """Return what calls `function`, of a struct as bytes or by reference, and records the call."""
+
+        def call(struct: Any) -> Any:
+            if isinstance(struct, bytes):
+                self.call(address_of(function), struct)
+            else:
+                self.items.append(lambda: function(struct))
+            return function(struct)
+
+        return call
+
+    def step_call(self, function: int, struct: ctypes.Structure, group: int, layer_fields: tuple[str, ...]) -> None:
+        """Record a native call of layer group `group`; but for `layer_fields` its struct is that of the step."""
+        key = (group, type(struct))
+        calls = self.steps.setdefault(key, StepCalls(type(struct), layer_fields)).calls
+        calls.append(bytes(struct))
+        self.items.append(NativeCall(function, None, key, len(calls) - 1))
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        options = dict(kwargs or {})
+        if func in _EMPTY:
+            return self._slab.empty(*_described(func, args, options))
+        if not _UNREPEATABLE.isdisjoint(func.tags):
+            raise NotRecordableError(f"what {func} gives depends on more than shapes")
+        result = func(*args, **options)
+        if func._schema.is_mutable:
+            self.items.append(lambda: func(*args, **options))
+            return result
+        outputs = _arrays(result)
+        if not outputs:
+            raise NotRecordableError(f"{func} gives something else than arrays")
+        # Operations that may give a view, as `to` and `reshape`, are views only where they share memory.
+        given = {array.untyped_storage().data_ptr() for array in _arrays((*args, *options.values()))}
+        if not given.isdisjoint(output.untyped_storage().data_ptr() for output in outputs):
+            return result
+
+        def repeat() -> None:
+            for output, again in zip(outputs, _arrays(func(*args, **options)), strict=True):
+                output.copy_(again)
+
+        self.items.append(repeat)
+        return result
+
+
+def _described(func: Any, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Sequence[int], torch.dtype]:
+    """Return shape and dtype of the array that is asked for."""
+    if options.get("pin_memory") or str(options.get("device") or "cpu") != "cpu":
+        raise NotRecordableError(f"{func} asks for another kind of memory: {options!r}")
+    if func is _aten.empty.memory_format:
+        return args[0], options.get("dtype") or torch.get_default_dtype()
+    like: torch.Tensor = args[0]
+    if like.device.type != "cpu":
+        raise NotRecordableError(f"{func} of an array on {like.device}")
+    return like.shape if func is _aten.empty_like.default else args[1], options.get("dtype") or like.dtype
+
+
+def _arrays(value: Any) -> list[torch.Tensor]:
+    """Return the arrays in a value, through sequences."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    return [array for one in value for array in _arrays(one)] if isinstance(value, list | tuple) else []
+
+
+def address_of(function: Any) -> int:
+    """Return the address of a function of a loaded library."""
+    address = ctypes.cast(function, ctypes.c_void_p).value
+    assert address is not None, f"{function!r} has no address"
+    return address

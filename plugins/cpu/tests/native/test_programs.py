@@ -1,0 +1,139 @@
+"""Steps as programs: what is repeated is what would have been computed, for steps that differ in all that may differ."""
+
+import gc
+
+import pytest
+import torch
+from torch.nn import functional
+
+from zif.contract import Activation
+from zif_cpu.operators import NativeOps
+from zif_cpu.programs import MAX_TOKENS, StepPrograms
+from zif_cpu.recording import NotRecordableError, Recorder, Slab
+
+
+def random(*shape, seed=0, dtype=torch.bfloat16):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+class Attend:
+    """In place of the runner's: attention of no layer."""
+
+    def __init__(self, repeatable=True):
+        self.prepared = {0: Prepared(repeatable)}
+
+
+class Prepared:
+    def __init__(self, repeatable):
+        self.repeatable = repeatable
+
+
+class Forward:
+    """A small network of native calls and torch's operations; counts how often it runs as it is."""
+
+    def __init__(self, library, extra=None):
+        self.ops = NativeOps(library, library.isas[-1])
+        self.extra = extra or (lambda x: x)
+        self.embedding = random(50, 64)
+        self.up, self.down, self.norm = random(256, 64, seed=1), random(64, 128, seed=2), random(64, seed=3)
+        self.num_calls = 0
+
+    def __call__(self, token_ids, positions, attend, *states):
+        self.num_calls += 1
+        x = functional.embedding(token_ids, self.embedding)
+        x = x * positions[:, None].float().cos().to(torch.bfloat16)
+        normed = self.ops.rms_norm(x, self.norm, 1e-5, 0.0)
+        inner = self.ops.gated_activation(self.ops.linear(normed, self.up, None), Activation.SILU)
+        state = self.ops.add_rms_norm(self.ops.linear(inner, self.down, None), x, self.norm, 1e-5, 1.0)
+        return self.extra(state.normed + state.residual.flip(1))
+
+
+def inputs(num_tokens, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 50, (num_tokens,), generator=generator), torch.arange(num_tokens) + seed
+
+
+@pytest.fixture
+def forward(library):
+    return Forward(library)
+
+
+@pytest.mark.parametrize("inference", [True, False])
+def test_repeated_steps_give_what_the_function_gives(forward, library, inference):
+    wrapped = StepPrograms(library, (forward.ops,)).wrap(forward)
+    with torch.inference_mode(inference):
+        for seed, num_tokens in enumerate([3, 1, 3, 1, 8, 3, 1, 8, 8, 3, 1, MAX_TOKENS, MAX_TOKENS, MAX_TOKENS]):
+            expected = forward(*inputs(num_tokens, seed), Attend())
+            result = wrapped(*inputs(num_tokens, seed), Attend())
+            assert torch.equal(result, expected)
+    # Once as it is and once recorded for each of four sizes; the other calls are those made here.
+    assert forward.num_calls == 14 + 2 * 4
+
+
+def test_results_stay_what_they_are_when_the_next_step_runs(forward, library):
+    wrapped = StepPrograms(library, (forward.ops,)).wrap(forward)
+    results = [wrapped(*inputs(4, seed), Attend()) for seed in range(6)]
+    gc.collect()
+    for seed, result in enumerate(results):
+        assert torch.equal(result, forward(*inputs(4, seed), Attend()))
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "repeatable", "states"), [(MAX_TOKENS + 1, True, ()), (3, False, ()), (3, True, (object(),))]
+)
+def test_other_steps_run_as_they_are(forward, library, num_tokens, repeatable, states):
+    wrapped = StepPrograms(library, (forward.ops,)).wrap(forward)
+    for _ in range(4):
+        wrapped(*inputs(num_tokens, 0), Attend(repeatable), *states)
+    assert forward.num_calls == 4
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        lambda x: x * float(x[0, 0]),
+        lambda x: x[x[:, 0] > 0],
+        lambda x: x + x.max().item(),
+    ],
+    ids=["reads a value", "a shape by values", "reads the largest"],
+)
+def test_a_pass_that_depends_on_values_is_not_recorded(library, extra):
+    forward = Forward(library, extra)
+    wrapped = StepPrograms(library, (forward.ops,)).wrap(forward)
+    for seed in range(5):
+        result = wrapped(*inputs(6, seed), Attend())
+        assert torch.equal(result, extra(Forward(library)(*inputs(6, seed), Attend())))
+
+
+def test_an_error_of_the_function_is_its_own(library):
+    def fail(x):
+        raise ArithmeticError("of the function")
+
+    forward = Forward(library, fail)
+    wrapped = StepPrograms(library, (forward.ops,)).wrap(forward)
+    for _ in range(3):
+        with pytest.raises(ArithmeticError, match="of the function"):
+            wrapped(*inputs(2, 0), Attend())
+    forward.extra = lambda x: x
+    assert torch.equal(wrapped(*inputs(2, 1), Attend()), forward(*inputs(2, 1), Attend()))
+
+
+def test_pieces_of_the_slab_are_used_again_when_no_array_holds_them():
+    slab = Slab(1 << 16)
+    first = slab.empty((100,), torch.float32)
+    place = first.data_ptr()
+    view = first[10:20]
+    del first
+    assert slab.empty((100,), torch.float32).data_ptr() != place
+    kept = slab.empty((8,), torch.int64)
+    assert kept.data_ptr() % 64 == 0
+    assert not place <= kept.data_ptr() < place + 400
+    del view
+    gc.collect()
+    assert slab.empty((100,), torch.float32).data_ptr() == place
+
+
+def test_a_pass_that_needs_too_much_memory_is_refused():
+    recorder = Recorder(Slab(1 << 16))
+    with pytest.raises(NotRecordableError, match="more than"), recorder:
+        torch.empty(1 << 15)
