@@ -156,6 +156,7 @@ typedef struct {
     float softcap;  // 0: none
     int32_t dtype;
     int32_t cache;  // of keys and values: dtype, or ZIF_INT8
+    int32_t batch_invariant;  // single tokens are computed in the way of prompts: equal bits however a prompt is cut
 } zif_cpu_attention;
 
 ZIF_CPU_PUBLIC void zif_cpu_attend(const zif_cpu_attention* call);

@@ -149,7 +149,7 @@ inline int64_t cut(const zif_cpu_attention& call, Unit* units) {
         for (int64_t own = count - 1; own >= 0 && units != nullptr; --own) {
             Unit& unit = units[num_units + count - 1 - own] = {};
             unit.request = request;
-            unit.few = end - begin <= kFewQueries;
+            unit.few = !call.batch_invariant && end - begin <= kFewQueries;
             unit.token = begin + own * most;
             unit.num_queries = smaller(most, end - unit.token);
             unit.position = context + own * most;

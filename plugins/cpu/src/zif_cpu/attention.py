@@ -48,7 +48,7 @@ class NativeStep:
     repeatable = True
     """Native calls alone serve the step."""
 
-    def __init__(self, batch: AttentionBatch) -> None:
+    def __init__(self, batch: AttentionBatch, batch_invariant: bool) -> None:
         self._batch = batch
         self.window = batch.window
         self.slots: HostArray = np.ascontiguousarray(batch.slots, np.int64)
@@ -59,7 +59,7 @@ class NativeStep:
         call = self.attend_call = AttentionCall()
         call.requests, call.query_start, call.seq_lens, call.block_table = (a.ctypes.data for a in self._arrays)
         call.num_requests, call.table_stride = len(requests), self._arrays[3].shape[1]
-        call.block_size, call.window = batch.block_size, batch.window or 0
+        call.block_size, call.window, call.batch_invariant = batch.block_size, batch.window or 0, batch_invariant
         store = self.store_call = RowsCall()
         store.slots, store.tokens, store.block_size = self.slots.ctypes.data, len(self.slots), batch.block_size
         self._attends: tuple[object, ...] = ()
@@ -100,7 +100,8 @@ class NativeStep:
 class NativeAttention(AttentionBackend[NativeCache, NativeStep]):
     """Attention for float32, bfloat16 and float16 over a cache of the same dtype, or of codes. One thread calls."""
 
-    def __init__(self, library: Library) -> None:
+    def __init__(self, library: Library, batch_invariant: bool = False) -> None:
+        self._batch_invariant = batch_invariant
         self._attend_kernel = library.raw.zif_cpu_attend
         self._store_kernel = library.raw.zif_cpu_store_kv
         self._tiled = TiledAttention()
@@ -122,7 +123,7 @@ class NativeAttention(AttentionBackend[NativeCache, NativeStep]):
         return [_native_cache(cache, group) for cache in self._tiled.bind(arena, group, memory)]
 
     def prepare(self, batch: AttentionBatch) -> NativeStep:
-        return NativeStep(batch)
+        return NativeStep(batch, self._batch_invariant)
 
     def write(self, key: torch.Tensor, value: torch.Tensor, cache: NativeCache, prepared: NativeStep) -> None:
         if cache.code != INT8_CODE:

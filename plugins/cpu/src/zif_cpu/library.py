@@ -45,6 +45,7 @@ class AttentionCall(ctypes.Structure):
         ("softcap", _F),
         ("dtype", _N),
         ("cache", _N),
+        ("batch_invariant", _N),
     )
 
 

@@ -152,7 +152,7 @@ class CpuPlatform(Platform):
 
         kernels.library.use(kernels.isa, threads)
         ops = NativeOps(kernels.library, kernels.isa, batch_invariant=plan.batch_invariant)
-        attention = NativeAttention(kernels.library)
+        attention = NativeAttention(kernels.library, batch_invariant=plan.batch_invariant)
         return HostDevice(plan, rank, threads, attention, ops, StepPrograms(kernels.library, (ops, attention)))
 
 
