@@ -144,7 +144,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         options = dict(kwargs or {})
         if func in _EMPTY:
             return self._slab.empty(*_described(func, args, options))
-        if not _UNREPEATABLE.isdisjoint(func.tags):
+        if _depends_on_values(func, args):
             raise NotRecordableError(f"what {func} gives depends on more than shapes")
         result = func(*args, **options)
         if func._schema.is_mutable:
@@ -176,6 +176,12 @@ def _described(func: Any, args: tuple[Any, ...], options: dict[str, Any]) -> tup
     if like.device.type != "cpu":
         raise NotRecordableError(f"{func} of an array on {like.device}")
     return like.shape if func is _aten.empty_like.default else args[1], options.get("dtype") or like.dtype
+
+
+def _depends_on_values(func: Any, args: tuple[Any, ...]) -> bool:
+    if func is _aten.index.Tensor:  # whose shape is known unless an index is a mask
+        return any(index.dtype in (torch.bool, torch.uint8) for index in _arrays(args[1]))
+    return not _UNREPEATABLE.isdisjoint(func.tags)
 
 
 def _arrays(value: Any) -> list[torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Steps as programs: what is repeated is what would have been computed, for steps that differ in all that may differ."""
+"""Steps as programs: what is repeated is what would have been computed, for steps that differ in all that may."""
 
 import gc
 
@@ -76,6 +76,14 @@ def test_results_stay_what_they_are_when_the_next_step_runs(forward, library):
     gc.collect()
     for seed, result in enumerate(results):
         assert torch.equal(result, forward(*inputs(4, seed), Attend()))
+
+
+def test_rows_picked_by_numbers_are_picked_anew(library):
+    forward = Forward(library, lambda x: x[:, torch.tensor([3, 1, 1])])
+    wrapped = StepPrograms(library, (forward.ops,)).wrap(forward)
+    for seed in range(5):
+        assert torch.equal(wrapped(*inputs(6, seed), Attend()), forward(*inputs(6, seed), Attend()))
+    assert forward.num_calls == 5 + 2
 
 
 @pytest.mark.parametrize(
