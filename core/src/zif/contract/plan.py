@@ -83,7 +83,7 @@ class Plan:
     """What will run on which device. Printable: `zif explain` shows all of it.
 
     `device_id` names a device of the probe. `implementations` maps each op and service to the code that serves it.
-    `tensor_parallel_size` and `batch_invariant` are those of the workload: a device of a plan with the latter computes so.
+    `tensor_parallel_size` and `batch_invariant` are those of the workload: with the latter a device computes so.
     """
 
     platform: str

@@ -9,6 +9,9 @@ from zif.errors import OutOfMemoryError
 
 _HUGE_PAGE_BYTES = 2 << 20
 
+# Shared mappings, the default, get huge pages only where the system gives them to shared memory, which few do.
+_PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+
 
 class HostAllocator(Allocator[torch.Tensor]):
     """Lend anonymous mappings, each of its own, so that freed memory goes back to the system at once.
@@ -20,7 +23,7 @@ class HostAllocator(Allocator[torch.Tensor]):
         # The kernel aligns mappings to pages; what a larger alignment skips is mapped but never touched.
         slack = alignment if alignment > mmap.PAGESIZE else 0
         try:
-            mapping = mmap.mmap(-1, num_bytes + slack)
+            mapping = mmap.mmap(-1, num_bytes + slack, **_PRIVATE)
         except (OSError, OverflowError, ValueError) as error:
             raise OutOfMemoryError(f"the system cannot map {num_bytes} bytes: {error}; free memory") from error
         _ask_for_huge_pages(mapping, num_bytes)
