@@ -1,4 +1,4 @@
-"""Claims that the reference platform does not make: an honest one passes the tests of L4 for them, and a false one is caught."""
+"""Claims that the reference platform does not make: an honest one passes the tests of L4, a false one is caught."""
 
 import pytest
 import torch

@@ -1,8 +1,9 @@
 // Attention over a paged cache, for decoding and for prompts, and the writing of that cache.
 //
 // Keys are cut at multiples of `kSplitKeys` positions, and what each cut gives is merged in order. What a query gets is
-// the same to the bit whatever else is in its unit and the batch, and whichever thread computes it; by tiles also however
-// the request is cut into steps, else among steps of up to `kFewQueries` of its queries, and among those of more.
+// the same to the bit whatever else is in its unit and whichever thread computes it. A request that has more than
+// `kFewQueries` queries in a step is computed in another way than one that decodes, and with tiles so are all requests
+// of its step; where the call asks for `batch_invariant` there is one way for all.
 //
 //     unit    some adjacent queries of one request; `rows` are its queries times the query heads of one KV head
 //     task    a unit and a KV head, all cuts in order; where tasks are few each cut is one, and the last one merges
@@ -18,10 +19,9 @@ namespace ZIF_ISA {
 namespace {
 namespace paged {
 
-// One KV head of a unit. Memory is its thread's. T: queries and results, C: the cache.
-template <class T, class C>
+// One KV head of a unit. Memory is its thread's. T: queries and results, C: the cache. kTiled: products by tiles.
+template <class T, class C, bool kTiled>
 struct HeadTask {
-    static constexpr bool kTiled = kByTiles<T>;
     static constexpr int64_t kPer = kPaired<T> ? 2 : 1;  // elements of a word
     static constexpr int64_t kStride = kTiled ? kWeightStride : kScoreStride;
     typedef std::conditional_t<kTiled, BFloat16, float> Weight;
@@ -53,7 +53,7 @@ struct HeadTask {
 
     HeadTask(const zif_cpu_attention& call, const Place& place, const Place& next, int thread)
         : call(call), unit(*place.unit), head(place.head), next(next), group(call.heads / call.kv_heads),
-          rows(unit.num_queries * group), held(held_rows<T>(rows)), width(width_of<T>(call.head_dim)),
+          rows(unit.num_queries * group), held(held_rows<kTiled>(rows)), width(width_of<kTiled>(call.head_dim)),
           words(rounded_up(call.head_dim, kVectorElements<kPaired<T>>) / kPer) {
         Pieces counted = {nullptr, 0};
         place_pieces(counted);
@@ -369,15 +369,24 @@ struct HeadTask {
     }
 };
 
-template <class T, class C>
-void attend_as(const zif_cpu_attention& call) {
-    const Plan plan = plan_tasks<T>(call);
+template <class T, class C, bool kTiled>
+void attend_by(const zif_cpu_attention& call) {
+    const Plan plan = plan_tasks<kTiled>(call);
     parallel_for(plan.num_tasks, [&](int64_t task, int thread) {
         const Place place = plan.place_of(task), next = plan.place_of(task + num_threads());
-        HeadTask<T, C> one(call, place, next, thread);
+        HeadTask<T, C, kTiled> one(call, place, next, thread);
         if (place.unit->first_partial < 0) one.run_all();
         else one.run_one(place.split, plan.partials + place.unit->first_partial);
     });
+}
+
+// Where all is decoding, values are added as they lie: putting them into tiles takes longer than reading them.
+template <class T, class C>
+void attend_as(const zif_cpu_attention& call) {
+    if constexpr (kByTiles<T>) {
+        if (!all_few(call)) return attend_by<T, C, true>(call);
+    }
+    attend_by<T, C, false>(call);
 }
 
 template <class T>

@@ -28,17 +28,17 @@ constexpr bool kByTiles = false;
 
 constexpr int64_t kFewQueries = 8;
 
-template <class T>
-constexpr int64_t kUnitRows = kByTiles<T> ? 256 : 64;
+template <bool kTiled>
+constexpr int64_t kUnitRows = kTiled ? 256 : 64;
 
-template <class T>
+template <bool kTiled>
 int64_t held_rows(int64_t rows) {
-    return kByTiles<T> && rows > 16 ? rounded_up(rows, 16) : rows;
+    return kTiled && rows > 16 ? rounded_up(rows, 16) : rows;
 }
 
-template <class T>
+template <bool kTiled>
 int64_t width_of(int64_t head_dim) {
-    return rounded_up(head_dim, kByTiles<T> ? 32 : kLanes);
+    return rounded_up(head_dim, kTiled ? 32 : kLanes);
 }
 
 inline int64_t first_visible(const zif_cpu_attention& call, int64_t position) {
@@ -136,11 +136,20 @@ struct HeadRows {
     }
 };
 
+// Whether no request has more than a few queries in this step, as in decoding.
+inline bool all_few(const zif_cpu_attention& call) {
+    for (int64_t i = 0; i < call.num_requests; ++i) {
+        const int32_t* start = call.query_start + call.requests[i];
+        if (start[1] - start[0] > kFewQueries) return false;
+    }
+    return !call.batch_invariant;
+}
+
 // Cut the call into units, of long requests the last one first: they are the longest, and may not come at the end.
 // Returns their number; writes them where `units` is not null.
-template <class T>
+template <bool kTiled>
 inline int64_t cut(const zif_cpu_attention& call, Unit* units) {
-    const int64_t most = larger(1, kUnitRows<T> * call.kv_heads / call.heads);
+    const int64_t most = larger(1, kUnitRows<kTiled> * call.kv_heads / call.heads);
     int64_t num_units = 0;
     for (int64_t i = 0; i < call.num_requests; ++i) {
         const int64_t request = call.requests[i], begin = call.query_start[request];
@@ -162,20 +171,20 @@ inline int64_t cut(const zif_cpu_attention& call, Unit* units) {
 }
 
 // Give each split its own task where a unit's head would be a large part of one thread's share of all splits.
-template <class T>
+template <bool kTiled>
 inline Plan plan_tasks(const zif_cpu_attention& call) {
-    const int64_t num_units = cut<T>(call, nullptr), group = call.heads / call.kv_heads;
+    const int64_t num_units = cut<kTiled>(call, nullptr), group = call.heads / call.kv_heads;
     const int64_t unit_bytes = num_units * sizeof(Unit);
     Plan plan = {nullptr, num_units, 0, nullptr};
     plan.units = static_cast<Unit*>(scratch(0, 0, unit_bytes + num_units * call.kv_heads * sizeof(int32_t)));
     auto* pending = reinterpret_cast<int32_t*>(plan.units + num_units);
-    cut<T>(call, plan.units);
+    cut<kTiled>(call, plan.units);
     int64_t total = 0, floats = 0;
     for (int64_t i = 0; i < num_units; ++i) total += plan.units[i].num_splits * call.kv_heads;
     const int64_t share = num_threads() > 1 ? total / (8 * num_threads()) : total;
     for (int64_t i = 0; i < num_units; ++i) {
         Unit& unit = plan.units[i];
-        const int64_t size = Softmax::size(held_rows<T>(unit.num_queries * group), width_of<T>(call.head_dim));
+        const int64_t size = Softmax::size(held_rows<kTiled>(unit.num_queries * group), width_of<kTiled>(call.head_dim));
         const int64_t wanted = call.kv_heads * unit.num_splits * size;
         const bool apart = unit.num_splits > larger(1, share) && (floats + wanted) * 4 <= kMaxPartialBytes;
         unit.first_task = plan.num_tasks;
