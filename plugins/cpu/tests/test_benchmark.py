@@ -21,7 +21,7 @@ def test_all_cases_run(tmp_path):
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "k").read_text())
     kinds = {row["name"].split()[0].rstrip(",") for row in result["rows"]}
-    assert kinds == {"linear", "decode", "add", "rotate", "silu"}
+    assert kinds == {"linear", "W8A8", "W8A16", "W4A16", "decode", "add", "rotate", "silu"}
     assert len(done.stdout.splitlines()) == len(result["rows"]) + 2
     assert all(row["ours_us"] > 0 and row["ratio"] > 0 for row in result["rows"])
 
