@@ -1,6 +1,7 @@
 # Everything is run from here. Needs Python 3.11 or later, pip, git and make; the rest goes into $(VENV).
 #
 #   make run     build the environment, then generate from the model in examples/
+#   make serve   build the environment, then serve the model in examples/ at http://127.0.0.1:$(PORT)
 #   make test    all tests
 #   make check   format, lint, types, import contracts, house rules and fast tests: under a minute
 #   make simulate  two million steps of the control plane under random traffic and faults: some minutes
@@ -21,6 +22,7 @@ VENV ?= .venv
 CONSTRAINTS ?= constraints/cpu.txt
 MODEL ?= examples/embedded_model/checkpoint
 PROMPT ?= Return a list of
+PORT ?= 8000
 WORKERS ?= 2
 SEED ?= 1
 BUNDLES ?= build/conformance
@@ -28,6 +30,7 @@ BUNDLES ?= build/conformance
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
+INSTALLED_SERVE := $(VENV)/.installed-serve
 PROJECTS := core plugins/cpu conformance
 SOURCES := core plugins conformance examples
 VENDORS := intel tpu
@@ -38,12 +41,15 @@ PLUGINS := cpu $(GPUS) $(VENDORS)
 NATIVE := plugins/cpu/CMakeLists.txt $(wildcard plugins/cpu/native/*/*)
 TYPED := core/src $(PLUGINS:%=plugins/%/src) conformance/src
 TESTS := core/tests $(PLUGINS:%=plugins/%/tests) conformance/tests
-FAST := $(addprefix core/tests/,contract host house settings scheduling kv null simulation text cli) conformance/tests
+FAST := $(addprefix core/tests/,contract host house settings scheduling kv null parsing simulation text cli) conformance/tests
 
-.PHONY: run test test-intel test-tpu check simulate bench conform conform-gpus static-code sanitize self-test matrix freeze lock clean environment
+.PHONY: run serve test test-intel test-tpu check simulate bench conform conform-gpus static-code sanitize self-test matrix freeze lock clean environment
 
 run: $(INSTALLED)
 	$(BIN)/zif generate $(MODEL) --prompt "$(PROMPT)" --max-tokens 128 --temperature 0.6 --top-p 0.9 --request-seed 1
+
+serve: $(INSTALLED_SERVE)
+	$(BIN)/zif serve $(MODEL) --port $(PORT)
 
 test: $(INSTALLED_DEV)
 	$(BIN)/python -m pytest -n $(WORKERS) $(TESTS)
@@ -84,13 +90,13 @@ bench: $(INSTALLED)
 	$(BIN)/zif bench throughput $(MODEL) --num-prompts 64 --input-len 128 --output-len 128
 	$(BIN)/zif bench latency $(MODEL) --batch-size 1 --input-len 128 --output-len 128 --repeats 5
 
-conform: $(INSTALLED)
+conform: $(INSTALLED_DEV)
 	$(BIN)/zif conform --platform cpu --profile distributed --bundle $(BUNDLES)/cpu --workers $(WORKERS)
 	$(BIN)/zif conform verify $(BUNDLES)/cpu
 	$(BIN)/zif conform --platform reference --profile distributed --bundle $(BUNDLES)/reference --workers $(WORKERS)
 	$(BIN)/zif conform verify $(BUNDLES)/reference
 
-self-test: $(INSTALLED)
+self-test: $(INSTALLED_DEV)
 	$(BIN)/zif conform self-test --quick --workers $(WORKERS)
 
 matrix: $(INSTALLED)
@@ -109,6 +115,10 @@ $(INSTALLED): pyproject.toml $(CONSTRAINTS) $(PROJECTS:%=%/pyproject.toml) $(NAT
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "zif needs Python 3.11 or later: set PYTHON")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) $(PROJECTS:%=--editable ./%)
+	touch $@
+
+$(INSTALLED_SERVE): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable './core[serve]'
 	touch $@
 
 $(INSTALLED_DEV): $(INSTALLED) $(GPUS:%=plugins/%/pyproject.toml)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from zif.contract.sampling import SamplingParams
+    from zif.contract.structured import StructuredOutput
     from zif.engine.llm import LLM
     from zif.engine.outputs import CompletionOutput, Logprob, RequestOutput
 
@@ -19,9 +20,10 @@ _HOMES = {
     "Logprob": "zif.engine.outputs",
     "RequestOutput": "zif.engine.outputs",
     "SamplingParams": "zif.contract.sampling",
+    "StructuredOutput": "zif.contract.structured",
 }
 
-__all__ = ["LLM", "CompletionOutput", "Logprob", "RequestOutput", "SamplingParams", "__version__"]
+__all__ = ["LLM", "CompletionOutput", "Logprob", "RequestOutput", "SamplingParams", "StructuredOutput", "__version__"]
 
 
 def __getattr__(name: str) -> Any:

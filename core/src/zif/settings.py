@@ -25,6 +25,8 @@ from zif.errors import ConfigError
 from zif.foreign_settings import FOREIGN_NAMES
 
 ENVIRONMENT_PREFIX = "ZIF_"
+SERVE_TABLE = "serve"
+"""Table of a settings file, and second word of environment variables, that belong to `zif serve` alone."""
 AUTO = "auto"
 """How text and TOML write None, for the options that have it: the engine chooses."""
 
@@ -60,22 +62,23 @@ class Option:
 
 
 def _text(help_text: str, default: Any = MISSING, **limits: Any) -> Any:
-    return _setting(OptionKind.TEXT, help_text, default, **limits)
+    return declared_setting(OptionKind.TEXT, help_text, default, **limits)
 
 
 def _integer(help_text: str, default: Any, **limits: Any) -> Any:
-    return _setting(OptionKind.INTEGER, help_text, default, **limits)
+    return declared_setting(OptionKind.INTEGER, help_text, default, **limits)
 
 
 def _bytes(help_text: str, default: int | None = None) -> Any:
-    return _setting(OptionKind.BYTES, help_text, default, minimum=1 if default is None else 0, maximum=2**60)
+    return declared_setting(OptionKind.BYTES, help_text, default, minimum=1 if default is None else 0, maximum=2**60)
 
 
 def _switch(help_text: str, default: bool) -> Any:
-    return _setting(OptionKind.SWITCH, help_text, default)
+    return declared_setting(OptionKind.SWITCH, help_text, default)
 
 
-def _setting(kind: OptionKind, help_text: str, default: Any, **limits: Any) -> Any:
+def declared_setting(kind: OptionKind, help_text: str, default: Any, **limits: Any) -> Any:
+    """Return the dataclass field of a setting. `limits` are those of `Option`; a default of None means auto."""
     option = Option(kind, help_text, optional=default is None, **limits)
     return field(default=default, metadata={"option": option})
 
@@ -155,7 +158,7 @@ class EngineSettings:
 
     def __post_init__(self) -> None:
         for declared in fields(self):
-            value = _checked(declared.name, option_of(declared), getattr(self, declared.name))
+            value = checked_value(declared.name, option_of(declared), getattr(self, declared.name))
             object.__setattr__(self, declared.name, value)
         if self.kv_bytes is not None and self.memory_limit is not None and self.kv_bytes >= self.memory_limit:
             raise ConfigError(
@@ -248,7 +251,7 @@ def require_known(name: str) -> None:
         return
     if advice := foreign_name_advice(name):
         raise ConfigError(f"{name}: {advice}")
-    raise ConfigError(f"{name} is no setting of zif{_nearest(name, known)}; `zif generate --help` lists them all")
+    raise ConfigError(f"{name} is no setting of zif{nearest(name, known)}; `zif generate --help` lists them all")
 
 
 def foreign_name_advice(name: str) -> str | None:
@@ -288,16 +291,20 @@ def format_settings(resolved: ResolvedSettings) -> str:
     return "\n".join(lines)
 
 
-def _read_toml(path: Path | None) -> list[tuple[str, object, str]]:
-    if path is None:
-        return []
+def read_settings_file(path: Path) -> dict[str, Any]:
+    """Return the tables of a settings file. Raises `ConfigError` when it cannot be read or is no TOML."""
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read the settings file {str(path)!r}: {error.strerror}; check the path") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"the settings file {str(path)!r} is no valid TOML: {error}") from error
-    return [(name, value, f"file {path}") for name, value in table.items()]
+
+
+def _read_toml(path: Path | None) -> list[tuple[str, object, str]]:
+    if path is None:
+        return []
+    return [(name, value, f"file {path}") for name, value in read_settings_file(path).items() if name != SERVE_TABLE]
 
 
 def _read_environment(variables: Mapping[str, str]) -> list[tuple[str, object, str]]:
@@ -311,9 +318,10 @@ def _unknown_variables(variables: Mapping[str, str]) -> tuple[str, ...]:
     unknown = [v for v in variables if v.startswith(ENVIRONMENT_PREFIX) and v not in known and v not in foreign]
     if unknown:
         plugins = importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)
-        reserved = tuple(f"{ENVIRONMENT_PREFIX}{plugin.name.upper()}_" for plugin in plugins)
+        owners = [SERVE_TABLE, *(plugin.name for plugin in plugins)]
+        reserved = tuple(f"{ENVIRONMENT_PREFIX}{owner.upper()}_" for owner in owners)
         unknown = [v for v in unknown if not v.startswith(reserved)]
-    return tuple(f"environment variable {v} is no setting of zif's core{_nearest(v, known)}" for v in sorted(unknown))
+    return tuple(f"environment variable {v} is no setting of zif's core{nearest(v, known)}" for v in sorted(unknown))
 
 
 def _parsed(name: str, value: object, origin: str) -> object:
@@ -323,13 +331,14 @@ def _parsed(name: str, value: object, origin: str) -> object:
         declared = next(d for d in setting_fields() if d.name == name)
         option = option_of(declared)
         if isinstance(value, str) and not origin.startswith("file"):
-            value = _from_text(name, option, value)
-        return _checked(name, option, value)
+            value = value_of_text(name, option, value)
+        return checked_value(name, option, value)
     except ConfigError as error:
         raise ConfigError(f"{origin}: {error}") from error
 
 
-def _from_text(name: str, option: Option, text: str) -> object:
+def value_of_text(name: str, option: Option, text: str) -> object:
+    """Return what the text of a command line or an environment variable stands for, unchecked."""
     word = text.strip()
     if option.kind is OptionKind.SWITCH and word.lower() in _SWITCH_WORDS:
         return _SWITCH_WORDS[word.lower()]
@@ -338,8 +347,8 @@ def _from_text(name: str, option: Option, text: str) -> object:
     return text
 
 
-def _checked(name: str, option: Option, value: object) -> object:
-    """Return the value as the engine uses it, or raise `ConfigError`."""
+def checked_value(name: str, option: Option, value: object) -> object:
+    """Return the value as it is used, or raise `ConfigError` that names the setting and its limits."""
     if option.optional and (value is None or value == AUTO):
         return None
     if isinstance(value, os.PathLike) and option.kind is OptionKind.TEXT:
@@ -348,8 +357,8 @@ def _checked(name: str, option: Option, value: object) -> object:
         value = _bytes_of(name, value)
     _check_type(name, option, value)
     if option.choices and value not in option.choices:
-        nearest = _nearest(str(value), list(option.choices))
-        raise ConfigError(f"{name}={value!r} is none of {', '.join(option.choices)}{nearest}; {option.advice}")
+        expected = f"{', '.join(option.choices)}{nearest(str(value), list(option.choices))}"
+        raise ConfigError(f"{name}={value!r} is none of {expected}; {option.advice}")
     return value
 
 
@@ -381,7 +390,8 @@ def _check_type(name: str, option: Option, value: object) -> None:
         raise ConfigError(f"{name} is empty; give a value or leave it out")
 
 
-def _nearest(name: str, known: list[str]) -> str:
+def nearest(name: str, known: list[str]) -> str:
+    """Return the advice " (did you mean ...?)", or nothing when no known name is near."""
     matches = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     return f" (did you mean {matches[0]}?)" if matches else ""
 

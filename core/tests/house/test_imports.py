@@ -13,6 +13,7 @@ _LIGHT = [
     "zif.errors",
     "zif.kv",
     "zif.null.plugin",
+    "zif.parsing.parser",
     "zif.plugins",
     "zif.scheduling",
     "zif.settings",

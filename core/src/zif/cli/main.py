@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from dataclasses import fields
 
 from zif import __version__
-from zif.cli import bench, chat, conform, explain, generate, platforms, simulate
+from zif.cli import bench, chat, conform, explain, generate, platforms, serve, simulate
 from zif.contract.sampling import SamplingParams
 from zif.errors import ConfigError, ZifError
+from zif.serving.http.settings import serve_setting_fields
 from zif.settings import foreign_name_advice, setting_fields
 
 _FLAG = re.compile(r"--[a-z][a-z0-9_-]*")
@@ -44,7 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="zif", description="LLM inference on any hardware that has a plugin.")
     parser.add_argument("--version", action="version", version=f"zif {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (generate, chat, bench, platforms, explain, simulate, conform):
+    for command in (generate, chat, serve, bench, platforms, explain, simulate, conform):
         command.register(commands)
     return parser
 
@@ -71,7 +72,8 @@ def _dashed(argument: str) -> str:
 
 def _advise(unknown: Sequence[str]) -> str:
     """Say which option was meant. Raises `ConfigError` on an option of another engine, with zif's answer to it."""
-    known = ["--" + declared.name.replace("_", "-") for declared in (*setting_fields(), *fields(SamplingParams))]
+    declared = (*serve_setting_fields(), *setting_fields(), *fields(SamplingParams))
+    known = ["--" + option.name.replace("_", "-") for option in declared]
     for flag in [argument.partition("=")[0] for argument in unknown if argument.startswith("--")]:
         if flag == "--model":
             return " (the model's folder comes right after the command, without an option's name)"

@@ -3,9 +3,11 @@
 import argparse
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from zif.contract.sampling import SamplingParams
+from zif.contract.structured import StructuredOutput
 from zif.errors import ConfigError, RequestError
 
 
@@ -52,7 +54,18 @@ def add_sampling_options(
     group.add_argument(
         "--ignore-eos", dest="sampling_ignore_eos", action="store_true", default=None, help="go on after the end token"
     )
+    _add_form_options(parser)
     parser.set_defaults(default_max_tokens=max_tokens)
+
+
+def _add_form_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say what form the answer must have; at most one may be given."""
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--json-schema", dest="form_json", metavar="FILE", help="answer JSON that this schema allows")
+    group.add_argument("--json", dest="form_json_object", action="store_true", help="answer a JSON object")
+    group.add_argument("--regex", dest="form_regex", metavar="REGEX", help="answer a text that matches as a whole")
+    group.add_argument("--choice", dest="form_choice", action="append", metavar="TEXT", help="answer TEXT; repeatable")
+    group.add_argument("--grammar", dest="form_grammar", metavar="FILE", help="answer what this Lark grammar allows")
 
 
 def sampling_of(arguments: argparse.Namespace) -> SamplingParams:
@@ -63,6 +76,24 @@ def sampling_of(arguments: argparse.Namespace) -> SamplingParams:
         if name.startswith(prefix) and value is not None:
             given[name.removeprefix(prefix)] = value
     try:
-        return SamplingParams(**given)
+        return SamplingParams(**given, structured=_form_of(arguments))
     except RequestError as error:
         raise ConfigError(str(error)) from error
+
+
+def _form_of(arguments: argparse.Namespace) -> StructuredOutput | None:
+    """Return the form that a command line asks for, None without one. Raises `RequestError` when it is no good."""
+    prefix = "form_"
+    given = {name.removeprefix(prefix): value for name, value in vars(arguments).items() if name.startswith(prefix)}
+    given = {name: value for name, value in given.items() if value}
+    for name in ("json", "grammar"):
+        if name in given:
+            given[name] = _read(given[name])
+    return StructuredOutput(**given) if given else None
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path!r} cannot be read ({error}); give a file of UTF-8 text") from error

@@ -4,6 +4,7 @@ Used by every command that builds an engine or a plan.
 """
 
 import argparse
+from collections.abc import Iterable
 from dataclasses import Field
 from pathlib import Path
 from typing import Any
@@ -29,14 +30,18 @@ def add_setting_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("engine settings", "also as ZIF_NAME in the environment, or in a --config file")
     group.add_argument("--config", type=Path, metavar="FILE", help="TOML file of settings")
     group.add_argument("--print-config", action="store_true", help="print every setting with its origin, and exit")
-    for declared in setting_fields():
-        if declared.name != "model":
-            _add_option(group, declared)
+    add_declared_options(group, [declared for declared in setting_fields() if declared.name != "model"])
+
+
+def add_declared_options(group: Any, declared_settings: "Iterable[Field[Any]]") -> None:
+    """Add one option for each declared setting."""
+    for declared in declared_settings:
+        _add_option(group, declared)
 
 
 def settings_of(arguments: argparse.Namespace) -> EngineSettings:
     """Return the settings that a command line asks for; warnings go to stderr."""
-    resolved = _resolve(arguments)
+    resolved = resolved_settings_of(arguments)
     for warning in resolved.warnings:
         warn(warning)
     return resolved.settings
@@ -45,11 +50,12 @@ def settings_of(arguments: argparse.Namespace) -> EngineSettings:
 def print_config_if_asked(arguments: argparse.Namespace) -> bool:
     """Print the resolved settings when the command line asks for that; say whether it did."""
     if arguments.print_config:
-        print(format_settings(_resolve(arguments)))
+        print(format_settings(resolved_settings_of(arguments)))
     return bool(arguments.print_config)
 
 
-def _resolve(arguments: argparse.Namespace) -> ResolvedSettings:
+def resolved_settings_of(arguments: argparse.Namespace) -> ResolvedSettings:
+    """Return the settings that a command line asks for, with where each came from."""
     names = {declared.name for declared in setting_fields()}
     given = {name: value for name, value in vars(arguments).items() if name in names}
     return resolve_settings(given, toml_path=arguments.config)

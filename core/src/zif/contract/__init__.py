@@ -65,6 +65,7 @@ from zif.contract.step import (
     StepResult,
     TokenLogprobs,
 )
+from zif.contract.structured import Grammars, GrammarState, StructuredKind, StructuredOutput
 from zif.contract.transfers import (
     BlockBytes,
     BlockLoad,
@@ -123,6 +124,8 @@ __all__ = [
     "Feature",
     "FinishReason",
     "FullAttentionSpec",
+    "GrammarState",
+    "Grammars",
     "GraphRunner",
     "Health",
     "HostArray",
@@ -170,6 +173,8 @@ __all__ = [
     "StepFuture",
     "StepPlan",
     "StepResult",
+    "StructuredKind",
+    "StructuredOutput",
     "TokenLogprobs",
     "TokenUpdate",
     "Transfers",

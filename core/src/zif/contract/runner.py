@@ -6,6 +6,7 @@ from collections.abc import Callable
 from zif.contract.kv import KVArena
 from zif.contract.model import ModelDescription
 from zif.contract.step import StepFuture, StepPlan
+from zif.contract.structured import Grammars
 from zif.contract.transfers import KVStore
 
 Progress = Callable[[int, int], None]
@@ -45,6 +46,10 @@ class ModelRunner(ABC):
 
     def attach_store(self, store: KVStore) -> bool:
         """Take the store that `StepPlan.transfers` refers to; called after `start`. False when no copies are served."""
+        return False
+
+    def attach_grammars(self, grammars: Grammars) -> bool:
+        """Take what `SamplingParams.structured` is followed with; called after `start`. False when it is not served."""
         return False
 
     @abstractmethod

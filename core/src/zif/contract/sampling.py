@@ -7,6 +7,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from zif.contract.structured import StructuredOutput
 from zif.errors import RequestError
 
 MAX_SAMPLES = 4096
@@ -21,7 +22,8 @@ class SamplingParams:
 
     `top_k` 0 or -1 means all tokens. `max_tokens` None means up to the model's length. `seed` None draws from the
     engine's seed; with a seed the same request gives the same tokens at any batch size. `logprobs` k reports the k
-    most likely tokens beside the sampled one, `prompt_logprobs` does so for the prompt.
+    most likely tokens beside the sampled one, `prompt_logprobs` does so for the prompt. `structured` is the form that
+    the whole output must have; it ends by itself, so `ignore_eos` is refused beside it.
     """
 
     n: int = 1
@@ -46,6 +48,7 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     detokenize: bool = True
     skip_special_tokens: bool = True
+    structured: StructuredOutput | None = None
 
     def __post_init__(self) -> None:
         _check_range("n", self.n, 1, MAX_SAMPLES, integer=True)
@@ -93,6 +96,10 @@ class SamplingParams:
             raise RequestError(f"stop={self.stop!r} must be a string or a list of strings")
         if self.logit_bias is not None and not isinstance(self.logit_bias, Mapping):
             raise RequestError(f"logit_bias={self.logit_bias!r} must map token ids to numbers")
+        if self.structured is not None and not isinstance(self.structured, StructuredOutput):
+            raise RequestError(f"structured={self.structured!r} must be a StructuredOutput")
+        if self.structured is not None and self.ignore_eos:
+            raise RequestError("ignore_eos=True has no meaning beside structured, whose form says where to end")
 
     @property
     def greedy(self) -> bool:

@@ -28,14 +28,17 @@ from zif.contract import (
     StepPlan,
     StepResult,
 )
+from zif.engine.counts import EngineCounts
 from zif.engine.generation import Generation, OutputProcessor, Sample
-from zif.engine.inputs import InputProcessor, Prompt, PromptInput
+from zif.engine.inputs import InputProcessor, Prompt, PromptInput, eos_token_ids
 from zif.engine.kv_tiers import KVTiers
-from zif.engine.outputs import RequestOutput
+from zif.engine.outputs import CompletionOutput, RequestOutput
 from zif.engine.planning import PlannedModel
 from zif.engine.proposers import make_proposer, set_drafts
 from zif.engine.vocabulary import Vocabulary
-from zif.errors import DeviceLostError, EngineError, RequestError
+from zif.errors import ConfigError, DeviceLostError, EngineError, RequestError
+from zif.kv.journal import BlockJournal
+from zif.structured import GrammarCompiler, TokenVocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +58,14 @@ class EngineParts:
 
 
 @dataclass(frozen=True, slots=True)
+class EngineExtras:
+    """What a caller hands to an engine beside settings: a place for KV that engines share, a journal of blocks."""
+
+    remote_kv: RemoteTier | None = None
+    journal: BlockJournal | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class _FailedStep:
     """The `StepFuture` of a step that could not even be submitted."""
 
@@ -69,11 +80,15 @@ class Engine:
 
     def __init__(self, planned: PlannedModel, parts: EngineParts, vocabulary: Vocabulary) -> None:
         self.vocabulary = vocabulary
+        self.counts = EngineCounts()
         self._parts = parts
         self._scheduler = parts.scheduler
         self._seed = planned.config.seed
         self._inputs = InputProcessor(planned.model, planned.config, vocabulary)
         self._outputs = OutputProcessor(vocabulary)
+        eos_ids = eos_token_ids(planned.model, vocabulary)
+        grammars = GrammarCompiler(TokenVocabulary(vocabulary.definition, planned.model.vocab_size, eos_ids))
+        self._grammars = grammars if parts.runner.attach_grammars(grammars) else None
         self._generations: dict[int, Generation] = {}
         self._samples: dict[int, Sample] = {}
         self._in_flight: deque[tuple[StepPlan, StepFuture]] = deque()
@@ -86,7 +101,27 @@ class Engine:
     def check(self, given: PromptInput, sampling: SamplingParams) -> Prompt:
         """Read a prompt and check it with its options. Raises `RequestError`."""
         self._inputs.check_sampling(sampling)
+        if sampling.structured is not None:
+            if self._grammars is None:
+                raise RequestError(
+                    f"structured output is not served by {type(self._parts.runner).__name__}; "
+                    "leave structured out or choose another platform"
+                )
+            self._grammars.check(sampling.structured)
         return self._inputs.prompt(given)
+
+    def load_grammars(self) -> None:
+        """Make ready for structured output before the first request for it. Where it cannot be, requests say so."""
+        if self._grammars is not None:
+            try:
+                self._grammars.load()
+            except (ConfigError, RequestError) as error:
+                logger.info("no structured output: %s", error)
+
+    @property
+    def uses_tenants(self) -> bool:
+        """Say whether it matters who a prompt is charged to."""
+        return self._inputs.uses_tenants
 
     def submit(self, prompt: Prompt, sampling: SamplingParams, priority: int = 0) -> Generation:
         """Queue a checked prompt; the samples run from the next step on."""
@@ -120,13 +155,17 @@ class Engine:
     def step(self) -> list[Generation]:
         """Submit steps ahead and wait for the oldest. Returns the prompts that got tokens or ended, if any."""
         self._require_alive()
+        began = time.monotonic()
         try:
             self._submit_ahead()
             if not self._in_flight:
                 self._require_progress()
                 return []
             plan, future = self._in_flight.popleft()
-            return self._apply(plan, future.result())
+            changed = self._apply(plan, future.result())
+            self.counts.num_steps += 1
+            self.counts.last_step_s = time.monotonic() - began
+            return changed
         except BaseException as error:
             self._failure = error
             raise
@@ -140,6 +179,26 @@ class Engine:
     def output(self, generation: Generation) -> RequestOutput:
         """Return what there is of an answer now."""
         return self._outputs.output(generation)
+
+    def take(self, generation: Generation) -> list[CompletionOutput]:
+        """Return what each sample got since the last call; `OutputProcessor.take` says what that does to `output`."""
+        return self._outputs.take(generation)
+
+    @property
+    def num_running(self) -> int:
+        """Count the samples in the running batch."""
+        return self._scheduler.num_running
+
+    @property
+    def num_waiting(self) -> int:
+        """Count the samples that hold no place in the running batch."""
+        return self._scheduler.num_waiting
+
+    def kv_usage(self) -> float:
+        """Return which part of its KV blocks the fullest layer group has given to requests, 0 to 1."""
+        groups = self._parts.block_manager.usage()
+        totals = [group.num_free + group.num_cached + group.num_owned + group.num_lendable for group in groups]
+        return max((g.num_owned / total for g, total in zip(groups, totals, strict=True) if total), default=0.0)
 
     def has_work(self) -> bool:
         """Say whether a step would do anything."""
@@ -177,12 +236,21 @@ class Engine:
             plan = self._scheduler.schedule()
             if plan is None:
                 return
+            self._note_started(plan)
             try:
                 future = self._parts.runner.submit(plan)
             except Exception as error:
                 # What earlier steps gave is still good: the failure waits for its turn.
                 future = _FailedStep(error)
             self._in_flight.append((plan, future))
+
+    def _note_started(self, plan: StepPlan) -> None:
+        """Note when the first sample of each prompt left the queue."""
+        now = time.monotonic()
+        for start in plan.started:
+            generation = self._generations.get(start.request_id)
+            if generation is not None and generation.started_s is None:
+                generation.started_s = now
 
     def _request(self, prompt: Prompt, sampling: SamplingParams, index: int, priority: int) -> Request:
         """Build sample `index`; only the first reports on the prompt that all share."""
@@ -201,6 +269,8 @@ class Engine:
             changed[id(generation)] = generation
             if generation.first_token_s is None and update.new_token_ids:
                 generation.first_token_s = now
+                self.counts.add_prompt(generation.samples[0].request)
+            self.counts.num_generated_tokens += len(update.new_token_ids)
             sample = self._samples[request_id]
             if self._outputs.append(sample, update.new_token_ids, result.logprobs.get(request_id, [])):
                 self._finish(sample, FinishReason.STOP)
@@ -227,6 +297,7 @@ class Engine:
         for sample in generation.samples:
             if sample.finished and self._samples.pop(sample.request.request_id, None) is not None:
                 del self._generations[sample.request.request_id]
+                self.counts.add_ended(sample.request)
                 if self._proposer is not None:
                     self._proposer.forget(sample.request)
         if generation.finished_s is None and all(sample.finished for sample in generation.samples):
@@ -244,14 +315,17 @@ class Engine:
 
 
 def start_engine(
-    planned: PlannedModel, vocabulary: Vocabulary, on_phase: PhaseProgress, remote_kv: RemoteTier | None = None
+    planned: PlannedModel,
+    vocabulary: Vocabulary,
+    on_phase: PhaseProgress,
+    extras: EngineExtras = EngineExtras(),
 ) -> Engine:
     """Open the device, load the weights and wire the parts. On failure everything opened is given back."""
     started = time.monotonic()
     device = planned.platform.open(planned.plan, rank=0)
     try:
-        tiers = KVTiers(planned, remote_kv)
-        parts = _wire(planned, device, tiers)
+        tiers = KVTiers(planned, extras.remote_kv)
+        parts = _wire(planned, device, tiers, extras.journal)
         parts.runner.load(planned.model, lambda done, total: on_phase("loading weights", done, total))
         on_phase("allocating KV blocks", 0, 1)
         parts.runner.start(planned.arena)
@@ -276,7 +350,7 @@ def _require_room(planned: PlannedModel, block_manager: BlockManager) -> None:
         )
 
 
-def _wire(planned: PlannedModel, device: Device, tiers: KVTiers) -> EngineParts:
+def _wire(planned: PlannedModel, device: Device, tiers: KVTiers, journal: BlockJournal | None) -> EngineParts:
     """Ask the plugins for each part, and use core's own where none answers."""
     config, plan = planned.config, planned.plan
     ask = partial(planned.registry.ask, plan.platform, config=config, plan=plan)
@@ -290,7 +364,10 @@ def _wire(planned: PlannedModel, device: Device, tiers: KVTiers) -> EngineParts:
             max_step_tokens=config.max_num_batched_tokens,
             retainer=Retainer(time.monotonic, config.tenant_cache_percent),
             tiers=tiers.setup,
+            journal=journal,
         )
+    elif journal is not None:
+        raise EngineError(f"{type(block_manager).__name__} keeps no journal of its blocks; start without KV events")
     scheduler = ask(hook="zif_scheduler", block_manager=block_manager)
     if scheduler is None:
         from zif.scheduling import TokenBudgetScheduler

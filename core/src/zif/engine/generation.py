@@ -58,6 +58,13 @@ class SampleText:
         self._pieces = ["".join(self._pieces)]
         return self._pieces[0]
 
+    def take(self) -> str:
+        """Return the text that became certain since the last call, and forget it."""
+        if not self._must_scan:
+            self._show(self._decode(), may_stop=True)
+        pieces, self._pieces = self._pieces, []
+        return "".join(pieces)
+
     def _show(self, text: str, may_stop: bool) -> None:
         if self.matched is None and text:
             self._pieces.append(self._stops.append(text) if may_stop else self._stops.finish() + text)
@@ -69,13 +76,15 @@ class SampleText:
 
 @dataclass(slots=True, eq=False)
 class Sample:
-    """One of the n samples of a prompt."""
+    """One of the n samples of a prompt. `take` has given out `num_taken` of its tokens, and its end if `end_taken`."""
 
     index: int
     request: Request
     text: SampleText | None
     logprobs: list[PositionLogprobs] | None
     cumulative_logprob: float | None
+    num_taken: int = 0
+    end_taken: bool = False
 
     @property
     def finished(self) -> bool:
@@ -92,6 +101,7 @@ class Generation:
     sampling: SamplingParams
     samples: list[Sample]
     arrival_s: float
+    started_s: float | None = None
     first_token_s: float | None = None
     finished_s: float | None = None
     prompt_logprobs: list[PositionLogprobs | None] | None = field(default=None)
@@ -100,6 +110,16 @@ class Generation:
     def finished(self) -> bool:
         """Say whether every sample has ended."""
         return self.finished_s is not None
+
+    @property
+    def queue_s(self) -> float | None:
+        """Return the seconds from arrival to the first step, None before it."""
+        return None if self.started_s is None else self.started_s - self.arrival_s
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """Count the prompt tokens that were found computed."""
+        return self.samples[0].request.num_cached_tokens
 
 
 class OutputProcessor:
@@ -168,6 +188,36 @@ class OutputProcessor:
                 num_drafted_tokens=sum(request.num_drafted_tokens for request in requests),
                 num_accepted_tokens=sum(request.num_accepted_tokens for request in requests),
             ),
+        )
+
+    def take(self, generation: Generation) -> list[CompletionOutput]:
+        """Return what each sample got since the last call, at the cost of what is new; others are left out.
+
+        Text and log-probabilities that were taken are no longer part of `output`.
+        """
+        return [
+            self._take(sample)
+            for sample in generation.samples
+            if not sample.end_taken and (sample.finished or sample.request.num_output_tokens > sample.num_taken)
+        ]
+
+    def _take(self, sample: Sample) -> CompletionOutput:
+        request = sample.request
+        new = request.token_ids[request.num_prompt_tokens + sample.num_taken :]
+        sample.num_taken += len(new)
+        sample.end_taken = sample.finished
+        logprobs = sample.logprobs
+        if logprobs is not None:
+            sample.logprobs = []
+        return CompletionOutput(
+            index=sample.index,
+            text=sample.text.take() if sample.text else "",
+            token_ids=new,
+            cumulative_logprob=sample.cumulative_logprob,
+            logprobs=logprobs,
+            finish_reason=request.finish_reason.value if request.finish_reason else None,
+            stop_reason=_stop_reason(sample) if sample.end_taken else None,
+            error=request.error,
         )
 
     def _add_logprobs(self, sample: Sample, entry: TokenLogprobs) -> None:

@@ -105,9 +105,14 @@ class InputProcessor:
         """Say whether the token ends a sequence for this model."""
         return token_id in self._eos_ids
 
+    @property
+    def uses_tenants(self) -> bool:
+        """Say whether it matters who a prompt is charged to."""
+        return self._config.scheduling_policy == "fair" or bool(self._config.tenant_cache_percent)
+
     def _tenant(self, value: object) -> str:
         tenant = _text("tenant", value) or ""
-        if tenant and self._config.scheduling_policy != "fair" and not self._config.tenant_cache_percent:
+        if tenant and not self.uses_tenants:
             raise RequestError(
                 f"tenant={tenant!r} has no meaning under scheduling_policy={self._config.scheduling_policy!r}; "
                 "open the engine with scheduling_policy='fair' or with tenant_cache_percent, or leave it out"

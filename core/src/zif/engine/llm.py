@@ -11,13 +11,14 @@ from types import FrameType
 from typing import Any, TypeGuard, cast, overload
 
 from zif.contract import KVArena, ModelDescription, Plan, RemoteTier, SamplingParams
-from zif.engine.engine import Engine, PhaseProgress, start_engine
+from zif.engine.engine import Engine, EngineExtras, PhaseProgress, start_engine
 from zif.engine.generation import Generation
 from zif.engine.inputs import Prompt, PromptInput, default_sampling
 from zif.engine.outputs import RequestOutput
 from zif.engine.planning import PlannedModel, plan_model
 from zif.engine.vocabulary import Vocabulary
 from zif.errors import ConfigError, EngineError, RequestError
+from zif.kv.journal import BlockJournal
 from zif.settings import EngineSettings
 from zif.text.chat import ChatOptions, ChatTemplates, load_chat_templates, render_chat
 
@@ -40,16 +41,18 @@ class LLM:
     """
 
     def __init__(self, model: str | Path, *, remote_kv: RemoteTier | None = None, **settings: Any) -> None:
-        self._open(EngineSettings.from_values({"model": str(model), **settings}), _log_phase, remote_kv)
+        self._open(EngineSettings.from_values({"model": str(model), **settings}), _log_phase, EngineExtras(remote_kv))
 
     @classmethod
-    def from_settings(cls, settings: EngineSettings, on_phase: PhaseProgress | None = None) -> "LLM":
-        """Open a model from resolved settings; `on_phase` hears how the start goes."""
+    def from_settings(
+        cls, settings: EngineSettings, on_phase: PhaseProgress | None = None, journal: BlockJournal | None = None
+    ) -> "LLM":
+        """Open a model from resolved settings; `on_phase` hears how the start goes, `journal` what becomes findable."""
         llm = cls.__new__(cls)
-        llm._open(settings, on_phase or _log_phase)
+        llm._open(settings, on_phase or _log_phase, EngineExtras(journal=journal))
         return llm
 
-    def _open(self, settings: EngineSettings, on_phase: PhaseProgress, remote_kv: RemoteTier | None = None) -> None:
+    def _open(self, settings: EngineSettings, on_phase: PhaseProgress, extras: EngineExtras) -> None:
         self._settings = settings
         on_phase("planning", 0, 1)
         self._planned: PlannedModel = plan_model(settings)
@@ -59,7 +62,7 @@ class LLM:
         folder = Path(settings.tokenizer or settings.model)
         self._vocabulary = Vocabulary(folder, settings.trust_remote_code)
         self._chat_templates = _chat_templates(folder, settings.chat_template)
-        self._engine: Engine = start_engine(self._planned, self._vocabulary, on_phase, remote_kv)
+        self._engine: Engine = start_engine(self._planned, self._vocabulary, on_phase, extras)
 
     @property
     def plan(self) -> Plan:
@@ -125,7 +128,7 @@ class LLM:
         if isinstance(prompts, Iterator):
             if not (sampling_params is None or isinstance(sampling_params, SamplingParams)) or not _is_one(priority):
                 raise RequestError("an iterator of prompts takes one SamplingParams and one priority for all")
-            self._check_priority(priority)
+            self.check_priority(priority)
             return self._generate_lazily(prompts, sampling_params or self.get_default_sampling_params(), priority)
         given = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
         options = self._per_prompt(sampling_params, len(given))
@@ -133,7 +136,7 @@ class LLM:
         if len(priorities) != len(given):
             raise RequestError(f"{len(priorities)} priorities for {len(given)} prompts; pass one, or one for each")
         for value in priorities:
-            self._check_priority(value)
+            self.check_priority(value)
         return self._generate_all(given, options, priorities, use_tqdm)
 
     def chat(
@@ -181,7 +184,7 @@ class LLM:
         does Ctrl-C; the engine stays usable.
         """
         options = sampling_params or self.get_default_sampling_params()
-        self._check_priority(priority)
+        self.check_priority(priority)
         return self._follow(self._engine.check(prompt, options), options, priority)
 
     def reset_prefix_cache(self) -> None:
@@ -207,7 +210,7 @@ class LLM:
             raise RequestError(f"{len(given)} SamplingParams for {num_prompts} prompts; pass one, or one for each")
         return list(given)
 
-    def _check_priority(self, priority: int) -> None:
+    def check_priority(self, priority: int) -> None:
         """Raise `RequestError` for a priority that is no integer, or that this engine would ignore."""
         if type(priority) is not int:
             raise RequestError(f"priority={priority!r} must be an integer")

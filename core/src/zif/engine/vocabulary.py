@@ -48,6 +48,16 @@ class Vocabulary:
         check_encodable("prompt", text)
         return self.tokenizer.encode(text, add_special_tokens)
 
+    def definition(self) -> str:
+        """Return the tokenizer as the text of a `tokenizer.json`; raise `RequestError` when it has no such form."""
+        definition = self.tokenizer.definition()
+        if definition is None:
+            raise RequestError(
+                "structured output needs a tokenizer that tokenizer.json can describe, and this model's runs as code; "
+                "leave structured out"
+            )
+        return definition
+
     def token_text(self, token_id: int) -> str | None:
         """Return the text of one token, None without a tokenizer."""
         return self._tokenizer.decode([token_id], skip_special_tokens=False) if self._tokenizer else None

@@ -37,6 +37,14 @@ def root_content(key: CacheKey, block_size: int) -> bytes:
     return _VERSION + canonical_tokens(numbers) + b"".join(texts)
 
 
+def is_root(before: bytes) -> bool:
+    """Say whether what stands before a block's tokens in its content is a root, and not the digest of a parent.
+
+    A digest that begins like a root is as improbable as a collision of 64 bits.
+    """
+    return before.startswith(_VERSION)
+
+
 def digest_of(content: bytes) -> bytes:
     """Return the digest that names a block with this content."""
     return hashlib.sha256(content).digest()

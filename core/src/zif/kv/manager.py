@@ -18,6 +18,7 @@ from zif.kv.checkpoints import CheckpointKeeper
 from zif.kv.drafts import DraftSlots
 from zif.kv.encoded import EncodedBlocks
 from zif.kv.hashing import PrefixChain
+from zif.kv.journal import BlockJournal, GroupJournal
 from zif.kv.loading import LoadLedger, TableCopy
 from zif.kv.pool import BlockPool
 from zif.kv.prefix import Prefix, PrefixFinder
@@ -28,7 +29,10 @@ from zif.kv.tiers import TierIndex, TierSetup
 
 
 class PagedBlockManager(BlockManager):
-    """Keep requests' blocks in per-group pools over one arena of slabs, and copies of them in the tiers below."""
+    """Keep requests' blocks in per-group pools over one arena of slabs, and copies of them in the tiers below.
+
+    `journal` hears which blocks of the device can be found; those of encoders' outputs are not in it.
+    """
 
     def __init__(
         self,
@@ -38,6 +42,7 @@ class PagedBlockManager(BlockManager):
         max_step_tokens: int,
         retainer: Retainer | None = None,
         tiers: TierSetup = TierSetup(),  # noqa: B008 - frozen value
+        journal: BlockJournal | None = None,
     ) -> None:
         self._arena = arena
         self._caching = enable_prefix_caching
@@ -45,6 +50,7 @@ class PagedBlockManager(BlockManager):
         self._specs: list[KVSpec] = [group.spec for group in arena.groups]
         self._lender = SlabLender(arena)
         self._retainer = retainer or Retainer()
+        self._journal = journal
         self._tiers = TierIndex(tiers, [group.layout.block_bytes for group in arena.groups])
         self._pools = [
             BlockPool(
@@ -53,6 +59,7 @@ class PagedBlockManager(BlockManager):
                 clock=self._retainer.clock,
                 quotas=self._retainer.quotas,
                 on_evict=partial(self._tiers.keep, group) if self._keeps_copies(group, tiers) else None,
+                journal=self._journal_of(group),
             )
             for group in range(len(self._specs))
         ]
@@ -263,6 +270,12 @@ class PagedBlockManager(BlockManager):
     def free_cached_blocks(self) -> None:
         for pool in self._pools:
             pool.forget_all()
+        if self._journal is not None:
+            self._journal.cleared()
+
+    def census(self) -> tuple[set[bytes], ...]:
+        """Return the digests of what can be found on the device, by layer group. For audits: it hashes every block."""
+        return tuple(pool.digests() for pool in self._pools)
 
     def check_integrity(self, live: list[Request]) -> None:
         held = []
@@ -315,6 +328,12 @@ class PagedBlockManager(BlockManager):
         keep = self._retainer.keep(request, 0, request.num_prompt_tokens)
         for index, block in enumerate(blocks):
             pool.index(block, encoded.digest(index), encoded.content(index), keep)
+
+    def _journal_of(self, group: int) -> GroupJournal | None:
+        spec = self._specs[group]
+        if self._journal is None or spec.counts_encoder_tokens:
+            return None
+        return self._journal.of_group(group, spec.block_size)
 
     def _keeps_copies(self, group: int, tiers: TierSetup) -> bool:
         return bool(tiers.host_bytes or tiers.disk_bytes) and not self._specs[group].counts_encoder_tokens

@@ -18,6 +18,7 @@ from zif.contract import KVUsage
 from zif.kv.eviction import EvictionOrder
 from zif.kv.hashing import digest_of
 from zif.kv.index import PrefixIndex
+from zif.kv.journal import GroupJournal
 from zif.kv.lists import BlockLists
 from zif.kv.retention import DEFAULT_KEEP, Keep
 from zif.kv.slabs import HeldSlabs, ManyBlockSlabs, OneBlockSlabs, SlabLender
@@ -31,6 +32,7 @@ class BlockPool:
 
     `clock` gives the seconds that `Keep.expires_s` refers to. `on_evict` is called once for each cached block whose
     memory is about to be reused, not for forgotten ones. `quotas` are percentages of the group's cells, by tenant.
+    `journal` hears of every block that becomes findable or unfindable.
     """
 
     def __init__(
@@ -41,12 +43,14 @@ class BlockPool:
         clock: Callable[[], float] = time.monotonic,
         on_evict: OnEvict | None = None,
         quotas: Mapping[str, int] | None = None,
+        journal: GroupJournal | None = None,
     ) -> None:
         num_cells = lender.arena.num_cells(group)
         limits = {tenant: num_cells * percent // 100 for tenant, percent in (quotas or {}).items()}
         self._lender = lender
         self._group = group
         self._on_evict = on_evict
+        self._journal = journal
         self._references = array("i", bytes(4 * num_cells))
         self._lists = BlockLists(num_cells)
         self._free = self._lists.open()
@@ -117,6 +121,8 @@ class BlockPool:
         if not self._index.add(block, digest, content):
             return False
         self._order.keep(block, keep)
+        if self._journal is not None:
+            self._journal.stored(digest, content)
         return True
 
     def retain(self, block: int, keep: Keep) -> None:
@@ -177,6 +183,10 @@ class BlockPool:
         """Count the group's blocks by state."""
         num_lendable = self._lender.num_free * self._lender.arena.min_slab_blocks(self._group)
         return KVUsage(self._num_free, self._order.num_cached, self._num_owned, num_lendable)
+
+    def digests(self) -> set[bytes]:
+        """Return the digests of all findable blocks. Hashes each: for audits, not for steps."""
+        return {digest_of(self._index.content(block)) for block in self._index.blocks()}
 
     def references(self) -> dict[int, int]:
         """Return the reference counts above zero, for integrity checks."""
@@ -250,6 +260,8 @@ class BlockPool:
         self._put_free(block)
 
     def _unname(self, block: int, evicted: bool = False) -> None:
+        if self._journal is not None:
+            self._journal.removed(self._index.content(block))
         self._index.remove(block, evicted=evicted)
         self._order.drop(block)
 

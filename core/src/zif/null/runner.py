@@ -15,6 +15,8 @@ from zif.contract import (
     CompletedStep,
     Draft,
     EngineConfig,
+    Grammars,
+    GrammarState,
     KVArena,
     KVSpec,
     KVStore,
@@ -64,6 +66,12 @@ def next_token(visible: list[Words], vocab_size: int) -> int:
     return int(digest[0] % np.uint64(vocab_size))
 
 
+def allowed_tokens(mask: np.ndarray[tuple[int], np.dtype[np.int32]], vocab_size: int) -> list[int]:
+    """Return the tokens whose bits are set, rising. mask: [W]."""
+    bits = np.unpackbits(mask.view(np.uint8), bitorder="little")[:vocab_size]
+    return np.flatnonzero(bits).tolist()
+
+
 def expected_token(
     token_ids: list[int],
     specs: tuple[KVSpec, ...],
@@ -91,6 +99,8 @@ class _Sequence:
     tables: tuple[list[int], ...]
     media: tuple[str, ...]
     num_encoder_tokens: int
+    num_prompt_tokens: int
+    grammar: GrammarState | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +129,7 @@ class NullRunner(ModelRunner):
         self._memory: Words = np.zeros(0, dtype=np.uint64)
         self._block_words: tuple[int, ...] = ()
         self._store: KVStore | None = None
+        self._grammars: Grammars | None = None
         self._vocab_size = 0
 
     @property
@@ -138,6 +149,10 @@ class NullRunner(ModelRunner):
 
     def attach_store(self, store: KVStore) -> bool:
         self._store = store
+        return True
+
+    def attach_grammars(self, grammars: Grammars) -> bool:
+        self._grammars = grammars
         return True
 
     def read_block(self, group: int, block_id: int) -> BlockBytes:
@@ -169,7 +184,7 @@ class NullRunner(ModelRunner):
         for row in rows:
             self._write(row)
         sampled = [self._sample(row) if samples else [] for row, samples in zip(rows, step.samples, strict=True)]
-        return CompletedStep(StepResult(step.step, sampled, lost=lost))
+        return CompletedStep(StepResult(step.step, sampled, faults=self._faults(step), lost=lost))
 
     def close(self) -> None:
         self._sequences.clear()
@@ -185,8 +200,15 @@ class NullRunner(ModelRunner):
 
     def _start(self, start: RequestStart) -> None:
         assert start.request_id not in self._sequences, f"request {start.request_id} is started twice"
+        form = start.sampling.structured
+        assert form is None or self._grammars is not None, "a request has a form and no grammars are attached"
         self._sequences[start.request_id] = _Sequence(
-            start.token_ids, start.block_ids, start.media, start.num_encoder_tokens
+            start.token_ids,
+            start.block_ids,
+            start.media,
+            start.num_encoder_tokens,
+            start.num_prompt_tokens,
+            None if form is None or self._grammars is None else self._grammars.begin(form),
         )
 
     def _extend(self, update: BlockUpdate) -> None:
@@ -212,15 +234,32 @@ class NullRunner(ModelRunner):
     def _sample(self, row: "_Row") -> list[int]:
         """Return the accepted part of the row's draft and the token after it, all of them known from now on."""
         guesses = row.draft.token_ids if row.draft else []
+        choices = self._choices(row.sequence, guesses)
         sampled: list[int] = []
         while sampled == guesses[: len(sampled)]:
             end = row.end - len(guesses) + len(sampled)
             visible = [self._visible(row, group, end) for group in range(len(self._specs))]
-            sampled.append(next_token(visible, self._vocab_size))
+            allowed = choices[len(sampled)] if choices else range(self._vocab_size)
+            sampled.append(allowed[next_token(visible, len(allowed))] if allowed else 0)
         row.sequence.token_ids.extend(sampled)
         if row.draft and len(sampled) > len(guesses):
             self._keep_states(row, row.draft)
         return sampled
+
+    def _choices(self, sequence: _Sequence, guesses: list[int]) -> list[list[int]]:
+        """Return the tokens that the form of the answer allows, now and after each guess; empty without a form."""
+        state = sequence.grammar
+        if state is None:
+            return []
+        state.follow(sequence.token_ids[sequence.num_prompt_tokens + state.num_followed :])
+        masks = np.empty((1 + len(guesses), (self._vocab_size + 31) // 32), dtype=np.int32)
+        state.fill_masks(guesses, masks)
+        return [allowed_tokens(mask, self._vocab_size) for mask in masks]
+
+    def _faults(self, step: StepPlan) -> dict[int, str]:
+        """Say which requests' forms allow no token."""
+        states = [(request_id, self._sequences[request_id].grammar) for request_id in step.request_ids]
+        return {request_id: state.fault for request_id, state in states if state and state.fault}
 
     def _keep_states(self, row: "_Row", draft: Draft) -> None:
         """Put the states after an accepted draft into the block tables."""

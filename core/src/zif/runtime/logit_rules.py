@@ -45,6 +45,10 @@ class LogitRule(ABC, Generic[T]):
             self._values[row] = value
             self._held[row] = True
 
+    def fault(self, row: int) -> str | None:
+        """Say why the option leaves `row` no token, where that is a fault of its own."""
+        return None
+
     def remove(self, row: int) -> None:
         """Forget what `row` held, if anything."""
         self._values.pop(row, None)

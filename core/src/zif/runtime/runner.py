@@ -19,6 +19,7 @@ from zif.contract import (
     CompletedStep,
     Device,
     EngineConfig,
+    Grammars,
     KVArena,
     KVStore,
     ModelDescription,
@@ -141,6 +142,10 @@ class TorchRunner(ModelRunner):
 
     def attach_store(self, store: KVStore) -> bool:
         self._store = store
+        return True
+
+    def attach_grammars(self, grammars: Grammars) -> bool:
+        self._sampler.attach_grammars(grammars)
         return True
 
     @torch.inference_mode()

@@ -72,6 +72,10 @@ class Tokenizer(ABC):
     def vocab(self) -> dict[str, int]:
         """Return all tokens, added ones too, with their ids."""
 
+    def definition(self) -> str | None:
+        """Return the tokenizer as the text of a `tokenizer.json`, None for one that has no such form."""
+        return None
+
     def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
         """Return the token ids of each text, as `encode` does."""
         return [self.encode(text, add_special_tokens) for text in texts]
@@ -149,6 +153,9 @@ class FastTokenizer(Tokenizer):
 
     def vocab(self) -> dict[str, int]:
         return dict(self._backend.get_vocab(with_added_tokens=True))
+
+    def definition(self) -> str | None:
+        return str(self._backend.to_str())
 
 
 class TransformersTokenizer(Tokenizer):

@@ -6,7 +6,7 @@
 
 #include <stdint.h>
 
-#define ZIF_CPU_ABI 1
+#define ZIF_CPU_ABI 2
 
 #ifdef __cplusplus
 extern "C" {
@@ -31,17 +31,19 @@ ZIF_CPU_PUBLIC int32_t zif_cpu_use_isa(const char* name);
 // Threads that compute, the caller's included; at least 1. Returns 0, or -1 when the system gives no more threads.
 ZIF_CPU_PUBLIC int32_t zif_cpu_use_threads(int32_t num_threads);
 
-// y = x @ weight.T + bias, summed in float32. x: [tokens, inputs], first axis strided. weight: [outputs, inputs].
-// bias: [outputs] or null. y: [tokens, outputs]. All of one dtype.
-ZIF_CPU_PUBLIC void zif_cpu_linear(const void* x, int64_t x_stride, const void* weight, const void* bias, void* y,
-                                   int64_t tokens, int64_t inputs, int64_t outputs, int32_t dtype);
+// Let what is freed stay with the process, for all of it: arrays of a step's size would else go back to the system and be
+// faulted in again, page after page, by the next step. Returns 0, or -1 where the C library cannot be told.
+ZIF_CPU_PUBLIC int32_t zif_cpu_keep_memory(void);
 
-// The same as a struct.
+// Operators take a struct: to a caller from another language, each argument costs as much as a row, and calls of one form
+// can be put into a list (zif_cpu_run).
+
+// y = x @ weight.T + bias, summed in float32. All of one dtype.
 typedef struct {
-    const void* x;
-    const void* weight;
-    const void* bias;
-    void* y;
+    const void* x;       // [tokens, inputs], first axis strided
+    const void* weight;  // [outputs, inputs]
+    const void* bias;    // [outputs], or null
+    void* y;             // [tokens, outputs]
     int64_t x_stride;
     int64_t tokens;
     int64_t inputs;
@@ -49,9 +51,7 @@ typedef struct {
     int32_t dtype;
 } zif_cpu_product;
 
-ZIF_CPU_PUBLIC void zif_cpu_multiply(const zif_cpu_product* call);
-
-// The operators of one row take a struct: to a caller from another language, each argument costs as much as the row.
+ZIF_CPU_PUBLIC void zif_cpu_linear(const zif_cpu_product* call);
 
 // y = x / rms(x) * (weight + weight_offset), in float32, for each head of each row.
 typedef struct {

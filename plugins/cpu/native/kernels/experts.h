@@ -119,7 +119,7 @@ private:
             const Operand<T> rows = operand(x, inputs, dispatch_.used[i], memory + offsets[i]);
             for (int64_t part = 0; part < rows.num_parts(); ++part) rows.prepare(part);
         });
-        const bool many = Operand<T>::many(entries_ / dispatch_.num_used, inputs);
+        const bool many = Operand<T>::many(entries_ / dispatch_.num_used);
         const int64_t chunk = many ? large_chunk(outputs, dispatch_.num_used) : kChunk;
         const int64_t chunks = (outputs + chunk - 1) / chunk;
         parallel_for(dispatch_.num_used * chunks, [&](int64_t task, int thread) {

@@ -22,27 +22,27 @@ inline void multiply_rows(const Operand<T>& operand, const T* weight, int64_t ou
 }
 
 template <class T>
-inline void linear_of(const void* x, int64_t x_stride, const void* weight, const void* bias, void* y, int64_t tokens,
-                      int64_t inputs, int64_t outputs) {
+inline void linear_of(const zif_cpu_product& call) {
     // In pieces, so that memory is bounded; a piece has as many tokens as make reading the weights cheap.
+    const int64_t inputs = call.inputs, outputs = call.outputs;
     const int64_t most = kOperandBytes / (4 * inputs), piece = most < 512 ? 512 : most / 512 * 512;
-    for (int64_t first = 0; first < tokens; first += piece) {
-        const int64_t count = tokens - first < piece ? tokens - first : piece;
+    for (int64_t first = 0; first < call.tokens; first += piece) {
+        const int64_t count = call.tokens - first < piece ? call.tokens - first : piece;
         void* const memory = scratch(0, 0, Operand<T>::bytes(count, inputs));
-        const Operand<T> operand(static_cast<const T*>(x) + first * x_stride, x_stride, count, inputs, memory);
-        const Target<T> target = {static_cast<T*>(y) + first * outputs, outputs, static_cast<const T*>(bias)};
-        const bool many = Operand<T>::many(count, inputs);
+        const T* x = static_cast<const T*>(call.x) + first * call.x_stride;
+        const Operand<T> operand(x, call.x_stride, count, inputs, memory);
+        const Target<T> target = {static_cast<T*>(call.y) + first * outputs, outputs, static_cast<const T*>(call.bias)};
+        const bool many = Operand<T>::many(count);
         const int64_t chunk = many ? large_chunk(outputs, operand.num_blocks()) : kChunk;
-        multiply_rows(operand, static_cast<const T*>(weight), outputs, target, chunk);
+        multiply_rows(operand, static_cast<const T*>(call.weight), outputs, target, chunk);
     }
 }
 
-void linear(const void* x, int64_t x_stride, const void* weight, const void* bias, void* y, int64_t tokens,
-            int64_t inputs, int64_t outputs, int32_t dtype) {
-    switch (dtype) {
-        case ZIF_FLOAT32: return linear_of<float>(x, x_stride, weight, bias, y, tokens, inputs, outputs);
-        case ZIF_BFLOAT16: return linear_of<BFloat16>(x, x_stride, weight, bias, y, tokens, inputs, outputs);
-        case ZIF_FLOAT16: return linear_of<Float16>(x, x_stride, weight, bias, y, tokens, inputs, outputs);
+void linear(const zif_cpu_product* call) {
+    switch (call->dtype) {
+        case ZIF_FLOAT32: return linear_of<float>(*call);
+        case ZIF_BFLOAT16: return linear_of<BFloat16>(*call);
+        case ZIF_FLOAT16: return linear_of<Float16>(*call);
     }
 }
 

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "dot_blocks.h"
-#include "tile_blocks.h"
+#include "tiles.h"
 
 namespace zif {
 namespace ZIF_ISA {
@@ -33,10 +33,7 @@ template <class T>
 class Operand {
 public:
     // Whether tokens are so many that weights are copied for them. Sums are the same either way.
-    static bool many(int64_t tokens, [[maybe_unused]] int64_t inputs) {
-#if defined(__AMX_BF16__)
-        if constexpr (kTiled<T>) return tokens * inputs * 2 > kCachedBytes && tokens > kLeastTokens;
-#endif
+    static bool many(int64_t tokens) {
         return tokens > (kHeldAsIs<T> ? kLeastTokens : kLeastWidened);
     }
 
@@ -45,7 +42,7 @@ public:
 #if defined(__AMX_BF16__)
         if constexpr (kTiled<T>) return packed_bytes(tokens, inputs);
 #endif
-        return kHeldAsIs<T> && !many(tokens, inputs) ? 0 : tokens * stride(inputs) * int64_t(sizeof(Held));
+        return kHeldAsIs<T> && !many(tokens) ? 0 : tokens * stride(inputs) * int64_t(sizeof(Held));
     }
 
     // memory: 64-byte aligned, as much as `bytes` says; filled by `prepare`.
@@ -65,20 +62,19 @@ public:
     }
 
     // Parts of the tokens that may be multiplied apart.
-    int64_t num_blocks() const { return many(tokens_, inputs_) ? (tokens_ + kBlock - 1) / kBlock : 1; }
+    int64_t num_blocks() const { return tokens_ > 0 ? (tokens_ + block_tokens() - 1) / block_tokens() : 1; }
 
     // One part of the tokens times outputs `begin` to `end` - 1 of weight, [outputs, inputs].
     void multiply(int64_t block, const T* weight, int64_t begin, int64_t end, const Target<T>& target,
                   int thread) const {
-        const int64_t first = block * kBlock, last = first + kBlock < tokens_ ? first + kBlock : tokens_;
-        const bool is_many = many(tokens_, inputs_);
+        const int64_t first = block * block_tokens();
+        const int64_t last = first + block_tokens() < tokens_ ? first + block_tokens() : tokens_;
 #if defined(__AMX_BF16__)
         if constexpr (kTiled<T>) {
-            if (!is_many) return multiply_by_tiles(packed(), weight, begin, end, target);
-            return TileBlocks(packed(), first / kTile, num_tiles(last, kTile), weight, begin, end, target).run(thread);
+            return TileProduct(packed(), first / kTile, num_tiles(last, kTile), weight, begin, end, target).run();
         }
 #endif
-        if (!is_many) return multiply_by_dots(rows(), weight, begin, end, target);
+        if (!many(tokens_)) return multiply_by_dots(rows(), weight, begin, end, target);
         DotBlocks<T>(rows(), first, last, weight, begin, end, target).run(thread);
     }
 
@@ -87,14 +83,21 @@ private:
 
     static constexpr int64_t kLeastTokens = 48;
     static constexpr int64_t kLeastWidened = 12;
-    static constexpr int64_t kCachedBytes = 1 << 20;  // of packed tokens, which the second cache holds
-#if defined(__AMX_BF16__)
-    static constexpr int64_t kBlock = kTiled<T> ? kBlockTokens * kTile : kPassTokens;
+    static constexpr int64_t kCachedBytes = 3 << 18;  // of packed tokens, which the second cache holds
 
+#if defined(__AMX_BF16__)
     PackedRows packed() const { return {static_cast<const uint32_t*>(memory_), tokens_, inputs_}; }
-#else
-    static constexpr int64_t kBlock = kPassTokens;
 #endif
+
+    int64_t block_tokens() const {
+#if defined(__AMX_BF16__)
+        if constexpr (kTiled<T>) {  // as equal as can be
+            const int64_t blocks = (packed_bytes(tokens_, inputs_) + kCachedBytes - 1) / kCachedBytes;
+            return num_tiles((tokens_ + blocks - 1) / blocks, 2 * kTile) * 2 * kTile;
+        }
+#endif
+        return many(tokens_) ? kPassTokens : tokens_;
+    }
 
     // Elements from one held row to the next: whole vectors, and one more, so that rows do not fall on the same lines
     // of a cache.

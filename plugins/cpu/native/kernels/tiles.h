@@ -21,6 +21,9 @@ constexpr int64_t kPairWords = 2 * kTileWords;
 // Tiles are loaded by instructions of which GCC 12 does not know that they read memory: what was stored must be there.
 inline void stored() { asm volatile("" ::: "memory"); }
 
+// Bring a line to the second cache. GCC 12 takes functions that do nothing but __builtin_prefetch for needless.
+inline void fetch(const void* line) { asm volatile("prefetcht1 %0" : : "m"(*static_cast<const char*>(line))); }
+
 struct alignas(64) TileConfig {
     uint8_t palette = 1;
     uint8_t start_row = 0;
@@ -153,52 +156,117 @@ inline void put_pair(const float* sums, int64_t token, int64_t output, int64_t e
     }
 }
 
-// Two tiles of outputs by two of tokens.
-inline void multiply_block(const PackedRows& x, const BFloat16* weight, int64_t output, int64_t end, int64_t tile,
-                           const Target<BFloat16>& target) {
-    alignas(64) uint16_t copies[2][kTileWords * 2];
-    alignas(64) float sums[2][kPairWords];
-    const bool second_tokens = (tile + 1) * kTile < x.tokens;
+// Two tiles of outputs by two of tokens, in all inputs. Tiles 0 to 3 sum. kSecond: whether there is a second tile of
+// tokens. weights(k) loads tiles 4 and 5; meanwhile(k) is called at each step.
+template <bool kSecond, class Weights, class Meanwhile>
+inline void sum_pairs(const uint32_t* x, int64_t steps, const Weights& weights, const Meanwhile& meanwhile) {
+    const uint32_t* second = x + steps * kTileWords;
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
-    for (int64_t k = 0; k < x.input_tiles(); ++k) {
-        const WeightTile first = weight_tile(weight, x.inputs, output, end, k, copies[0]);
-        _tile_loadd(4, first.data, first.stride_bytes);
-        const WeightTile second = weight_tile(weight, x.inputs, output + kTile, end, k, copies[1]);
-        _tile_loadd(5, second.data, second.stride_bytes);
-        _tile_loadd(6, x.tile(tile, k), 64);
+    for (int64_t k = 0; k < steps; ++k) {
+        weights(k);
+        _tile_loadd(6, x + k * kTileWords, 64);
         _tile_dpbf16ps(0, 4, 6);
         _tile_dpbf16ps(1, 5, 6);
-        if (second_tokens) {
-            _tile_loadd(7, x.tile(tile + 1, k), 64);
+        if (kSecond) {
+            _tile_loadd(7, second + k * kTileWords, 64);
             _tile_dpbf16ps(2, 4, 7);
             _tile_dpbf16ps(3, 5, 7);
         }
+        meanwhile(k);
     }
-    _tile_stored(0, sums[0], 64);
-    _tile_stored(1, sums[0] + kTileWords, 64);
-    stored();
-    put_pair(sums[0], tile * kTile, output, end, x.tokens, target);
-    if (!second_tokens) return;
-    _tile_stored(2, sums[1], 64);
-    _tile_stored(3, sums[1] + kTileWords, 64);
-    stored();
-    put_pair(sums[1], (tile + 1) * kTile, output, end, x.tokens, target);
 }
 
-// All tokens times outputs `begin` to `end` - 1.
-inline void multiply_by_tiles(const PackedRows& x, const BFloat16* weight, int64_t begin, int64_t end,
-                              const Target<BFloat16>& target) {
-    const TileRegisters registers;
-    for (int64_t output = begin; output < end; output += kPairRows) {
-        const int64_t stop = output + kPairRows < end ? output + kPairRows : end;
-        for (int64_t tile = 0; tile < num_tiles(x.tokens, kTile); tile += 2) {
-            multiply_block(x, weight, output, stop, tile, target);
+// The product of some tokens with a range of outputs. Weights are read as they lie, the next rows being fetched into
+// the second cache while these are multiplied; tokens pass by from the second cache, where they fit.
+class TileProduct {
+public:
+    // tile, last_tile: the tokens, in tiles; begin, end: the outputs.
+    TileProduct(const PackedRows& x, int64_t tile, int64_t last_tile, const BFloat16* weight, int64_t begin, int64_t end,
+                const Target<BFloat16>& target)
+        : x_(x), tile_(tile), last_tile_(last_tile), weight_(weight), begin_(begin), end_(end), target_(target) {}
+
+    void run() const {
+        const TileRegisters registers;
+        // Of few tokens memory is the limit, which the checks of parts keep pace with.
+        const bool whole = x_.inputs % kTileInputs == 0 && last_tile_ - tile_ > 2;
+        for (int64_t output = begin_; output < end_; output += kPairRows) {
+            if (whole && output + kPairRows <= end_) {
+                multiply_whole(output);
+            } else {
+                multiply_part(output, output + kPairRows < end_ ? output + kPairRows : end_);
+            }
         }
     }
-}
+
+private:
+    // 32 outputs whose inputs are whole tiles, of more tokens than two tiles.
+    void multiply_whole(int64_t output) const {
+        const int64_t bytes = x_.inputs * 2, pairs = num_tiles(last_tile_ - tile_, 2), end = output + kPairRows;
+        const char* rows = reinterpret_cast<const char*>(weight_ + output * x_.inputs);
+        const char* others = rows + kTile * bytes;
+        const auto weights = [&](int64_t k) {
+            _tile_loadd(4, rows + k * 64, bytes);
+            _tile_loadd(5, others + k * 64, bytes);
+        };
+        // Each pair of tokens' tiles asks for its share of the next rows.
+        const int64_t next = end_ - end < kPairRows ? end_ - end : kPairRows, share = (next + pairs - 1) / pairs;
+        for (int64_t pair = 0; pair < pairs; ++pair) {
+            const int64_t first = pair * share, last = first + share < next ? first + share : next;
+            const int64_t tile = tile_ + 2 * pair, tokens = x_.tokens - tile * kTile;
+            const char* ahead = rows + (kPairRows + first) * bytes;
+            const BFloat16* to = target_.y + tile * kTile * target_.stride + output;
+            multiply(tile, output, end, weights, [&](int64_t k) {
+                const char* line = ahead + k * 64;
+                for (int64_t row = first; row < last; ++row, line += bytes) fetch(line);
+                if (k < kPairRows && k < tokens) fetch(to + k * target_.stride);
+            });
+        }
+    }
+
+    // Outputs up to 32, inputs of any number.
+    void multiply_part(int64_t output, int64_t end) const {
+        alignas(64) uint16_t copies[2][kTileWords * 2];
+        for (int64_t tile = tile_; tile < last_tile_; tile += 2) {
+            multiply(
+                tile, output, end,
+                [&](int64_t k) {
+                    const WeightTile first = weight_tile(weight_, x_.inputs, output, end, k, copies[0]);
+                    _tile_loadd(4, first.data, first.stride_bytes);
+                    const WeightTile second = weight_tile(weight_, x_.inputs, output + kTile, end, k, copies[1]);
+                    _tile_loadd(5, second.data, second.stride_bytes);
+                },
+                [](int64_t) {});
+        }
+    }
+
+    template <class Weights, class Meanwhile>
+    void multiply(int64_t tile, int64_t output, int64_t end, const Weights& weights, const Meanwhile& meanwhile) const {
+        alignas(64) float sums[2][kPairWords];
+        const bool second = tile + 1 < last_tile_;
+        if (second) sum_pairs<true>(x_.tile(tile, 0), x_.input_tiles(), weights, meanwhile);
+        else sum_pairs<false>(x_.tile(tile, 0), x_.input_tiles(), weights, meanwhile);
+        _tile_stored(0, sums[0], 64);
+        _tile_stored(1, sums[0] + kTileWords, 64);
+        if (second) {
+            _tile_stored(2, sums[1], 64);
+            _tile_stored(3, sums[1] + kTileWords, 64);
+        }
+        stored();
+        put_pair(sums[0], tile * kTile, output, end, x_.tokens, target_);
+        if (second) put_pair(sums[1], (tile + 1) * kTile, output, end, x_.tokens, target_);
+    }
+
+    const PackedRows& x_;
+    int64_t tile_;
+    int64_t last_tile_;
+    const BFloat16* weight_;
+    int64_t begin_;
+    int64_t end_;
+    const Target<BFloat16>& target_;
+};
 
 }  // namespace
 }  // namespace ZIF_ISA

@@ -1,6 +1,12 @@
 // The C entry points: each goes to the kernel of the instruction set in use.
+#include <stdlib.h>
+
 #include "isa.h"
 #include "pool.h"
+
+#if defined(__GLIBC__)
+#include <malloc.h>
+#endif
 
 using zif::kernels;
 using zif::OneCall;
@@ -12,10 +18,18 @@ int32_t zif_cpu_use_threads(int32_t num_threads) {
     return zif::use_threads(num_threads) ? 0 : -1;
 }
 
-void zif_cpu_linear(const void* x, int64_t x_stride, const void* weight, const void* bias, void* y, int64_t tokens,
-                    int64_t inputs, int64_t outputs, int32_t dtype) {
+int32_t zif_cpu_keep_memory(void) {
+#if defined(__GLIBC__)
+    constexpr int kMost = 1 << 30;
+    return mallopt(M_MMAP_THRESHOLD, kMost) && mallopt(M_TRIM_THRESHOLD, kMost) ? 0 : -1;
+#else
+    return -1;
+#endif
+}
+
+void zif_cpu_linear(const zif_cpu_product* call) {
     const OneCall one;
-    kernels().linear(x, x_stride, weight, bias, y, tokens, inputs, outputs, dtype);
+    kernels().linear(call);
 }
 
 void zif_cpu_rms_norm(const zif_cpu_norm* call) {
@@ -46,12 +60,6 @@ void zif_cpu_store_kv(const zif_cpu_kv_rows* call) {
 void zif_cpu_attend(const zif_cpu_attention* call) {
     const OneCall one;
     kernels().attend(call);
-}
-
-void zif_cpu_multiply(const zif_cpu_product* call) {
-    const OneCall one;
-    kernels().linear(call->x, call->x_stride, call->weight, call->bias, call->y, call->tokens, call->inputs,
-                     call->outputs, call->dtype);
 }
 
 void zif_cpu_run(const zif_cpu_entry* entries, int64_t count) {

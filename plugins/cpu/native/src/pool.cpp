@@ -11,6 +11,10 @@
 
 #include <pthread.h>
 
+#if defined(__linux__)
+#include <sched.h>
+#endif
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -34,6 +38,32 @@ void relax() {
     asm volatile("yield");
 #endif
 }
+
+// Where threads may run, and keeping out of one another's way. A kernel often wakes a thread on the processor of the
+// thread that woke it, when no other one idles at that moment; both would take turns there for milliseconds.
+class Processors {
+public:
+#if defined(__linux__)
+    Processors() { known_ = sched_getaffinity(0, sizeof(allowed_), &allowed_) == 0 && CPU_COUNT(&allowed_) > 1; }
+
+    int current() const { return known_ ? sched_getcpu() : -1; }
+
+    // Leave processor `taken` to its thread, if that is where this one runs.
+    void leave(int taken) const {
+        if (taken < 0 || sched_getcpu() != taken || !CPU_ISSET(taken, &allowed_)) return;
+        cpu_set_t others = allowed_;
+        CPU_CLR(taken, &others);
+        sched_setaffinity(0, sizeof(others), &others);
+    }
+
+private:
+    cpu_set_t allowed_;
+    bool known_ = false;
+#else
+    int current() const { return -1; }
+    void leave(int) const {}
+#endif
+};
 
 struct Scratch {
     void* memory[kPurposes] = {};
@@ -70,6 +100,7 @@ public:
             return;
         }
         work_ = work;
+        caller_processor_ = processors_.current();
         next_.store(0, std::memory_order_relaxed);
         busy_.store(static_cast<int>(threads_.size()), std::memory_order_relaxed);
         round_.fetch_add(1, std::memory_order_seq_cst);
@@ -123,6 +154,7 @@ private:
             await(seen);
             ++seen;
             if (ending_.load(std::memory_order_acquire)) return;
+            processors_.leave(caller_processor_);
             take(thread);
             if (busy_.fetch_sub(1, std::memory_order_acq_rel) == 1) busy_.notify_one();
         }
@@ -151,6 +183,8 @@ private:
     std::vector<std::thread> threads_;
     std::vector<std::unique_ptr<Scratch>> scratch_;
     Work work_;
+    const Processors processors_;
+    int caller_processor_ = -1;
     alignas(64) std::atomic<uint32_t> round_{0};
     alignas(64) std::atomic<int64_t> next_{0};
     alignas(64) std::atomic<int> busy_{0};

@@ -15,9 +15,9 @@ from pathlib import Path
 from types import MappingProxyType
 
 from zif.errors import ConfigError, PlatformUnavailableError
-from zif_cpu.settings import library_file
+from zif_cpu.settings import keeps_memory, library_file
 
-ABI = 1
+ABI = 2
 """The version of the C ABI that this package calls."""
 
 NO_KERNELS = "torch"
@@ -98,8 +98,8 @@ class QuantizedExpertsCall(ctypes.Structure):
 
 _ARGUMENTS: Mapping[str, tuple[type, ...]] = MappingProxyType(
     {
-        "linear": (_P, _I, _P, _P, _P, _I, _I, _I, _N),
         # Structs, by address or packed into bytes.
+        "linear": (_P,),
         "rms_norm": (_P,),
         "add_rms_norm": (_P,),
         "rotate": (_P,),
@@ -108,7 +108,6 @@ _ARGUMENTS: Mapping[str, tuple[type, ...]] = MappingProxyType(
         "attend": (_P,),
         "quantized_linear": (_P,),
         "choose": (_P,),
-        "multiply": (_P,),
         "run": (_P, _I),
     }
 )
@@ -122,12 +121,14 @@ class Library:
     isas: tuple[str, ...]
 
     def use(self, isa: str, num_threads: int) -> None:
-        """Choose one of `isas` and the number of threads, for the whole process.
+        """Choose one of `isas` and the number of threads, for the whole process; memory that is freed stays with it.
 
         Raises `PlatformUnavailableError` when the system gives no more threads.
         """
         assert isa in self.isas, f"isa={isa!r} is none of {self.isas!r}"
         self.raw.zif_cpu_use_isa(isa.encode())
+        if keeps_memory():
+            self.raw.zif_cpu_keep_memory()
         if self.raw.zif_cpu_use_threads(num_threads):
             raise PlatformUnavailableError(
                 f"the system gives this process no {num_threads} threads; set ZIF_CPU_THREADS lower, or raise its limit"

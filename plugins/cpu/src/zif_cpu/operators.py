@@ -32,7 +32,7 @@ MAX_TOKENS_PER_EXPERT = 64
 _ANY_NUMBER = 1 << 30
 MAX_TOKENS_BY_ISA: Mapping[tuple[str, str], int] = MappingProxyType(
     {
-        ("amx", "bfloat16"): 512,
+        ("amx", "bfloat16"): _ANY_NUMBER,
         # Processors without 16-bit products: torch widens too, and is three times as slow at it.
         **dict.fromkeys(itertools.product(("avx2", "avx512", "avx512_vnni"), ("bfloat16", "float16")), _ANY_NUMBER),
     }
@@ -57,7 +57,7 @@ class NativeOps(QuantizedOps):
 
     def __init__(self, library: Library, isa: str, *, batch_invariant: bool = False) -> None:
         raw = self._raw = library.raw
-        self._linear_kernel = raw.zif_cpu_multiply
+        self._linear_kernel = raw.zif_cpu_linear
         self._rms_norm_kernel = raw.zif_cpu_rms_norm
         self._add_rms_norm_kernel = raw.zif_cpu_add_rms_norm
         self._rotate_kernel = raw.zif_cpu_rotate

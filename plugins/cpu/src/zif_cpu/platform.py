@@ -184,7 +184,7 @@ def _plan_notes(workload: Workload, device: DeviceInfo, kernels: Kernels) -> Ite
     else:
         yield f"native kernels: {kernels.isa}" + ("" if kernels.isa != "portable" else ", which are slow")
         if workload.batch_invariant:
-            yield "batch-invariant: torch makes no products, which it does faster for the largest prompts"
+            yield "batch-invariant: torch makes no products"
     native = {"bfloat16": {"amx_bf16", "avx512_bf16", "bf16", "svebf16"}, "float16": {"avx512_fp16", "asimd"}}
     if workload.dtype in native and not native[workload.dtype] & {*runtime["instruction set"].split()}:
         yield f"this processor has no {workload.dtype} instructions: float32 may be faster, at twice the bytes"

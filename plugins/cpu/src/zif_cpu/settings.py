@@ -35,6 +35,16 @@ def library_file(environ: Mapping[str, str] | None = None) -> Path | None:
     return Path(named) if named else None
 
 
+def keeps_memory(environ: Mapping[str, str] | None = None) -> bool:
+    """Return whether freed memory may stay with the process: unless the user tunes the C library's allocator.
+
+    `environ` None is the process's environment. Source: mallopt(3), its environment variables.
+    """
+    environ = os.environ if environ is None else environ
+    tuned = "MALLOC_MMAP_THRESHOLD_" in environ or "MALLOC_TRIM_THRESHOLD_" in environ
+    return not tuned and "glibc.malloc" not in environ.get("GLIBC_TUNABLES", "")
+
+
 def limit_spinning() -> None:
     """Let threads that wait sleep soon (`zif.host.threads.limit_spinning`). Mutates the process's environment."""
     threads.limit_spinning(os.environ)

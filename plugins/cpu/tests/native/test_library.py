@@ -1,5 +1,6 @@
 """Finding, loading and choosing the native library, and what is said where that fails."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -134,3 +135,30 @@ def test_loading_imports_no_array_library():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+FAULTS = """
+import resource, sys
+import torch
+from zif_cpu.library import choose_kernels
+
+kernels = choose_kernels(None)
+kernels.library.use(kernels.isa, 1)
+
+def faults_of(count):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(count):
+        torch.empty(9 << 20, dtype=torch.uint8).fill_(1)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+faults_of(16)
+print(faults_of(8))
+"""
+
+
+@pytest.mark.parametrize(("tuned", "kept"), [({}, True), ({"MALLOC_MMAP_THRESHOLD_": "1048576"}, False)])
+def test_memory_of_a_step_is_not_faulted_in_again_unless_the_allocator_is_tuned(present, tuned, kept):
+    environ = {**os.environ, "ZIF_CPU_ISA": "portable", **tuned}
+    ran = subprocess.run([sys.executable, "-c", FAULTS], env=environ, capture_output=True, text=True, check=True)
+    pages = 8 * (9 << 20) // os.sysconf("SC_PAGE_SIZE")
+    assert (int(ran.stdout) < pages // 100) == kept, f"{ran.stdout} faults of {pages} pages"

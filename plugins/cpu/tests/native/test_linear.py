@@ -1,6 +1,7 @@
 """Products of the native library against float64, for every instruction set."""
 
 import math
+from struct import Struct
 
 import pytest
 import torch
@@ -25,10 +26,9 @@ def multiply(library, x, weight, bias=None):
     tokens, outputs = x.shape[0], weight.shape[0]
     guarded = torch.full((tokens * outputs + 64,), 7.0, dtype=x.dtype)
     y = guarded[32:-32].view(tokens, outputs)
-    library.raw.zif_cpu_linear(
-        *(x.data_ptr(), x.stride(0), weight.data_ptr(), None if bias is None else bias.data_ptr(), y.data_ptr()),
-        *(tokens, x.shape[1], outputs, DTYPE_CODES[str(x.dtype).removeprefix("torch.")]),
-    )
+    arrays = x.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr(), y.data_ptr()
+    sizes = x.stride(0), tokens, x.shape[1], outputs, DTYPE_CODES[str(x.dtype).removeprefix("torch.")]
+    library.raw.zif_cpu_linear(Struct("4P4qi").pack(*arrays, *sizes))
     outside = torch.cat((guarded[:32], guarded[-32:]))
     assert bool((outside == 7).all()), "written outside of the result"
     return y

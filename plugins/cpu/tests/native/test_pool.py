@@ -58,7 +58,8 @@ def test_a_child_process_computes_too():
         pytest.skip(str(load_library()))
     code = textwrap.dedent(
         """
-        import os, ctypes
+        import os
+        from struct import Struct
         import numpy as np
         from zif_cpu.library import load_library
 
@@ -68,7 +69,7 @@ def test_a_child_process_computes_too():
 
         def multiply():
             at = [array.ctypes.data for array in (x, weight, y)]
-            library.raw.zif_cpu_linear(at[0], 64, at[1], None, at[2], 2, 64, 128, 0)
+            library.raw.zif_cpu_linear(Struct("4P4qi").pack(at[0], at[1], 0, at[2], 64, 2, 64, 128, 0))
             return int(y.sum())
 
         assert multiply() == 2 * 128 * 64
@@ -81,3 +82,38 @@ def test_a_child_process_computes_too():
     environment = {name: value for name, value in os.environ.items() if name != "ZIF_CPU_ISA"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
     assert done.stdout.split() == ["0", str(2 * 128 * 64)], done.stderr
+
+
+@pytest.mark.skipif(
+    not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2,
+    reason="needs two processors to choose from",
+)
+def test_a_thread_leaves_the_processor_of_the_one_that_calls():
+    if not isinstance(load_library(), Library):
+        pytest.skip(str(load_library()))
+    code = textwrap.dedent(
+        """
+        import os
+        from pathlib import Path
+        from struct import Struct
+        import numpy as np
+        from zif_cpu.library import load_library
+
+        def threads():
+            return {int(task.name) for task in Path("/proc/self/task").iterdir()}
+
+        library, before = load_library(), threads()
+        library.raw.zif_cpu_use_threads(2)
+        (worker,) = threads() - before
+        shared = min(os.sched_getaffinity(0))
+        for thread in (0, worker):
+            os.sched_setaffinity(thread, {shared})
+        x, weight, y = (np.ones(shape, np.float32) for shape in ((64, 512), (512, 512), (64, 512)))
+        at = [array.ctypes.data for array in (x, weight, y)]
+        for _ in range(20):
+            library.raw.zif_cpu_linear(Struct("4P4qi").pack(at[0], at[1], 0, at[2], 512, 64, 512, 512, 0))
+        assert (y == 512).all()
+        assert shared not in os.sched_getaffinity(worker), os.sched_getaffinity(worker)
+        """
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

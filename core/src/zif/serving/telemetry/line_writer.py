@@ -1,0 +1,57 @@
+"""Writes log lines from a thread of its own, so that a reader of the log who stands still stops nobody else.
+
+A bounded number of lines waits. Those that find no place are counted, and the count is a line as soon as there is room.
+"""
+
+import contextlib
+import json
+import logging
+import queue
+import threading
+from typing import Final, TextIO
+
+from zif.serving.telemetry.access_log import JsonLines
+
+MAX_WAITING_LINES: Final = 10_000
+CLOSE_S: Final = 2.0
+"""How long the end waits for lines to be written."""
+
+
+class LineWriter(logging.Handler):
+    """A log handler that formats at once, as `JsonLines`, never waiting for `stream`. Close it to have all written."""
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__()
+        self.setFormatter(JsonLines())
+        self._stream = stream
+        self._waiting: queue.Queue[str | None] = queue.Queue(MAX_WAITING_LINES)
+        self._num_lost = 0
+        self._thread = threading.Thread(target=self._write, name="log-lines", daemon=True)
+        self._thread.start()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Put a line in the queue, or count it as lost."""
+        try:
+            self._waiting.put_nowait(self.format(record))
+        except queue.Full:
+            self._num_lost += 1
+        except Exception:  # as every handler: a line that cannot be formatted is reported, not raised
+            self.handleError(record)
+
+    def close(self) -> None:
+        """Write what waits, for two seconds at most. Idempotent."""
+        with contextlib.suppress(queue.Full):
+            self._waiting.put(None, timeout=CLOSE_S)
+        self._thread.join(CLOSE_S)
+        super().close()
+
+    def _write(self) -> None:
+        while (line := self._waiting.get()) is not None:
+            num_lost, self._num_lost = self._num_lost, 0
+            if num_lost:
+                line += "\n" + json.dumps({"level": "warning", "message": "log lines were lost", "lost": num_lost})
+            # Nobody reads any more, or the disk is full: there is nowhere left to say so.
+            with contextlib.suppress(OSError, ValueError):
+                self._stream.write(line + "\n")
+                if self._waiting.empty():
+                    self._stream.flush()
