@@ -122,7 +122,10 @@ class GlooCommunicator(Communicator):
         self._calls.put(None)
         if self._last is None or self._last.done():
             # A thread that still ran while Python ends could take the process down: gloo's destructors wait for Python.
+            # That includes gloo's own threads, which let go of a call's tensors after its end and are joined here.
             self._thread.join(self.group.deadline_s)
+            if not self._thread.is_alive():
+                del self._gloo
 
     def _run(self, operation: str, start: Callable[[], Work]) -> None:
         """Make one gloo call and wait for it, for the deadline at most."""
