@@ -63,7 +63,7 @@ struct HeadTask {
 
     void place_pieces(Pieces& pieces) {
         query = pieces.take<float>(held * words);
-        scores = pieces.take<float>(held * kScoreStride);
+        scores = pieces.take<float>(held * larger(kScoreStride, width));  // of rows one by one: their sums
         // Behind the last row as many as a tile has: single rows are multiplied by whole tiles too.
         weights = kTiled ? pieces.take<Weight>((held + 16) * kStride) : reinterpret_cast<Weight*>(scores);
         for (float** softmax : {&running, &fresh}) *softmax = pieces.take<float>(Softmax::size(held, width));

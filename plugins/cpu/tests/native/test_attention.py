@@ -187,7 +187,7 @@ def test_a_row_depends_on_no_other_row_and_on_no_number_of_threads(
 
 
 @pytest.mark.parametrize("dtype", CODES)
-@pytest.mark.parametrize("head_dim", [24, 32])
+@pytest.mark.parametrize("head_dim", [24, 32, 512])
 @pytest.mark.parametrize("window", [None, 3])
 def test_what_a_query_does_not_see_may_be_no_number(native, dtype, head_dim, window):
     requests = ((9, 20), (16, 300), (5, 5))
