@@ -5,6 +5,8 @@
 #   make test    all tests
 #   make check   format, lint, types, import contracts, house rules and fast tests: under a minute
 #   make simulate  two million steps of the control plane under random traffic and faults: some minutes
+#   make overload, hang, kills, slow-reader, fuzz, schemathesis, lm-eval  proofs of the server: docs/operations.md says what each one shows
+#   make prove-serving  all of these, one after another in short form
 #   make bench   throughput and latency on the model in examples/
 #   make test-intel, make test-tpu  the tests and the conformance suite of these plugins, in environments of their own
 #   make conform  prove the CPU platform and the reference platform; bundles go to build/conformance
@@ -44,6 +46,7 @@ TESTS := core/tests $(PLUGINS:%=plugins/%/tests) conformance/tests
 FAST := $(addprefix core/tests/,contract host house settings scheduling kv null parsing simulation text cli) conformance/tests
 
 .PHONY: run serve test test-intel test-tpu check simulate bench conform conform-gpus static-code sanitize self-test matrix freeze lock clean environment
+.PHONY: overload hang kills slow-reader fuzz schemathesis lm-eval prove-serving
 
 run: $(INSTALLED)
 	$(BIN)/zif generate $(MODEL) --prompt "$(PROMPT)" --max-tokens 128 --temperature 0.6 --top-p 0.9 --request-seed 1
@@ -85,6 +88,36 @@ sanitize: $(INSTALLED_DEV)
 
 simulate: $(INSTALLED)
 	$(BIN)/zif simulate --seed $(SEED) --steps 2000000 --workers $(WORKERS)
+
+overload: $(INSTALLED_DEV)
+	$(BIN)/python benchmarks/overload.py $(OVERLOAD)
+
+hang: $(INSTALLED_DEV)
+	$(BIN)/python core/tests/serving/engine/hang.py $(HANG)
+
+kills: $(INSTALLED_DEV)
+	$(BIN)/python core/tests/serving/engine/kills.py --seed $(SEED) $(KILLS)
+
+slow-reader: $(INSTALLED_DEV)
+	$(BIN)/python core/tests/serving/http/slow_reader.py $(SLOW_READER)
+
+fuzz: $(INSTALLED_DEV)
+	$(BIN)/python core/tests/serving/http/fuzz.py --seed $(SEED) $(FUZZ)
+
+schemathesis: $(INSTALLED_DEV)
+	$(BIN)/python core/tests/serving/http/schemathesis_run.py $(SCHEMATHESIS)
+
+lm-eval: $(INSTALLED_DEV)
+	$(BIN)/python core/tests/serving/lm_eval_run.py
+
+# Options of the proofs in short form; a variable that is given on the command line stands.
+prove-serving: OVERLOAD ?= --seconds 30 --peak-seconds 6
+prove-serving: HANG ?= --kill-after 5
+prove-serving: KILLS ?= --kills 20
+prove-serving: SLOW_READER ?= --readers 8 --rounds 2 --leavers 50
+prove-serving: FUZZ ?= --requests 5000
+prove-serving: SCHEMATHESIS ?= --max-examples 20
+prove-serving: kills hang slow-reader fuzz schemathesis lm-eval overload
 
 bench: $(INSTALLED)
 	$(BIN)/zif bench throughput $(MODEL) --num-prompts 64 --input-len 128 --output-len 128

@@ -23,7 +23,7 @@ import sys
 from pathlib import Path
 
 from cpu.engines import ENGINES, engine, num_cores
-from cpu.environments import PeerError
+from cpu.environments import CACHE, PeerError
 from cpu.plot import svg
 from cpu.report import is_current, readme_section, report, write_section
 from cpu.results import Results, read
@@ -31,7 +31,6 @@ from cpu.rounds import Plan, run, set_up
 from cpu.workloads import MAIN, workloads
 
 RESULTS = Path(__file__).parent / "results"
-CACHE = Path.home() / ".cache" / "zif" / "benchmarks"
 
 
 def main() -> int:
@@ -47,9 +46,9 @@ def main() -> int:
     except PeerError as error:
         print(error, file=sys.stderr)
         return 2
-    results = Results.begin(path, options.quick, options.fresh)
     if options.only_setup:
-        return 0 if len(set_up(plan, results)) == len(plan.engines) else 1
+        return 1 if set_up(plan) else 0
+    results = Results.begin(path, options.quick, options.fresh)
     try:
         run(plan, results)
     finally:
@@ -98,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engines", help=f"of {', '.join(entry.name for entry in ENGINES)}")
     parser.add_argument("--workloads", help=f"of {', '.join(workloads())}")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="how often each engine runs in turn")
     parser.add_argument("--other-rounds", type=int, default=1, help=f"of workloads other than {', '.join(MAIN)}")
     parser.add_argument("--quick", action="store_true", help="an eighth of the output")
     parser.add_argument("--threads", type=int, default=num_cores(), help="threads of every engine; default: cores")
@@ -107,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--environments", type=Path, default=CACHE, help="folder of environments and weights")
     parser.add_argument("--json", type=Path, help="file of results")
     parser.add_argument("--fresh", action="store_true", help="forget what the file of results has")
-    parser.add_argument("--only-setup", action="store_true")
+    parser.add_argument("--only-setup", action="store_true", help="make environments and weights, measure nothing")
     parser.add_argument("--table", action="store_true", help="print the report of the results and measure nothing")
     parser.add_argument("--readme", type=Path, help="write the section of this file and measure nothing")
     parser.add_argument("--check", action="store_true", help="with --readme: compare and write nothing")

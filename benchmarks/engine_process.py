@@ -10,9 +10,10 @@ the processes' own accounts and does not depend on what else the machine does, r
 import argparse
 import asyncio
 import json
-import os
 import time
 from pathlib import Path
+
+from cpu.session import cpu_seconds
 
 from zif import SamplingParams
 from zif.serving.answers import EnginePrompt
@@ -22,12 +23,6 @@ from zif.settings import EngineSettings
 MODEL = Path(__file__).parent.parent / "examples" / "embedded_model" / "checkpoint"
 PROMPT_LEN = 16
 WARM_UP_REQUESTS = 300
-
-
-def cpu_seconds(pid: int) -> float:
-    """Return user and system time of a process (proc(5))."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 async def ask(engine: ProcessEngine, num_requests: int, concurrency: int, output_len: int) -> None:

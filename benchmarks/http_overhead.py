@@ -17,12 +17,28 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
+
+from cpu.figures import percentile
+from cpu.session import cpu_seconds
 
 _REPOSITORY = Path(__file__).resolve().parents[1]
 _MODEL = _REPOSITORY / "examples" / "embedded_model" / "checkpoint"
 _PROBE_EVERY_S = 0.02
 _END = b"\r\n0\r\n\r\n"
+_EVENT = b"data:"
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """A route that costs a server next to nothing, and how its answer ends."""
+
+    path: str
+    end: bytes
+
+
+LIVEZ = Probe("/livez", b"}")
 
 
 class Connection:
@@ -37,11 +53,12 @@ class Connection:
         self._tail = b""
         self.began_s = 0.0
         self.first_s = 0.0
+        self.first_event_s = 0.0
 
     def ask(self) -> None:
         """Send the request."""
         self._tail = b""
-        self.first_s = 0.0
+        self.first_s = self.first_event_s = 0.0
         self.began_s = time.perf_counter()
         self.socket.sendall(self._request)
 
@@ -52,6 +69,10 @@ class Connection:
             self.first_s = time.perf_counter()
             if not data.startswith(b"HTTP/1.1 200"):
                 raise RuntimeError(f"the server answered {data[:300]!r}")
+        elif not data:
+            raise RuntimeError("the server closed the connection within an answer")
+        if not self.first_event_s and _EVENT in data:
+            self.first_event_s = time.perf_counter()
         self._tail = (self._tail + data)[-16:]
         return self._tail.endswith(self._end)
 
@@ -64,15 +85,20 @@ def request_bytes(path: str, body: bytes) -> bytes:
     return head.encode() + body
 
 
-def load(path: str, body: bytes, num_connections: int, seconds: float) -> dict[str, float]:
-    """Keep the connections busy for a while and return what was seen."""
+def load(path: str, body: bytes, num_connections: int, seconds: float, probed: Probe = LIVEZ) -> dict[str, float]:
+    """Keep the connections busy for a while and return what was seen.
+
+    First bytes are the answer's headers where a server sends them before it has a token; first events are not.
+    Raises `RuntimeError` for an answer that is no good one, and when none came.
+    """
     selector = selectors.DefaultSelector()
     asking = [Connection(path, request_bytes("/v1/completions", body), _END) for _ in range(num_connections)]
-    probe = Connection(path, request_bytes("/livez", b""), b"}")
+    probe = Connection(path, request_bytes(probed.path, b""), probed.end)
     for connection in [*asking, probe]:
         selector.register(connection.socket, selectors.EVENT_READ, connection)
         connection.ask()
     first_s: list[float] = []
+    first_event_s: list[float] = []
     end_s: list[float] = []
     probe_s: list[float] = []
     stop_s = time.perf_counter() + seconds
@@ -92,25 +118,27 @@ def load(path: str, body: bytes, num_connections: int, seconds: float) -> dict[s
                 continue
             end_s.append(took_s)
             first_s.append(connection.first_s - connection.began_s)
+            first_event_s.append(connection.first_event_s - connection.began_s)
             connection.ask()
+    if probe_due_s == float("inf"):  # still awaited, so it has taken that long already
+        probe_s.append(time.perf_counter() - probe.began_s)
+    for connection in [*asking, probe]:
+        connection.socket.close()
+    if not end_s:
+        raise RuntimeError(f"no stream ended within {seconds:g} s")
     return {
         "requests_per_s": len(end_s) / seconds,
         "num_requests": len(end_s),
         **_percentiles("first_byte_ms", first_s),
+        **_percentiles("first_event_ms", first_event_s),
         **_percentiles("end_ms", end_s),
+        **_percentiles("probe_ms", probe_s),
         "longest_probe_ms": max(probe_s) * 1000,
     }
 
 
 def _percentiles(name: str, seconds: list[float]) -> dict[str, float]:
-    ordered = sorted(seconds)
-    return {f"{name}_p{p}": ordered[min(len(ordered) - 1, len(ordered) * p // 100)] * 1000 for p in (50, 99)}
-
-
-def cpu_seconds(pid: int) -> float:
-    """Return the user and system time of a process, all threads. Source: proc(5), fields 14 and 15 of stat."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return {f"{name}_p{p}": percentile(seconds, p) * 1000 for p in (50, 99)}
 
 
 def children(pid: int) -> list[int]:

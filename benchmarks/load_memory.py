@@ -27,53 +27,6 @@ from pathlib import Path
 PEAK_FACTOR = 1.15
 PEAK_SLACK_BYTES = 400_000_000
 
-CONFIG = {
-    "architectures": ["Qwen3ForCausalLM"],
-    "model_type": "qwen3",
-    "vocab_size": 151936,
-    "hidden_size": 1024,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "max_position_embeddings": 40960,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1000000,
-    "tie_word_embeddings": True,
-    "torch_dtype": "bfloat16",
-}
-
-
-def build(folder: Path) -> None:
-    """Write a checkpoint of random bfloat16 weights."""
-    import torch
-    from safetensors.torch import save_file
-
-    hidden, inner, heads, kv = 1024, 3072, 16 * 128, 8 * 128
-    shapes = {"model.embed_tokens.weight": (151936, hidden), "model.norm.weight": (hidden,)}
-    per_layer = {
-        "input_layernorm": (hidden,),
-        "post_attention_layernorm": (hidden,),
-        "self_attn.q_proj": (heads, hidden),
-        "self_attn.k_proj": (kv, hidden),
-        "self_attn.v_proj": (kv, hidden),
-        "self_attn.o_proj": (hidden, heads),
-        "self_attn.q_norm": (128,),
-        "self_attn.k_norm": (128,),
-        "mlp.gate_proj": (inner, hidden),
-        "mlp.up_proj": (inner, hidden),
-        "mlp.down_proj": (hidden, inner),
-    }
-    for layer in range(28):
-        shapes |= {f"model.layers.{layer}.{name}.weight": shape for name, shape in per_layer.items()}
-    generator = torch.Generator().manual_seed(0)
-    tensors = {
-        name: (torch.randn(shape, generator=generator, dtype=torch.bfloat16) * 0.02) for name, shape in shapes.items()
-    }
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(CONFIG))
-
 
 def peak_resident_bytes() -> int:
     """Read the high-water mark of this process's resident memory."""
@@ -145,7 +98,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.folder or Path(temporary)
         if arguments.folder is None:
-            build(folder)
+            from cpu.checkpoints import write  # here, because it imports torch, whose import is measured
+
+            write(folder, "dense")
         command = [sys.executable, __file__, "--measure", "--folder", str(folder)]
         command += ["--quantization", arguments.quantization] if arguments.quantization else []
         output = subprocess.run(command, check=True, capture_output=True, text=True).stdout

@@ -2,10 +2,11 @@
 
 What it is: small-deviation normal weights in bfloat16, so that no engine meets a value that is not finite, with the
 tokenizer of the model in examples/ (prompts are token ids; some peers want a tokenizer to be there). `dense` has the
-shape of Qwen3-0.6B; `moe` that of Qwen3-MoE, scaled to fit. `dense-int8` and `moe-int8` hold the same weights in the
-compressed-tensors format, 8 bits per channel with activations quantized per token, for engines that quantize offline.
+shape of Qwen3-0.6B; `moe` that of Qwen3-MoE, scaled to fit; `tiny` has one layer, 64 wide. `dense-int8` and `moe-int8`
+hold the same weights as their namesakes in the compressed-tensors format, 8 bits per channel with activations quantized
+per token, for engines that quantize offline.
 
-    python -m cpu.checkpoints FOLDER dense|moe|dense-int8|moe-int8
+    python -m cpu.checkpoints FOLDER dense|moe|tiny|dense-int8|moe-int8
 """
 
 import json

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 MARKER = ".made-from.json"
+CACHE = Path.home() / ".cache" / "zif" / "benchmarks"
+"""Where environments and weights are kept unless told otherwise."""
 TABLE = Path(__file__).with_name("environments.toml")
 
 

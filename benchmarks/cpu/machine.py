@@ -4,6 +4,7 @@ import hashlib
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,13 @@ def describe() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "python": platform.python_version(),
     }
+
+
+def title(described: Mapping[str, Any]) -> str:
+    """Return cores, processor and the widest instruction sets of a described machine in words."""
+    amx = " and AMX" if any(flag.startswith("amx") for flag in described["instruction_sets"]) else ""
+    wide = "AVX-512" if any(flag.startswith("avx512") for flag in described["instruction_sets"]) else "AVX2"
+    return f"{described['cores']} cores of {described['processor']} ({described['family']}, {wide}{amx})"
 
 
 def source_digest() -> str:

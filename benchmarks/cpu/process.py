@@ -1,7 +1,6 @@
 """An engine's process as seen from outside: lines of JSON with a deadline, processor time, memory, and its end.
 
-The process leads a session of its own, so that what it starts (vLLM starts two more) is found again, counted with it
-and ended with it.
+What it starts belongs to it (`session.py`): vLLM starts two more.
 """
 
 import contextlib
@@ -17,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from cpu.environments import PeerError
+from cpu.session import Session
 from cpu.workloads import Request
 
-TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 END_S = 20.0
 """How long a process may take to end by itself."""
 
@@ -40,6 +39,7 @@ class EngineProcess:
             env={**os.environ, **variables},
             start_new_session=True,
         )
+        self.session = Session(self._process.pid)
         self._received = b""
 
     def __enter__(self) -> "EngineProcess":
@@ -51,8 +51,7 @@ class EngineProcess:
         self._process.stdin.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout=END_S)
-        for pid in self.processes():
-            _kill(pid)
+        self.session.kill()
         self._process.wait()
         self._process.stdout.close()
         self._errors.close()
@@ -71,31 +70,6 @@ class EngineProcess:
         except BrokenPipeError:
             raise PeerError(self._ended()) from None
         return self._receive(timeout_s)
-
-    def processes(self) -> list[int]:
-        """Return every process of the session."""
-        found = []
-        for entry in Path("/proc").iterdir():
-            fields = _stat(entry) if entry.name.isdigit() else []
-            if fields and int(fields[3]) == self._process.pid:
-                found.append(int(entry.name))
-        return found
-
-    def cpu_s(self) -> float:
-        """Return the processor time of the session's processes, those that ended and were waited for included."""
-        stats = [_stat(Path(f"/proc/{pid}")) for pid in self.processes()]
-        return sum(int(ticks) for fields in stats for ticks in fields[11:15]) / TICKS_PER_S
-
-    def peak_bytes(self) -> int:
-        """Return the sum of the processes' largest resident memory, mapped files included."""
-        total = 0
-        for pid in self.processes():
-            try:
-                lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-            except OSError:
-                continue
-            total += sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
-        return total
 
     def _receive(self, timeout_s: float) -> dict[str, Any]:
         """Return the next line. Raises `PeerError` when it says failed, does not come in time, or the process ends."""
@@ -127,16 +101,3 @@ class EngineProcess:
         self._errors.seek(0)
         said = " | ".join(line for line in self._errors.read().splitlines()[-6:] if line.strip())
         return f"the process ended with {reason}: {said[-800:]}"
-
-
-def _stat(folder: Path) -> list[str]:
-    """Return the fields of /proc/PID/stat from the third on; nothing when the process is gone."""
-    try:
-        return (folder / "stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return []
-
-
-def _kill(pid: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)

@@ -4,8 +4,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cpu import machine
 from cpu.engines import ENGINES, Engine
 from cpu.figures import ratio
+from cpu.markdown import UNKNOWN, flat, number, table
 from cpu.shapes import model_shape
 from cpu.targets import Summary, Target, floor_tokens_per_s, targets
 from cpu.workloads import Workload, workloads
@@ -14,7 +16,6 @@ BEGIN = "<!-- performance of the CPU platform: written by `python benchmarks/cpu
 END = "<!-- end of the performance of the CPU platform -->"
 SHOWN = ("one", "eight", "many")
 SCHEMES = {"bf16": "16-bit weights", "int8": "8-bit weights"}
-UNKNOWN = "-"
 
 
 def report(data: Mapping[str, Any]) -> str:
@@ -29,7 +30,7 @@ def report(data: Mapping[str, Any]) -> str:
     parts += ["## Start and memory", _starts(summary, listed)]
     parts += ["## Targets", _targets(summary)]
     if data["notes"]:
-        notes = (f"- **{subject}**: {_flat(text)}" for subject, text in sorted(data["notes"].items()))
+        notes = (f"- **{subject}**: {flat(text)}" for subject, text in sorted(data["notes"].items()))
         parts += ["## What did not run", "\n".join(notes)]
     parts += ["## Versions and configurations", _versions(data, listed)]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -43,15 +44,16 @@ def readme_section(data: Mapping[str, Any], plot: str, full: str) -> str:
     for engine in _listed(data):
         rates = [_cell(summary, engine, name) for name in SHOWN]
         if any(cell != UNKNOWN for cell in rates):
-            rows.append([engine.title, *rates, _number(summary.start(engine.name, "first_token_s"), " s")])
+            rows.append([engine.title, *rates, number(summary.start(engine.name, "first_token_s"), " s")])
     reached = sum(_is_met(summary, target) is True for target in targets(model_shape("dense")))
     judged = sum(_is_met(summary, target) is not None for target in targets(model_shape("dense")))
     words = (
-        f"Output tokens per second on {_machine(data)}, {_rounds(data)}; a model of the shape of Qwen3-0.6B with "
-        f"random weights, the same prompts for every engine, greedy. {reached} of {judged} targets are reached. "
+        f"Output tokens per second on {machine.title(data['machine'])}, {_rounds(data)}; a model of the shape of "
+        "Qwen3-0.6B with random weights, the same prompts for every engine, greedy. "
+        f"{reached} of {judged} targets are reached. "
         f"[{full}]({full}) has all workloads, latencies, floors, targets, versions and what did not run."
     )
-    return "\n\n".join([words, _table(head, rows), f"![Output tokens per second]({plot})"])
+    return "\n\n".join([words, table(head, rows), f"![Output tokens per second]({plot})"])
 
 
 def write_section(readme: Path, section: str) -> None:
@@ -84,7 +86,7 @@ def _preamble(data: Mapping[str, Any]) -> str:
     quick = "**Shortened traffic: these figures only show that it runs.** " if data["quick"] else ""
     memory = f"{data['machine']['memory_bytes'] / 2**30:.0f} GiB"
     return (
-        f"{_warning(data)}{quick}{data['date']}; {_machine(data)}, {memory}; {sets}. "
+        f"{_warning(data)}{quick}{data['date']}; {machine.title(data['machine'])}, {memory}; {sets}. "
         f"Medians over {_rounds(data)}; each engine runs in a process of its own, the order turns from round to round. "
         f"Floors, the best of the same rounds, products with torch: {', '.join(rates)}.\n\n"
         + "\n".join(f"    {command}" for command in data["commands"])
@@ -96,7 +98,7 @@ def _warning(data: Mapping[str, Any]) -> str:
     for name, about in data["versions"].items():
         kernels = str(about["configuration"].get("kernels", ""))
         if kernels.startswith("torch"):
-            return f"**{name} ran without its kernels ({_flat(kernels)[:300]}).** "
+            return f"**{name} ran without its kernels ({flat(kernels)[:300]}).** "
     return ""
 
 
@@ -106,10 +108,10 @@ def _rates(summary: Summary, engines: Sequence[Engine], scheme: str) -> str:
     floors = [_floor_cell(summary, w, scheme) for w in known.values()]
     rows = [[engine.title, *(_cell(summary, engine, name) for name in known)] for engine in engines]
     shares = [
-        _number(ratio(summary.figure(f"zif-{scheme}", name), _floor(summary, w, scheme)), "", 2)
+        number(ratio(summary.figure(f"zif-{scheme}", name), _floor(summary, w, scheme)), "", 2)
         for name, w in known.items()
     ]
-    return _table(head, [*rows, ["floor", *floors], ["zif over floor", *shares]])
+    return table(head, [*rows, ["floor", *floors], ["zif over floor", *shares]])
 
 
 def _ratios(summary: Summary, engines: Sequence[Engine], ours: str) -> str:
@@ -118,9 +120,9 @@ def _ratios(summary: Summary, engines: Sequence[Engine], ours: str) -> str:
     if not names or not peers:
         return ""
     rows = [
-        [peer.title, *(_number(summary.times_faster(ours, peer.name, name), "", 2) for name in names)] for peer in peers
+        [peer.title, *(number(summary.times_faster(ours, peer.name, name), "", 2) for name in names)] for peer in peers
     ]
-    return _table(["", *names], rows)
+    return table(["", *names], rows)
 
 
 def _latencies(summary: Summary, engines: Sequence[Engine]) -> str:
@@ -130,22 +132,22 @@ def _latencies(summary: Summary, engines: Sequence[Engine]) -> str:
     for engine in engines:
         values = [summary.figure(engine.name, "mixed", key) for key in keys]
         if any(value is not None for value in values):
-            cells = [_number(value, " s", 2) for value in values[:2]]
-            cells += [_number(value and value * 1e3, " ms", 0) for value in values[2:4]]
-            rows.append([engine.title, *cells, _number(values[4]), _number(values[5])])
-    return _table(head, rows) if rows else "Not measured."
+            cells = [number(value, " s", 2) for value in values[:2]]
+            cells += [number(value and value * 1e3, " ms", 0) for value in values[2:4]]
+            rows.append([engine.title, *cells, number(values[4]), number(values[5])])
+    return table(head, rows) if rows else "Not measured."
 
 
 def _starts(summary: Summary, engines: Sequence[Engine]) -> str:
     rows = []
     for engine in engines:
-        cells = [_number(summary.start(engine.name, key), " s", 1) for key in ("load_s", "ready_s", "first_token_s")]
+        cells = [number(summary.start(engine.name, key), " s", 1) for key in ("load_s", "ready_s", "first_token_s")]
         peak, idle = summary.start(engine.name, "peak_bytes"), summary.start(engine.name, "idle_cores")
-        cells += [_number(peak and peak / 2**30, " GiB"), _number(None if idle is None else idle * 100, " %", 2)]
+        cells += [number(peak and peak / 2**30, " GiB"), number(None if idle is None else idle * 100, " %", 2)]
         if any(cell != UNKNOWN for cell in cells):
             rows.append([engine.title, *cells])
     head = ["", "loading", "process ready", "first token of 128 in", "peak memory, mapped files included"]
-    return _table([*head, "idle, of a core"], rows)
+    return table([*head, "idle, of a core"], rows)
 
 
 def _targets(summary: Summary) -> str:
@@ -154,8 +156,8 @@ def _targets(summary: Summary) -> str:
         value, met = target.measured(summary), _is_met(summary, target)
         sign = "at most" if target.at_most else "at least"
         verdict = {True: "reached", False: "**missed**", None: "not measured"}[met]
-        rows.append([target.text, f"{sign} {target.bound:g}{target.unit}", _number(value, target.unit, 2), verdict])
-    return _table(["target", "bound", "measured", ""], rows)
+        rows.append([target.text, f"{sign} {target.bound:g}{target.unit}", number(value, target.unit, 2), verdict])
+    return table(["target", "bound", "measured", ""], rows)
 
 
 def _versions(data: Mapping[str, Any], engines: Sequence[Engine]) -> str:
@@ -164,10 +166,10 @@ def _versions(data: Mapping[str, Any], engines: Sequence[Engine]) -> str:
         about = data["versions"].get(engine.name)
         if about:
             versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-            rows.append([engine.title, versions, _flat(str(about["configuration"]))[:700]])
+            rows.append([engine.title, versions, flat(str(about["configuration"]))[:700]])
     sources = sorted({run["sources"] for run in data["runs"] if run["engine"].startswith("zif") and "sources" in run})
     words = f"zif is of commit {data['commit']}, its sources have the digest {', '.join(sources) or 'unknown'}."
-    return _table(["", "versions", "configuration"], rows) + f"\n\n{words}"
+    return table(["", "versions", "configuration"], rows) + f"\n\n{words}"
 
 
 def _is_met(summary: Summary, target: Target) -> bool | None:
@@ -187,11 +189,11 @@ def _floor(summary: Summary, workload: Workload, scheme: str) -> float | None:
 
 
 def _floor_cell(summary: Summary, workload: Workload, scheme: str) -> str:
-    return _number(_floor(summary, workload, scheme))
+    return number(_floor(summary, workload, scheme))
 
 
 def _cell(summary: Summary, engine: Engine, workload: str) -> str:
-    text = _number(summary.figure(engine.name, workload))
+    text = number(summary.figure(engine.name, workload))
     rounds = summary.num_rounds(engine.name, workload)
     most = max((summary.num_rounds(other.name, workload) for other in ENGINES), default=0)
     return f"{text} (1 round)" if rounds == 1 < most else text
@@ -207,26 +209,6 @@ def _title(data: Mapping[str, Any], name: str) -> str:
     return workloads(data["quick"])[name].title
 
 
-def _machine(data: Mapping[str, Any]) -> str:
-    machine = data["machine"]
-    amx = " and AMX" if any(flag.startswith("amx") for flag in machine["instruction_sets"]) else ""
-    wide = "AVX-512" if any(flag.startswith("avx512") for flag in machine["instruction_sets"]) else "AVX2"
-    return f"{machine['cores']} cores of {machine['processor']} ({machine['family']}, {wide}{amx})"
-
-
 def _rounds(data: Mapping[str, Any]) -> str:
     count = 1 + max((run["round"] for run in data["runs"] if run["workloads"]), default=0)
     return "1 round" if count == 1 else f"{count} interleaved rounds"
-
-
-def _number(value: float | None, unit: str = "", digits: int = 1) -> str:
-    return UNKNOWN if value is None else f"{value:,.{digits}f}{unit}"
-
-
-def _flat(text: str) -> str:
-    return " ".join(text.split()).replace("|", "/")
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)

@@ -43,25 +43,29 @@ class Plan:
     num_other_rounds: int = 1
 
 
-def set_up(plan: Plan, results: Results) -> list[Engine]:
-    """Make environments and weights; return the engines that have both. What fails becomes a note."""
-    usable = []
+def set_up(plan: Plan) -> dict[str, str]:
+    """Make environments and weights; return what failed, by the engine's name."""
+    failed = {}
     for engine in plan.engines:
         try:
             prepare(plan.folder, engine.environment)
             for model in models_of(plan):
                 prepare_weights(plan.folder, engine, model)
-            usable.append(engine)
         except PeerError as error:
             _say(f"{engine.name}: {error}")
-            results.note(engine.name, f"could not be set up: {error}")
-    results.save(plan.command)
-    return usable
+            failed[engine.name] = f"could not be set up: {error}"
+    return failed
 
 
 def run(plan: Plan, results: Results) -> None:
     """Run all rounds; results are saved after each process."""
-    usable = set_up(plan, results)
+    failed = set_up(plan)
+    for engine in plan.engines:
+        results.data["notes"].pop(engine.name, None)  # of an earlier run
+    for name, text in failed.items():
+        results.note(name, text)
+    results.save(plan.command)
+    usable = [engine for engine in plan.engines if engine.name not in failed]
     for round_index in range(plan.num_rounds):
         if not any(_missing(plan, results, engine, round_index) for engine in usable):
             continue
@@ -113,7 +117,7 @@ def _run_engine(plan: Plan, results: Results, key: tuple[Engine, str, int], name
                 entry["idle_cores"] = _idle_cores(process, plan.idle_s)
             for at in names:
                 entry["workloads"][at] = _run_workload(process, plan.workloads[at], plan.timeout_s)
-                entry["peak_bytes"] = process.peak_bytes()
+                entry["peak_bytes"] = process.session.peak_bytes()
     except PeerError as error:
         _say(f"{engine.name}, {at}: {error}")
         entry["errors"][at] = str(error)
@@ -131,25 +135,25 @@ def _start(process: EngineProcess, entry: dict[str, Any]) -> dict[str, Any]:
     process.ask(cold_start().requests, START_S)
     entry["first_token_s"] = round(time.perf_counter() - process.started, 3)
     process.ask(warm_up().requests, START_S)
-    entry["start_cpu_s"] = round(process.cpu_s(), 1)
+    entry["start_cpu_s"] = round(process.session.cpu_s(), 1)
     return {"versions": about["versions"], "configuration": about["configuration"]}
 
 
 def _run_workload(process: EngineProcess, workload: Workload, timeout_s: float) -> dict[str, Any]:
     if workload.primer:
         process.ask(workload.primer, timeout_s)
-    before = process.cpu_s()
+    before = process.session.cpu_s()
     answered = process.ask(workload.requests, timeout_s)
-    used = process.cpu_s() - before
+    used = process.session.cpu_s() - before
     figures = figures_of(workload, answered["token_s"], answered["wall_s"])
     return {**figures, "cores_used": round(used / answered["wall_s"], 3)}
 
 
 def _idle_cores(process: EngineProcess, idle_s: float) -> float:
     """Return how many cores the engine's processes use while nobody asks."""
-    before, started = process.cpu_s(), time.perf_counter()
+    before, started = process.session.cpu_s(), time.perf_counter()
     time.sleep(idle_s)
-    return round((process.cpu_s() - before) / (time.perf_counter() - started), 5)
+    return round((process.session.cpu_s() - before) / (time.perf_counter() - started), 5)
 
 
 def _say(text: str) -> None:

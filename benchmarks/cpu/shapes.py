@@ -43,6 +43,19 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "router_aux_loss_coef": 0.001,
         **_SHARED,
     },
+    # So little to compute that what is left is serving; no workload of the engines has it.
+    "tiny": {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "vocab_size": 3072,
+        "num_hidden_layers": 1,
+        "intermediate_size": 128,
+        **_SHARED,
+        "head_dim": 64,
+        "num_attention_heads": 1,
+        "num_key_value_heads": 1,
+        "hidden_size": 64,
+    },
 }
 
 

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from zif.contract.sampling import SamplingParams
     from zif.contract.structured import StructuredOutput
     from zif.engine.llm import LLM
-    from zif.engine.outputs import CompletionOutput, Logprob, RequestOutput
+    from zif.engine.outputs import CompletionOutput, Logprob, PooledOutput, RequestOutput
 
 __version__ = "0.1.0"
 
@@ -18,12 +18,22 @@ _HOMES = {
     "LLM": "zif.engine.llm",
     "CompletionOutput": "zif.engine.outputs",
     "Logprob": "zif.engine.outputs",
+    "PooledOutput": "zif.engine.outputs",
     "RequestOutput": "zif.engine.outputs",
     "SamplingParams": "zif.contract.sampling",
     "StructuredOutput": "zif.contract.structured",
 }
 
-__all__ = ["LLM", "CompletionOutput", "Logprob", "RequestOutput", "SamplingParams", "StructuredOutput", "__version__"]
+__all__ = [
+    "LLM",
+    "CompletionOutput",
+    "Logprob",
+    "PooledOutput",
+    "RequestOutput",
+    "SamplingParams",
+    "StructuredOutput",
+    "__version__",
+]
 
 
 def __getattr__(name: str) -> Any:

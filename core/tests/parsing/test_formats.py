@@ -151,6 +151,7 @@ TEMPLATES = [
     ("<tool_call>{{ name }}\n<arg_key>{{ k }}</arg_key><arg_value>{{ v }}</arg_value>", "glm"),
     ('Environment: ipython ... \'{"name": "\' + name + \'", "parameters": \'', "llama3"),
     ("[AVAILABLE_TOOLS] ... [TOOL_CALLS]", "mistral"),
+    ("[AVAILABLE_TOOLS] ... [TOOL_CALLS] ... [ARGS]", "mistral_args"),
     ("'<\uff5ctool\u2581calls\u2581begin\uff5c>' ... '\\n' + '```json' + '\\n' ... </think>", "deepseek_v3"),
     ("'<\uff5ctool\u2581calls\u2581begin\uff5c>' + name + '<\uff5ctool\u2581sep\uff5c>' ... </think>", "deepseek_v31"),
     ("<|tool_calls_section_begin|><|tool_call_begin|>{{ id }}", "kimi_k2"),

@@ -9,6 +9,7 @@ Nothing here sleeps. A script with `gates` waits before its k-th delta until the
 """
 
 import asyncio
+import struct
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,7 @@ from zif.serving.answers import (
     EngineStats,
     EngineUnavailableError,
     ModelInfo,
+    OverloadedError,
     PositionLogprobs,
     SampleDelta,
     TokenLogprob,
@@ -57,7 +59,8 @@ class Script:
     """What one prompt is answered with: one token and one delta for each piece of text, alike for all n samples.
 
     `pieces` None gives words in turn, as many as `max_tokens` (default 16). `error` is raised before delta number
-    `error_at`. Gate k is awaited before delta k; with fewer gates than deltas the rest come at once.
+    `error_at`. Gate k is awaited before delta k; with fewer gates than deltas the rest come at once. A prompt that is
+    pooled becomes `vector`.
     """
 
     pieces: Sequence[str] | None = None
@@ -67,6 +70,7 @@ class Script:
     num_cached_tokens: int = 0
     error: Exception | None = None
     error_at: int = 0
+    vector: Sequence[float] = (3.0, 4.0)
     gates: Sequence[asyncio.Event] = ()
 
 
@@ -95,6 +99,7 @@ class FakeEngine:
         self.state = EngineState.READY
         self.stats: EngineStats | None = make_stats()
         self.problem_text: str | None = None
+        self.full: str | None = None
         self.submitted: list[Submission] = []
         self.num_resets = 0
 
@@ -111,6 +116,10 @@ class FakeEngine:
 
     def problem(self) -> str | None:
         return self.problem_text
+
+    def check_room(self) -> None:
+        if self.full is not None:
+            raise OverloadedError(self.full, 1.5)
 
     async def reset_prefix_cache(self) -> None:
         self.num_resets += 1
@@ -140,6 +149,10 @@ class FakeEngine:
 
 
 def _deltas(script: Script, prompt: EnginePrompt, sampling: SamplingParams) -> list[AnswerDelta]:
+    if prompt.pooling is not None:
+        vector = struct.pack(f"<{len(script.vector)}f", *script.vector)
+        ended = SampleDelta(0, "", [], None, script.finish_reason or "stop")
+        return [AnswerDelta([ended], True, len(prompt.token_ids), script.num_cached_tokens, pooled=vector)]
     limit = 16 if sampling.max_tokens is None else min(sampling.max_tokens, MAX_PIECES)
     pieces = [WORDS[k % len(WORDS)] for k in range(limit)] if script.pieces is None else list(script.pieces)[:limit]
     ids = script.token_ids or [FIRST_TOKEN_ID + k for k in range(len(pieces))]

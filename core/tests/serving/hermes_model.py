@@ -68,12 +68,12 @@ class Served:
     @contextlib.asynccontextmanager
     async def anthropic(self):
         async with self._http() as http:
-            yield anthropic.AsyncAnthropic(api_key="k", base_url="http://test", http_client=http, max_retries=0)
+            yield anthropic.AsyncAnthropic(api_key="k", base_url="http://localhost", http_client=http, max_retries=0)
 
     @contextlib.asynccontextmanager
     async def openai(self):
         async with self._http() as http:
-            yield openai.AsyncOpenAI(api_key="k", base_url="http://test/v1", http_client=http, max_retries=0)
+            yield openai.AsyncOpenAI(api_key="k", base_url="http://localhost/v1", http_client=http, max_retries=0)
 
     @contextlib.asynccontextmanager
     async def _http(self):

@@ -5,7 +5,10 @@ import pytest
 from zif.contract import SamplingParams, StructuredOutput
 from zif.errors import RequestError
 from zif.parsing.events import TextPiece, ToolCallArguments, ToolCallBegin, ToolCallEnd
+from zif.parsing.formats import load_format
+from zif.serving.answer_plans import plan_answer
 from zif.serving.answers import SampleDelta
+from zif.serving.chat_formats import ChatFormat
 from zif.serving.chat_service import ChatSample
 from zif.serving.chat_turn import ChatTurn, ToolChoice, ToolMode, check_tools
 from zif.serving.tool_constraints import required_calls_schema
@@ -41,19 +44,47 @@ def test_only_calls_that_have_ended_are_calls(events, expected):
     assert sample.take(SampleDelta(0, "x", [1], finish_reason="stop")).finish_reason == expected
 
 
-def turn(mode):
-    sampling = SamplingParams(structured=StructuredOutput(json_object=True))
-    return ChatTurn(messages=[], tools=[TOOL], tool_choice=ToolChoice(mode), sampling=sampling)
+FORM = StructuredOutput(json_object=True)
 
 
-@pytest.mark.parametrize("mode", [ToolMode.AUTO, ToolMode.REQUIRED])
-def test_tools_and_a_form_exclude_each_other(mode):
-    with pytest.raises(RequestError, match="exclude each other"):
-        check_tools(turn(mode))
+def plan(mode, form=None, strict=(), family="hermes", **options):
+    sampling = SamplingParams(structured=form, **options)
+    choice = ToolChoice(mode, "look")
+    turn = ChatTurn(messages=[], sampling=sampling, tools=[TOOL], tool_choice=choice, strict_tools=frozenset(strict))
+    check_tools(turn)
+    chat_format = ChatFormat(load_format(family))
+    return plan_answer(turn, chat_format, chat_format.call_grammar({}.get, [0]), "a prompt")
 
 
-def test_tools_that_are_not_to_be_called_go_with_a_form():
-    check_tools(turn(ToolMode.NONE))
+@pytest.mark.parametrize(
+    ("mode", "form", "strict", "kept", "alternative"),
+    [
+        (ToolMode.AUTO, None, (), False, False),
+        (ToolMode.AUTO, None, ("look",), True, False),
+        (ToolMode.AUTO, FORM, (), True, True),
+        (ToolMode.NONE, FORM, ("look",), True, False),
+        (ToolMode.NONE, None, ("look",), False, False),
+        (ToolMode.REQUIRED, FORM, (), True, False),
+        (ToolMode.NAMED, FORM, ("look",), True, False),
+    ],
+)
+def test_tools_and_forms_say_how_an_answer_is_held(mode, form, strict, kept, alternative):
+    structured = plan(mode, form, strict).sampling.structured
+    assert (structured is not None) == kept
+    assert kept is False or (structured.or_grammar is not None) == alternative
+    if mode in (ToolMode.REQUIRED, ToolMode.NAMED):
+        assert structured != form
+
+
+def test_strict_tools_and_an_answer_without_end_exclude_each_other():
+    with pytest.raises(RequestError, match="ignore_eos=True excludes strict tools"):
+        plan(ToolMode.AUTO, strict=("look",), ignore_eos=True)
+
+
+def test_strict_tools_of_a_family_that_calls_none_are_kept_by_calling_none():
+    assert plan(ToolMode.AUTO, strict=("look",), family="plain").sampling.structured is None
+    with pytest.raises(RequestError, match="has no calls"):
+        plan(ToolMode.AUTO, FORM, family="plain")
 
 
 def test_references_of_a_tools_schema_lead_to_that_schema():

@@ -30,11 +30,12 @@ from zif.kv.prefix import PrefixFinder
 from zif.kv.slabs import HeldSlabs
 from zif.kv.swap import SwapSpace
 from zif.kv.tiers import TierIndex
-from zif.scheduling import lifecycle, planner, scheduler
+from zif.scheduling import admission, lifecycle, planner, scheduler
 from zif.scheduling.deadlines import Deadlines
 from zif.scheduling.lifecycle import Lifecycle
 from zif.scheduling.queue import RequestQueue
 from zif.scheduling.scheduler import TokenBudgetScheduler
+from zif.scheduling.trials import Trials
 from zif.simulation import Campaign, SimulatedRunner, SimulationFailure, run_scenarios
 from zif.simulation import runner as simulation_runner
 
@@ -571,6 +572,36 @@ def encoder_blocks_are_shared_without_being_found(monkeypatch):
         return prefix
 
     monkeypatch.setattr(PrefixFinder, "find", find)
+
+
+def nonsense_stays_findable(monkeypatch):
+    monkeypatch.setattr(PagedBlockManager, "quarantine", lambda self, request: None)
+
+
+def samples_share_the_prompt_of_a_faulty_sibling(monkeypatch):
+    def holds_prompt(request):
+        return bool(request.block_ids) and request.num_computed_tokens >= request.num_prompt_tokens
+
+    monkeypatch.setattr(admission, "_holds_prompt", holds_prompt)
+
+
+def any_request_of_a_step_that_raised_is_blamed(monkeypatch):
+    original = Trials.blame
+    monkeypatch.setattr(Trials, "blame", lambda self, ends, *, alone: original(self, ends, alone=True))
+
+
+def requests_keep_their_place_when_a_step_raises(monkeypatch):
+    original = TokenBudgetScheduler.abandon
+
+    def abandon(self, plans, error):
+        started_over = Lifecycle.start_over
+        Lifecycle.start_over = lambda requests, request: None
+        try:
+            return original(self, plans, error)
+        finally:
+            Lifecycle.start_over = started_over
+
+    monkeypatch.setattr(TokenBudgetScheduler, "abandon", abandon)
 
 
 BUGS = [

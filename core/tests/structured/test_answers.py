@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import jsonschema
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from support.structured_forms import SCHEMAS
 from zif import LLM, SamplingParams, StructuredOutput
+from zif.contract import NO_TOKEN_LEFT
 from zif.errors import RequestError
 from zif.null.runner import NullRunner
 
@@ -188,6 +190,7 @@ def test_a_form_that_fails_on_the_way_ends_its_request_only(platform, monkeypatc
         bad, good = llm.generate([PROMPT, PROMPT], [sampling(FORMS[0]), free], use_tqdm=False)
         llm.engine.check_integrity()
     assert bad.outputs[0].finish_reason == "error"
+    assert (bad.outputs[0].error or "").startswith(NO_TOKEN_LEFT)
     assert "to follow so far" in (bad.outputs[0].error or "")
     assert good.outputs[0].finish_reason in ("length", "stop")
 
@@ -196,7 +199,32 @@ def test_options_that_leave_the_form_no_token_are_a_fault_that_names_them():
     with LLM(MODEL, platform="cpu", **SMALL) as llm:
         (output,) = llm.generate(PROMPT, sampling(FORMS[2], allowed_token_ids=[5]), use_tqdm=False)
     assert output.outputs[0].finish_reason == "error"
+    assert (output.outputs[0].error or "").startswith(NO_TOKEN_LEFT)
     assert "structured" in (output.outputs[0].error or "")
+
+
+@pytest.mark.parametrize("speculation", ["off", "ngram"])
+def test_a_form_that_is_complete_ends_before_the_fewest_tokens_that_were_asked_for(speculation):
+    options = [sampling(form, min_tokens=60, temperature=0.0) for form in (FORMS[2], StructuredOutput(regex="a{2}b*"))]
+    with LLM(MODEL, platform="cpu", **SMALL, speculation=speculation) as llm:
+        ((choice,), (repeated,)) = texts(llm, options)
+    assert choice[0] in FORMS[2].choice
+    assert choice[1] == "stop"
+    # Where the form may go on, it does.
+    assert re.fullmatch("aab{30,}", repeated[0])
+
+
+def test_a_grammar_may_stand_in_place_of_any_form(null):
+    other = 'start: "<" /[0-9]/ ">"'
+    for form in FORMS:
+        both = replace(form, or_grammar=other)
+        answers = [texts(null, [sampling(both)], f"prompt {k}")[0][0] for k in range(12)]
+        assert all(reason == "stop" for _, reason in answers)
+        found = [text for text, _ in answers]
+        others = [text for text in found if re.fullmatch("<[0-9]>", text)]
+        assert 0 < len(others) < len(found)
+        for text in set(found) - set(others):
+            check(form, text)
 
 
 def test_making_ready_early_changes_nothing_and_fails_nobody(null, tmp_path):

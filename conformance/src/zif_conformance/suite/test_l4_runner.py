@@ -4,8 +4,9 @@ import contextlib
 from collections.abc import Iterator, Sequence
 
 import pytest
+import torch
 
-from zif.contract import Feature, SamplingParams
+from zif.contract import Feature, HiddenRows, SamplingParams, StepResult
 from zif_conformance.gates.result import Record
 from zif_conformance.marks import conforms
 from zif_conformance.proof import GateRecorder
@@ -208,3 +209,34 @@ def test_plans_come_before_results(tiny: TinyModels, record_gate: GateRecorder, 
             stepper.apply(plan, future)
     assert [len(row.output) for row in rows] == [9, 9]
     _hold(tiny, record_gate, family, rows)
+
+
+@conforms(level="L4", gate="G7", clause="10.15")
+@pytest.mark.parametrize("chunk", [1, 7, 64])
+@pytest.mark.parametrize("family", families("dense", "window"))
+def test_hidden_states_beside_tokens(tiny: TinyModels, record_gate: GateRecorder, family: str, chunk: int) -> None:
+    tokens = prompt_tokens(2 * tiny.block_size + 3, 31)
+    with _stepper(tiny, family) as stepper:
+        beside = stepper.start(prompt_tokens(9, 32))
+        # A runner that reports no hidden states is never asked for any.
+        asked = [*HiddenRows] if stepper.runner.reports_hidden else []
+        rows = [stepper.start_hidden(tokens, hidden) for hidden in asked]
+        found = {row.hidden: b"" for row in rows}
+        for start in range(0, len(tokens), chunk):
+            num_tokens = min(chunk, len(tokens) - start)
+            num_beside = beside.num_known - beside.num_computed
+            result = stepper.step([*((row, num_tokens) for row in rows), (beside, num_beside)])
+            _take_hidden(result, rows, found)
+    _hold(tiny, record_gate, family, [beside])
+    for hidden, data in found.items():
+        states = torch.frombuffer(bytearray(data), dtype=torch.float32)
+        states = states.view(len(tokens) if hidden is HiddenRows.ALL else 1, -1)
+        tiny.truth(family).hold_hidden(record_gate, tokens, states)
+
+
+def _take_hidden(result: StepResult, rows: Sequence[Row], found: dict[HiddenRows | None, bytes]) -> None:
+    """Add what a step reports to `found`; only requests that asked have something."""
+    assert set(result.hidden) <= {row.request_id for row in rows}
+    for row in rows:
+        found[row.hidden] += result.hidden.get(row.request_id, b"")
+        assert not row.output

@@ -13,6 +13,7 @@ from typing import Any
 from zif.contract import (
     Device,
     Draft,
+    HiddenRows,
     KVArena,
     ModelRunner,
     RecurrentStateSpec,
@@ -43,6 +44,7 @@ class Row:
     num_computed: int = 0
     num_known: int = 0
     fault: str | None = None
+    hidden: HiddenRows | None = None
 
     @property
     def output(self) -> list[int]:
@@ -120,6 +122,13 @@ class Stepper:
         self._plan.started.append(RequestStart(number, list(tokens), num_prompt, tables, sampling, seed))
         return row
 
+    def start_hidden(self, tokens: Sequence[int], hidden: HiddenRows) -> Row:
+        """Start a request that wants hidden states in place of tokens."""
+        row = self.start(tokens)
+        row.hidden = hidden
+        self._plan.started[-1] = replace(self._plan.started[-1], hidden=hidden)
+        return row
+
     def release(self, row: Row) -> None:
         """Release a request with the next step; its blocks are free at once."""
         self._plan.released.append(row.request_id)
@@ -157,7 +166,7 @@ class Stepper:
             self.step([(row, min(chunk or self._max_tokens, row.num_known - row.num_computed)) for row in behind])
 
     def _add(self, plan: StepPlan, row: Row, num_tokens: int, draft: list[int] | None) -> None:
-        samples = row.num_computed + num_tokens == row.num_known
+        samples = row.num_computed + num_tokens == row.num_known and row.hidden is None
         if draft is not None:
             assert samples, "a draft follows known tokens"
             plan.drafts[row.request_id] = Draft(list(draft), row.spares)

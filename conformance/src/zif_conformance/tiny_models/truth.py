@@ -54,6 +54,12 @@ class Truth:
         exact, declared = self._logits(token_ids, len(logprobs))
         hold(record, model_top1(logprobs, exact, declared), model_divergence(logprobs, exact, declared))
 
+    def hold_hidden(self, record: Record, token_ids: Sequence[int], hidden: torch.Tensor) -> None:
+        """Assert gate G7 for hidden states [T, C] of the last T of `token_ids`: the exact model's head reads them."""
+        with torch.inference_mode():
+            logits = self.exact_model.lm_head(hidden.double())
+        self.hold_logprobs(record, token_ids, logits.log_softmax(-1))
+
     def _logits(self, token_ids: Sequence[int], num_last: int) -> tuple[torch.Tensor, torch.Tensor]:
         ids = torch.tensor([list(token_ids)])
         with torch.inference_mode():

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 
 from zif import __version__
-from zif.cli import bench, chat, conform, explain, generate, platforms, serve, simulate
+from zif.cli import batch, bench, chat, conform, explain, generate, platforms, serve, simulate
 from zif.contract.sampling import SamplingParams
 from zif.errors import ConfigError, ZifError
 from zif.serving.http.settings import serve_setting_fields
@@ -45,7 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="zif", description="LLM inference on any hardware that has a plugin.")
     parser.add_argument("--version", action="version", version=f"zif {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (generate, chat, serve, bench, platforms, explain, simulate, conform):
+    for command in (generate, chat, serve, batch, bench, platforms, explain, simulate, conform):
         command.register(commands)
     return parser
 

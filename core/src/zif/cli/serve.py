@@ -2,13 +2,15 @@
 
 import argparse
 import asyncio
+import io
 import logging
+import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from zif.cli.setting_options import add_declared_options, add_setting_options, resolved_settings_of
-from zif.cli.terminal import StartProgress, note, warn
+from zif.cli.terminal import StartProgress, warn
 from zif.errors import ConfigError
 from zif.serving.http.settings import (
     KEY_VARIABLE,
@@ -23,6 +25,7 @@ from zif.settings import EngineSettings, format_settings
 if TYPE_CHECKING:
     from zif.serving.engine.client import ProcessEngine
     from zif.serving.telemetry.kv_events import KVEventSettings
+    from zif.serving.telemetry.line_writer import LineWriter
     from zif.serving.telemetry.phases import PhaseTimes
 
 
@@ -62,9 +65,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _check(engine: EngineSettings, serving: ResolvedServeSettings) -> int:
     """Check what can be checked without starting anything."""
-    from zif.serving.http.sockets import check_tls
+    from zif.serving.http.sockets import tls_context
 
-    check_tls(serving.settings)
+    tls_context(serving.settings)
     _kv_events(serving.settings)
     _require_model(engine.model)
     return 0
@@ -79,28 +82,41 @@ def _serve(engine: EngineSettings, serving: ResolvedServeSettings) -> int:
     from zif.serving.telemetry.line_writer import LineWriter
 
     _require_model(engine.model)
-    lines = LineWriter(sys.stderr)
-    logger = logging.getLogger("zif")
-    logger.addHandler(lines)
-    logger.setLevel(logging.INFO)
+    lines = LineWriter(_unlocked_stderr())
+    # At the root, so that what libraries warn of does not wait for its reader either.
+    logging.getLogger().addHandler(lines)
+    logging.getLogger("zif").setLevel(logging.INFO)
     if serving.settings.insecure and not serving.keys and not serving.settings.is_local():
         warn("anybody who can reach this machine may use the model: there is no key")
     try:
-        return asyncio.run(_run(engine, serving))
+        return asyncio.run(_run(engine, serving, lines))
     finally:
-        logger.removeHandler(lines)
+        logging.getLogger().removeHandler(lines)
         lines.close()
 
 
-async def _run(engine: EngineSettings, serving: ResolvedServeSettings) -> int:
+def _unlocked_stderr() -> TextIO:
+    """Return standard error without a buffer.
+
+    The lock of a buffer is held while somebody waits for its reader; the interpreter, when it exits, would wait too.
+    """
+    if sys.stderr is None:  # closed before the start: its number may be another file's by now
+        return Path(os.devnull).open("w", encoding="utf-8")
+    raw = io.FileIO(sys.stderr.fileno(), "w", closefd=False)
+    return io.TextIOWrapper(raw, "utf-8", "backslashreplace", write_through=True)
+
+
+async def _run(engine: EngineSettings, serving: ResolvedServeSettings, lines: "LineWriter") -> int:
     from zif.serving.http.assembly import open_apis
     from zif.serving.http.server import ServerParts, StopSignals, serve
     from zif.serving.telemetry.phases import PhaseTimes
 
     stop = StopSignals()
     stop.install()
-    phases = PhaseTimes(StartProgress())
-    parts = ServerParts(_process_engine(engine, serving, phases), open_apis, note, stop, phases)
+    phases = PhaseTimes(StartProgress(lines.write))
+    parts = ServerParts(
+        _process_engine(engine, serving, phases), open_apis, lambda text: lines.write(f"{text}\n"), stop, phases
+    )
     return await serve(serving, parts)
 
 
@@ -114,6 +130,7 @@ def _process_engine(engine: EngineSettings, serving: ResolvedServeSettings, phas
         max_queued=settings.max_queued_requests,
         max_queued_tokens=settings.max_queued_tokens,
         step_limit_s=settings.hang_after_s,
+        kill_hung_s=settings.kill_hung_after_s,
     )
     name = settings.model_names(Path(engine.model).resolve().name)[0]
     options = ProcessOptions(limits=limits, name=name, kv_events=_kv_events(settings))

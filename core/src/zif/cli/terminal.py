@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -37,8 +38,10 @@ def held_as(model: "ModelDescription") -> str:
 class StartProgress:
     """Shows how an engine starts: a line that renews itself on a terminal, a line now and then elsewhere."""
 
-    def __init__(self) -> None:
-        self._live = sys.stderr.isatty()
+    def __init__(self, write: Callable[[str], None] | None = None) -> None:
+        """Show it with `write`, by default on standard error at once."""
+        self._write = write or _write_error
+        self._live = sys.stderr is not None and sys.stderr.isatty()
         self._phase = ""
         self._phase_begin_s = self._shown_s = time.perf_counter()
 
@@ -56,7 +59,11 @@ class StartProgress:
 
     def _show(self, text: str, *, lasting: bool) -> None:
         begin = "\r\x1b[K" if self._live else ""
-        print(f"{begin}{text}", end="\n" if lasting else "", file=sys.stderr, flush=True)
+        self._write(f"{begin}{text}\n" if lasting else f"{begin}{text}")
+
+
+def _write_error(text: str) -> None:
+    print(text, end="", file=sys.stderr, flush=True)
 
 
 @dataclass(slots=True)

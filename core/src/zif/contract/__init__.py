@@ -12,6 +12,7 @@ from zif.contract.collectives import Communicator, CommunicatorError, Communicat
 from zif.contract.config import EngineConfig
 from zif.contract.device import Device, Health
 from zif.contract.graphs import EagerGraphs, GraphRunner
+from zif.contract.hidden import HiddenRows
 from zif.contract.hooks import CONTRACT_VERSION, ENTRY_POINT_GROUP, PROJECT_NAME, hookimpl
 from zif.contract.kinds import (
     AttentionSpec,
@@ -56,6 +57,7 @@ from zif.contract.runner import ModelRunner, Progress
 from zif.contract.sampling import GREEDY_TEMPERATURE, MAX_LOGPROBS, MAX_SAMPLES, SamplingParams
 from zif.contract.scheduling import BlockManager, KVUsage, Scheduler, TokenUpdate
 from zif.contract.step import (
+    NO_TOKEN_LEFT,
     BlockUpdate,
     CompletedStep,
     Draft,
@@ -86,6 +88,7 @@ __all__ = [
     "MAX_LOGPROBS",
     "MAX_SAMPLES",
     "NEVER",
+    "NO_TOKEN_LEFT",
     "PROJECT_NAME",
     "Activation",
     "Allocator",
@@ -128,6 +131,7 @@ __all__ = [
     "Grammars",
     "GraphRunner",
     "Health",
+    "HiddenRows",
     "HostArray",
     "KVArena",
     "KVGroup",

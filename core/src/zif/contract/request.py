@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from enum import Enum, StrEnum
 from typing import Final
 
+from zif.contract.hidden import HiddenRows
 from zif.contract.sampling import SamplingParams
 
 
@@ -51,13 +52,15 @@ class CacheKey:
 class PrefixMiss(StrEnum):
     """Why no longer prefix was found computed.
 
-    CACHING_OFF and PROMPT_LOGPROBS: nothing was looked up, because reuse is off or every prompt token's logits are
-    asked for. SHORT_PROMPT: less than a block and a token. NOT_SEEN: nobody has computed this before. EVICTED: it was
-    computed and its memory reused. NO_CHECKPOINT: the tokens were found, a recurrent state to go on from was not.
+    CACHING_OFF, PROMPT_LOGPROBS and HIDDEN_STATES: nothing was looked up, because reuse is off or every prompt token's
+    logits or hidden states are asked for. SHORT_PROMPT: less than a block and a token. NOT_SEEN: nobody has computed
+    this before. EVICTED: it was computed and its memory reused. NO_CHECKPOINT: the tokens were found, a recurrent state
+    to go on from was not.
     """
 
     CACHING_OFF = "caching_off"
     PROMPT_LOGPROBS = "prompt_logprobs"
+    HIDDEN_STATES = "hidden_states"
     SHORT_PROMPT = "short_prompt"
     NOT_SEEN = "not_seen"
     EVICTED = "evicted"
@@ -111,13 +114,17 @@ class Request:
     `num_planned_tokens` are the computed tokens and those that steps under way compute; `num_pending_tokens` tokens
     will be known when those steps end. `draft_token_ids` are guesses of the next tokens, made after the last step.
     `num_encoder_tokens` is the length of the input that cross-attention layers see. `retention` says which blocks to
-    keep for longer or less long than others.
+    keep for longer or less long than others. A request with `hidden` wants the hidden states of its prompt: it samples
+    nothing and ends with reason STOP when its tokens are computed.
 
     `tenant` is who the tokens are charged to under fair shares and whose quota cached blocks count against. Past
     `deadline_s`, on the scheduler's clock, the
     request ends with reason ABORT and says so in `error`. The scheduler sets `first_step`, the step that last
     started the request, `due_s`, after which no later request may
     pass this one, `order`, the place among running requests (smaller first), and `num_bypasses`, how many have passed.
+
+    `distrusts_cache` is set when a step gave nonsense on blocks that the request had found: nothing is looked up for it
+    any more.
 
     `block_ids` maps, per layer group, logical block to block id, 0 where a block was returned. `capacity` counts the
     token slots that every group holds; `next_commit` is the number of computed tokens at which `commit` has work;
@@ -141,6 +148,7 @@ class Request:
     deadline_s: float | None = None
     retention: tuple[Retention, ...] = ()
     num_encoder_tokens: int = 0
+    hidden: HiddenRows | None = None
     draft_token_ids: list[int] = field(default_factory=list)
     due_s: float = math.inf
     order: tuple[float, ...] = ()
@@ -157,6 +165,7 @@ class Request:
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
     error: str | None = None
+    distrusts_cache: bool = False
     block_ids: tuple[list[int], ...] = ()
     capacity: int = 0
     next_commit: int = 0

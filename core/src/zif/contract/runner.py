@@ -44,6 +44,11 @@ class ModelRunner(ABC):
         """Say whether `StepPlan.drafts` is served."""
         return False
 
+    @property
+    def reports_hidden(self) -> bool:
+        """Say whether `RequestStart.hidden` is served."""
+        return False
+
     def attach_store(self, store: KVStore) -> bool:
         """Take the store that `StepPlan.transfers` refers to; called after `start`. False when no copies are served."""
         return False

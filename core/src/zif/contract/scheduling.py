@@ -34,7 +34,8 @@ class BlockManager(ABC):
         """Give a request without blocks a share of the longest computed prefix that every group can serve.
 
         The prefix is found in the prefix index, or in the blocks of `source`, a running request with the same prompt.
-        At least one known token is left to compute. Sets `block_ids`, `capacity`, `next_commit` and
+        At least one known token is left to compute. A request that wants every hidden state (`HiddenRows.ALL`) gets no
+        more than it has computed itself. Sets `block_ids`, `capacity`, `next_commit` and
         `num_computed_tokens`.
         """
 
@@ -92,6 +93,13 @@ class BlockManager(ABC):
     @abstractmethod
     def release(self, request: Request) -> None:
         """Take every block from `request`; indexed blocks stay findable until they are reused."""
+
+    def quarantine(self, request: Request) -> None:
+        """Let nobody find what `request` has computed or found: its numbers are not to be trusted. It keeps its blocks.
+
+        Others that hold some of these blocks keep them too. The default forgets every computed prefix.
+        """
+        self.reset_prefix_cache()
 
     @abstractmethod
     def can_hold(self, request: Request, num_tokens: int) -> bool:
@@ -152,6 +160,19 @@ class Scheduler(ABC):
         Plans are applied in order, each once; again, it changes nothing. Raises `ContractError`, nothing changed, on
         the result of another step or of one that is not the oldest under way.
         """
+
+    @property
+    def serves_hidden(self) -> bool:
+        """Say whether requests with `hidden` are planned without a sample and ended when their tokens are computed."""
+        return False
+
+    def abandon(self, plans: Sequence[StepPlan], error: str) -> list[TokenUpdate] | None:
+        """Hear that the first of `plans` raised, and that these, all that were under way, will never give a result.
+
+        Nothing writes any more. Requests go on from what is known of them; the one that makes steps raise ends with
+        `error`, once it is found. Returns what ended; None when there is no going on, as always by default.
+        """
+        return None
 
     def holders(self) -> list[Request]:
         """Return the ended requests whose blocks are not returned yet, because steps under way may write to them."""

@@ -7,8 +7,12 @@ step needs no array library and crosses a process border as it is.
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from zif.contract.hidden import HiddenRows
 from zif.contract.sampling import SamplingParams
 from zif.contract.transfers import Transfers
+
+NO_TOKEN_LEFT = "no token is left to sample"
+"""How a fault begins that a request's own options caused: the request is wrong, the model and its device are well."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +22,8 @@ class RequestStart:
     `token_ids` are all known tokens, the first `num_prompt_tokens` of them the prompt. `block_ids` is the full block
     table, one list per layer group, indexed by logical block; entries behind a window are the null block 0.
     `seed` is never None here: the engine has drawn one if the caller gave none. `media` name the non-text input and
-    `num_encoder_tokens` is its length for cross-attention; the runner knows the input by its name.
+    `num_encoder_tokens` is its length for cross-attention; the runner knows the input by its name. A request with
+    `hidden` wants hidden states in place of a token, and never samples.
     """
 
     request_id: int
@@ -31,6 +36,7 @@ class RequestStart:
     bad_words_ids: tuple[tuple[int, ...], ...] = ()
     media: tuple[str, ...] = ()
     num_encoder_tokens: int = 0
+    hidden: HiddenRows | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,8 +116,13 @@ class StepResult:
     has if it has one, else none. The
     dictionaries are keyed by request id and hold only requests that asked. `prompt_logprobs` covers the prompt tokens
     after the first that this step computed the predecessors of, in order. `faults` says why one request failed; the
-    others are unaffected and a faulty request's `sampled` entry is ignored. `lost` are the handles of `BlockLoad`s
-    whose content was gone: what the requests that asked for them computed in this step is void.
+    others are unaffected and a faulty request's `sampled` entry is ignored; where its own options are the reason the
+    text begins with `NO_TOKEN_LEFT`. `unsound` are those of `faults` whose cause
+    is what the model computed, which is not finite: nobody may use it again. `lost` are the handles of `BlockLoad`s
+    whose content was gone: what the requests that asked for them computed in this step is void. `hidden` are the rows
+    that requests with `RequestStart.hidden` asked for, by request id: the final hidden state, after the last norm, as
+    float32, little endian, row after row; of HiddenRows.LAST one row in the step that computes the last known token, of
+    ALL a row for each token of the step.
     """
 
     step: int
@@ -120,6 +131,8 @@ class StepResult:
     prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
     faults: dict[int, str] = field(default_factory=dict)
     lost: list[int] = field(default_factory=list)
+    hidden: dict[int, bytes] = field(default_factory=dict)
+    unsound: set[int] = field(default_factory=set)
 
 
 class StepFuture(Protocol):

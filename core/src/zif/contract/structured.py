@@ -43,8 +43,8 @@ class StructuredOutput:
 
     `json` is a JSON schema, an object or its text, which is what it becomes. `json_object` asks for any JSON object.
     `regex` must match the whole answer; its classes are those of ASCII. `choice` lists the only answers there are.
-    `grammar` is a context-free grammar in Lark's notation whose start rule is `start`. Values out of bounds raise
-    `RequestError`.
+    `grammar` is a context-free grammar in Lark's notation whose start rule is `start`. `or_grammar` may stand beside
+    any of them: one that the answer may follow in place of the form. Values out of bounds raise `RequestError`.
     """
 
     json: str | Mapping[str, Any] | None = None
@@ -52,6 +52,7 @@ class StructuredOutput:
     regex: str | None = None
     choice: Sequence[str] | None = None
     grammar: str | None = None
+    or_grammar: str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.json_object, bool):
@@ -68,9 +69,9 @@ class StructuredOutput:
         elif self.regex is not None:
             _check_text("regex", self.regex, MAX_REGEX_CHARACTERS)
         elif self.grammar is not None:
-            _check_text("grammar", self.grammar, MAX_GRAMMAR_CHARACTERS)
-            if len(lines := self.grammar.splitlines()) > MAX_GRAMMAR_LINES:
-                raise RequestError(f"grammar has {len(lines)} lines; the limit is {MAX_GRAMMAR_LINES}")
+            _check_grammar("grammar", self.grammar)
+        if self.or_grammar is not None:
+            _check_grammar("or_grammar", self.or_grammar)
 
     @property
     def kind(self) -> StructuredKind:
@@ -79,7 +80,7 @@ class StructuredOutput:
 
     @property
     def text(self) -> str:
-        """Return the form as text: two of a kind with equal text are the same form."""
+        """Return the form as text: two of a kind with equal text and equal `or_grammar` are the same form."""
         if self.choice is not None:
             return json.dumps(list(self.choice))
         value = self.json or self.regex or self.grammar or ""
@@ -142,6 +143,11 @@ def _check_text(name: str, value: object, limit: int) -> str:
     except UnicodeEncodeError as error:
         raise RequestError(f"{name} holds {value[error.start]!r} at {error.start}, which is no character") from error
     return value
+
+
+def _check_grammar(name: str, value: object) -> None:
+    if len(lines := _check_text(name, value, MAX_GRAMMAR_CHARACTERS).splitlines()) > MAX_GRAMMAR_LINES:
+        raise RequestError(f"{name} has {len(lines)} lines; the limit is {MAX_GRAMMAR_LINES}")
 
 
 def _choices(value: object) -> tuple[str, ...]:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from zif.contract import PrefixMiss, Request
 
-_NOT_LOOKED_UP = frozenset({PrefixMiss.CACHING_OFF, PrefixMiss.PROMPT_LOGPROBS})
+_NOT_LOOKED_UP = frozenset({PrefixMiss.CACHING_OFF, PrefixMiss.PROMPT_LOGPROBS, PrefixMiss.HIDDEN_STATES})
 
 
 @dataclass(slots=True)

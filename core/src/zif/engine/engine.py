@@ -2,7 +2,7 @@
 
 Single-threaded: `LLM` and other front ends call `submit` and `step`. While the device computes a step the next one is
 planned and submitted, as far ahead as the runner takes them; results are applied in order. A fault of one request ends
-that request; an exception out of a step ends the engine, because its state is then unknown.
+that request; an exception out of a step ends the engine, or, where many share it, the request that makes steps raise.
 """
 
 import contextlib
@@ -10,34 +10,30 @@ import hashlib
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 from zif.contract import (
     BlockManager,
-    Device,
     FinishReason,
-    KVStore,
-    ModelRunner,
-    RemoteTier,
     Request,
     SamplingParams,
-    Scheduler,
     StepFuture,
     StepPlan,
     StepResult,
 )
 from zif.engine.counts import EngineCounts
+from zif.engine.failed_steps import FailedStep, is_survivable, step_error, wait_for
 from zif.engine.generation import Generation, OutputProcessor, Sample
 from zif.engine.inputs import InputProcessor, Prompt, PromptInput, eos_token_ids
 from zif.engine.kv_tiers import KVTiers
 from zif.engine.outputs import CompletionOutput, RequestOutput
+from zif.engine.parts import EngineExtras, EngineParts, wire_parts
 from zif.engine.planning import PlannedModel
+from zif.engine.pooling import POOLED_SAMPLING, Pooler, PoolingParams
 from zif.engine.proposers import make_proposer, set_drafts
 from zif.engine.vocabulary import Vocabulary
 from zif.errors import ConfigError, DeviceLostError, EngineError, RequestError
-from zif.kv.journal import BlockJournal
 from zif.structured import GrammarCompiler, TokenVocabulary
 
 logger = logging.getLogger(__name__)
@@ -46,40 +42,12 @@ PhaseProgress = Callable[[str, int, int], None]
 """Called with (phase, units done, total units) while the engine starts."""
 
 
-@dataclass(frozen=True, slots=True)
-class EngineParts:
-    """The parts that plugins can replace, wired together."""
-
-    device: Device
-    runner: ModelRunner
-    block_manager: BlockManager
-    scheduler: Scheduler
-    store: KVStore | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class EngineExtras:
-    """What a caller hands to an engine beside settings: a place for KV that engines share, a journal of blocks."""
-
-    remote_kv: RemoteTier | None = None
-    journal: BlockJournal | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class _FailedStep:
-    """The `StepFuture` of a step that could not even be submitted."""
-
-    error: Exception
-
-    def result(self) -> StepResult:
-        raise self.error
-
-
 class Engine:
     """Answer prompts with one model."""
 
-    def __init__(self, planned: PlannedModel, parts: EngineParts, vocabulary: Vocabulary) -> None:
+    def __init__(self, planned: PlannedModel, parts: EngineParts, vocabulary: Vocabulary, pooler: Pooler) -> None:
         self.vocabulary = vocabulary
+        self.pooler = pooler
         self.counts = EngineCounts()
         self._parts = parts
         self._scheduler = parts.scheduler
@@ -95,11 +63,13 @@ class Engine:
         self._num_requests = 0
         self._num_prompts = 0
         self._proposer = make_proposer(planned.config, parts.runner)
+        self._outlives_failed_steps = False
         self._failure: BaseException | None = None
         self._closed = False
 
     def check(self, given: PromptInput, sampling: SamplingParams) -> Prompt:
         """Read a prompt and check it with its options. Raises `RequestError`."""
+        self.pooler.abilities.require_generating()
         self._inputs.check_sampling(sampling)
         if sampling.structured is not None:
             if self._grammars is None:
@@ -109,6 +79,12 @@ class Engine:
                 )
             self._grammars.check(sampling.structured)
         return self._inputs.prompt(given)
+
+    def check_pooled(self, given: PromptInput, params: PoolingParams) -> Prompt:
+        """Read a prompt that is to be pooled, and check whether it can be. Raises `RequestError`."""
+        self.pooler.abilities.check(params)
+        prompt = self._inputs.prompt(given, room=0)
+        return replace(prompt, token_ids=self.pooler.strip_padding(prompt.token_ids))
 
     def load_grammars(self) -> None:
         """Make ready for structured output before the first request for it. Where it cannot be, requests say so."""
@@ -130,16 +106,35 @@ class Engine:
         self._num_prompts += 1
         requests = [self._request(prompt, sampling, index, priority) for index in range(sampling.n)]
         generation.samples = [self._outputs.begin(i, request, prompt) for i, request in enumerate(requests)]
-        for sample, request in zip(generation.samples, requests, strict=True):
+        for request in requests:
             request.siblings = tuple(requests) if sampling.n > 1 else ()
-            if prompt.timeout_s is not None:
-                request.deadline_s = generation.arrival_s + prompt.timeout_s
-            self._generations[request.request_id] = generation
-            self._samples[request.request_id] = sample
-            self._scheduler.add(request)
+        self._queue(generation)
         if sampling.prompt_logprobs is not None:
             generation.prompt_logprobs = [None] * len(prompt.token_ids)
         return generation
+
+    def submit_pooled(self, prompt: Prompt, params: PoolingParams, priority: int = 0) -> Generation:
+        """Queue a checked prompt that is to be pooled; `Generation.pooled` has the result once it has ended."""
+        self._require_alive()
+        generation = Generation(str(self._num_prompts), prompt, POOLED_SAMPLING, [], time.monotonic())
+        self._num_prompts += 1
+        generation.pooled = self.pooler.begin(params, len(prompt.token_ids))
+        request = self._request(prompt, POOLED_SAMPLING, 0, priority)
+        # One more than there are, so that the last known token is planned like any other.
+        request.max_total_tokens = len(prompt.token_ids) + 1
+        request.hidden = generation.pooled.rows
+        generation.samples = [self._outputs.begin(0, request, prompt)]
+        self._queue(generation)
+        return generation
+
+    def _queue(self, generation: Generation) -> None:
+        for sample in generation.samples:
+            request = sample.request
+            if generation.prompt.timeout_s is not None:
+                request.deadline_s = generation.arrival_s + generation.prompt.timeout_s
+            self._generations[request.request_id] = generation
+            self._samples[request.request_id] = sample
+            self._scheduler.add(request)
 
     def reject(self, given: PromptInput, error: RequestError) -> RequestOutput:
         """Return the output of a prompt that could not be queued."""
@@ -162,7 +157,11 @@ class Engine:
                 self._require_progress()
                 return []
             plan, future = self._in_flight.popleft()
-            changed = self._apply(plan, future.result())
+            try:
+                result = future.result()
+            except Exception as error:
+                return self._recover(plan, error)
+            changed = self._apply(plan, result)
             self.counts.num_steps += 1
             self.counts.last_step_s = time.monotonic() - began
             return changed
@@ -226,6 +225,23 @@ class Engine:
             finally:
                 self._parts.device.close()
 
+    def outlive_failed_steps(self) -> None:
+        """From now on let a step that raises end the request that makes it raise, and the others go on."""
+        self._outlives_failed_steps = True
+
+    def _recover(self, plan: StepPlan, error: Exception) -> list[Generation]:
+        """Go on after `plan` raised, without the request that was the cause once it is known; else raise `error`."""
+        if not (self._outlives_failed_steps and is_survivable(error)):
+            raise error
+        later = [*self._in_flight]
+        self._in_flight.clear()
+        wait_for(future for _, future in later)
+        updates = self._scheduler.abandon([plan, *(each for each, _ in later)], step_error(error))
+        if updates is None:
+            raise error
+        logger.error("a step of %d requests raised, %d ended", len(plan.request_ids), len(updates), exc_info=error)
+        return self._settle_all(self._generations[update.request.request_id] for update in updates)
+
     def _submit_ahead(self) -> None:
         """Plan and submit steps until the runner has as many under way as it takes, or there is nothing to plan."""
         # Guesses follow known tokens only, so with them one step waits for the other.
@@ -241,7 +257,7 @@ class Engine:
                 future = self._parts.runner.submit(plan)
             except Exception as error:
                 # What earlier steps gave is still good: the failure waits for its turn.
-                future = _FailedStep(error)
+                future = FailedStep(error)
             self._in_flight.append((plan, future))
 
     def _note_started(self, plan: StepPlan) -> None:
@@ -267,7 +283,7 @@ class Engine:
             request_id = update.request.request_id
             generation = self._generations[request_id]
             changed[id(generation)] = generation
-            if generation.first_token_s is None and update.new_token_ids:
+            if generation.first_token_s is None and (update.new_token_ids or request_id in result.hidden):
                 generation.first_token_s = now
                 self.counts.add_prompt(generation.samples[0].request)
             self.counts.num_generated_tokens += len(update.new_token_ids)
@@ -276,9 +292,15 @@ class Engine:
                 self._finish(sample, FinishReason.STOP)
         if result.prompt_logprobs:
             self._report_prompts(plan, result)
-        for generation in changed.values():
+        if result.hidden:
+            self._take_hidden(plan, result)
+        return self._settle_all(changed.values())
+
+    def _settle_all(self, generations: Iterable[Generation]) -> list[Generation]:
+        changed = list(dict.fromkeys(generations))
+        for generation in changed:
             self._settle(generation)
-        return list(changed.values())
+        return changed
 
     def _report_prompts(self, plan: StepPlan, result: StepResult) -> None:
         """Put prompt log-probabilities at their positions; a chunk computed twice lands on itself."""
@@ -287,6 +309,16 @@ class Engine:
             for offset, entry in enumerate(result.prompt_logprobs.get(request_id, [])):
                 assert reported is not None, f"request {request_id} did not ask for prompt log-probabilities"
                 reported[num_computed + 1 + offset] = self._outputs.position_logprobs(entry)
+
+    def _take_hidden(self, plan: StepPlan, result: StepResult) -> None:
+        """Give hidden states to the prompts that are pooled, but those of rows that were void."""
+        for request_id, start, num_tokens in zip(plan.request_ids, plan.num_computed, plan.num_tokens, strict=True):
+            generation, data = self._generations.get(request_id), result.hidden.get(request_id)
+            if generation is None or data is None:
+                continue
+            assert generation.pooled is not None, f"request {request_id} did not ask for hidden states"
+            if generation.samples[0].request.num_computed_tokens >= start + num_tokens:
+                generation.pooled.take(data, start, num_tokens)
 
     def _finish(self, sample: Sample, reason: FinishReason) -> None:
         if self._scheduler.finish(sample.request.request_id, reason) is not None and sample.text is not None:
@@ -318,21 +350,24 @@ def start_engine(
     planned: PlannedModel,
     vocabulary: Vocabulary,
     on_phase: PhaseProgress,
-    extras: EngineExtras = EngineExtras(),
+    extras: EngineExtras = EngineExtras(),  # noqa: B008 - frozen value
 ) -> Engine:
     """Open the device, load the weights and wire the parts. On failure everything opened is given back."""
     started = time.monotonic()
     device = planned.platform.open(planned.plan, rank=0)
     try:
         tiers = KVTiers(planned, extras.remote_kv)
-        parts = _wire(planned, device, tiers, extras.journal)
+        parts = wire_parts(planned, device, tiers, extras.journal)
+        pooler = Pooler.open(planned.model, parts.hidden_problem())
+        for note in pooler.notes:
+            logger.warning(note)
         parts.runner.load(planned.model, lambda done, total: on_phase("loading weights", done, total))
         on_phase("allocating KV blocks", 0, 1)
         parts.runner.start(planned.arena)
         tiers.attach(parts.runner)
         on_phase("allocating KV blocks", 1, 1)
         parts.runner.warm_up(lambda done, total: on_phase("warming up", done, total))
-        engine = Engine(planned, parts, vocabulary)
+        engine = Engine(planned, parts, vocabulary, pooler)
         _require_room(planned, parts.block_manager)
     except BaseException:
         device.close()
@@ -348,37 +383,6 @@ def _require_room(planned: PlannedModel, block_manager: BlockManager) -> None:
             f"{type(block_manager).__name__} cannot hold one request of max_model_len={planned.config.max_model_len} "
             f"tokens in the {planned.arena.num_bytes} bytes that the plan gives it; this is a fault of the plan"
         )
-
-
-def _wire(planned: PlannedModel, device: Device, tiers: KVTiers, journal: BlockJournal | None) -> EngineParts:
-    """Ask the plugins for each part, and use core's own where none answers."""
-    config, plan = planned.config, planned.plan
-    ask = partial(planned.registry.ask, plan.platform, config=config, plan=plan)
-    block_manager = ask(hook="zif_block_manager", arena=planned.arena)
-    if block_manager is None:
-        from zif.kv import PagedBlockManager, Retainer
-
-        block_manager = PagedBlockManager(
-            planned.arena,
-            enable_prefix_caching=config.enable_prefix_caching,
-            max_step_tokens=config.max_num_batched_tokens,
-            retainer=Retainer(time.monotonic, config.tenant_cache_percent),
-            tiers=tiers.setup,
-            journal=journal,
-        )
-    elif journal is not None:
-        raise EngineError(f"{type(block_manager).__name__} keeps no journal of its blocks; start without KV events")
-    scheduler = ask(hook="zif_scheduler", block_manager=block_manager)
-    if scheduler is None:
-        from zif.scheduling import TokenBudgetScheduler
-
-        scheduler = TokenBudgetScheduler(config, block_manager, plan.constraints)
-    runner = ask(hook="zif_model_runner", device=device)
-    if runner is None:
-        from zif.runtime.runner import TorchRunner
-
-        runner = TorchRunner(config, device)
-    return EngineParts(device, runner, block_manager, scheduler, tiers.store)
 
 
 def _derived_seed(engine_seed: int, request_id: int) -> int:

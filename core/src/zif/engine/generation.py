@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from zif.contract import FinishReason, Request, SamplingParams, TokenLogprobs
 from zif.engine.inputs import Prompt
 from zif.engine.outputs import CompletionOutput, Logprob, PositionLogprobs, RequestMetrics, RequestOutput
+from zif.engine.pooling import PooledPrompt
 from zif.engine.vocabulary import Vocabulary
 from zif.kv.tiers import DEVICE
 from zif.text.detokenizer import Detokenizer
@@ -94,7 +95,10 @@ class Sample:
 
 @dataclass(slots=True, eq=False)
 class Generation:
-    """A prompt, its samples, and when things happened. Handed to callers as an opaque handle."""
+    """A prompt, its samples, and when things happened. Handed to callers as an opaque handle.
+
+    `pooled` takes the hidden states of a prompt that is pooled; its one sample stays without tokens.
+    """
 
     request_id: str
     prompt: Prompt
@@ -105,11 +109,20 @@ class Generation:
     first_token_s: float | None = None
     finished_s: float | None = None
     prompt_logprobs: list[PositionLogprobs | None] | None = field(default=None)
+    pooled: PooledPrompt | None = None
 
     @property
     def finished(self) -> bool:
         """Say whether every sample has ended."""
         return self.finished_s is not None
+
+    @property
+    def pooling_error(self) -> str | None:
+        """Say why a pooled prompt that has ended has no result; None when it has one."""
+        request = self.samples[0].request
+        if request.finish_reason is not FinishReason.STOP:
+            return request.error or "it was aborted before its end"
+        return None if self.pooled is None else self.pooled.problem()
 
     @property
     def queue_s(self) -> float | None:

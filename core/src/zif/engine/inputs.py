@@ -40,10 +40,13 @@ class InputProcessor:
         self._vocabulary = vocabulary
         self._eos_ids = eos_token_ids(model, vocabulary)
 
-    def prompt(self, given: PromptInput) -> Prompt:
-        """Read a prompt in any accepted form. Raises `RequestError` with the reason when it cannot be served."""
+    def prompt(self, given: PromptInput, *, room: int = 1) -> Prompt:
+        """Read a prompt in any accepted form. `room` is how many tokens of an answer the context must hold, too.
+
+        Raises `RequestError` with the reason when it cannot be served.
+        """
         if isinstance(given, str):
-            return self._checked(Prompt(self._vocabulary.encode(given), given))
+            return self._checked(Prompt(self._vocabulary.encode(given), given), room)
         if not isinstance(given, Mapping):
             raise RequestError(
                 f"a prompt of type {type(given).__name__} is not understood; pass text, {{'prompt': text}} or "
@@ -62,7 +65,7 @@ class InputProcessor:
             raise RequestError("prompt has neither 'prompt' nor 'prompt_token_ids'")
         tenant, timeout_s = self._tenant(given.get("tenant")) or salt, _timeout_s(given.get("timeout_s"))
         retention = retention_of(given.get("retention"))
-        return self._checked(Prompt(token_ids, text, salt, tenant, timeout_s, retention))
+        return self._checked(Prompt(token_ids, text, salt, tenant, timeout_s, retention), room)
 
     def check_sampling(self, sampling: SamplingParams) -> None:
         """Raise `RequestError` when options name tokens that the model does not have, or need a tokenizer it lacks."""
@@ -119,13 +122,14 @@ class InputProcessor:
             )
         return tenant
 
-    def _checked(self, prompt: Prompt) -> Prompt:
+    def _checked(self, prompt: Prompt, room: int) -> Prompt:
         num_tokens, limit = len(prompt.token_ids), self._config.max_model_len
         if not num_tokens:
             raise RequestError("the prompt is empty: it has no tokens; pass at least one")
-        if num_tokens >= limit:
+        if num_tokens + room > limit:
+            what = "prompt and output together" if room else "nothing is cut off"
             raise RequestError(
-                f"the prompt has {num_tokens} tokens and the context is {limit} (prompt and output together); "
+                f"the prompt has {num_tokens} tokens and the context is {limit} ({what}); "
                 "shorten the prompt or raise max_model_len"
             )
         self._check_ids("prompt_token_ids", prompt.token_ids)

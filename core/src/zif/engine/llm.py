@@ -1,21 +1,20 @@
 """The offline interface: prompts in, texts out. vLLM's quick start runs with only the import changed."""
 
 import logging
-import signal
-import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any, TypeGuard, cast, overload
 
 from zif.contract import KVArena, ModelDescription, Plan, RemoteTier, SamplingParams
-from zif.engine.engine import Engine, EngineExtras, PhaseProgress, start_engine
+from zif.engine.engine import Engine, PhaseProgress, start_engine
 from zif.engine.generation import Generation
 from zif.engine.inputs import Prompt, PromptInput, default_sampling
-from zif.engine.outputs import RequestOutput
+from zif.engine.interaction import deferred_interrupt, progress_bar
+from zif.engine.outputs import ClassificationOutput, EmbeddingOutput, PooledOutput, RequestOutput, ScoringOutput
+from zif.engine.parts import EngineExtras
 from zif.engine.planning import PlannedModel, plan_model
+from zif.engine.pooled_batch import BatchOptions, classify_all, embed_all, score_all
 from zif.engine.vocabulary import Vocabulary
 from zif.errors import ConfigError, EngineError, RequestError
 from zif.kv.journal import BlockJournal
@@ -130,7 +129,7 @@ class LLM:
                 raise RequestError("an iterator of prompts takes one SamplingParams and one priority for all")
             self.check_priority(priority)
             return self._generate_lazily(prompts, sampling_params or self.get_default_sampling_params(), priority)
-        given = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
+        given = _listed(prompts)
         options = self._per_prompt(sampling_params, len(given))
         priorities = [priority] * len(given) if isinstance(priority, int) else list(priority)
         if len(priorities) != len(given):
@@ -187,6 +186,44 @@ class LLM:
         self.check_priority(priority)
         return self._follow(self._engine.check(prompt, options), options, priority)
 
+    def embed(
+        self,
+        prompts: PromptInput | Sequence[PromptInput],
+        *,
+        dimensions: int | None = None,
+        priority: int = 0,
+        use_tqdm: bool = True,
+    ) -> list[PooledOutput[EmbeddingOutput]]:
+        """Return the vector of each prompt: of its last token, or as the checkpoint's files say.
+
+        `dimensions` shortens vectors to their first elements, for models trained so. All prompts are checked before
+        any is computed; Ctrl-C ends the batch early.
+        """
+        self.check_priority(priority)
+        return embed_all(self._engine, _listed(prompts), dimensions, BatchOptions(priority, use_tqdm))
+
+    def classify(
+        self, prompts: PromptInput | Sequence[PromptInput], *, priority: int = 0, use_tqdm: bool = True
+    ) -> list[PooledOutput[ClassificationOutput]]:
+        """Return what the model's score head says of each prompt."""
+        self.check_priority(priority)
+        return classify_all(self._engine, _listed(prompts), BatchOptions(priority, use_tqdm))
+
+    def score(
+        self, queries: str | Sequence[str], documents: str | Sequence[str], *, priority: int = 0, use_tqdm: bool = True
+    ) -> list[PooledOutput[ScoringOutput]]:
+        """Return how well each document answers its query; one query stands for all documents.
+
+        The score head says so where the model has one; else it is the cosine of the two embeddings.
+        """
+        self.check_priority(priority)
+        asked = [queries] if isinstance(queries, str) else list(queries)
+        found = [documents] if isinstance(documents, str) else list(documents)
+        if len(asked) not in (1, len(found)):
+            raise RequestError(f"{len(asked)} queries for {len(found)} documents; pass one, or one for each")
+        asked = asked * len(found) if len(asked) == 1 else asked
+        return score_all(self._engine, asked, found, BatchOptions(priority, use_tqdm))
+
     def reset_prefix_cache(self) -> None:
         """Forget every computed prefix."""
         self._engine.reset_prefix_cache()
@@ -235,7 +272,7 @@ class LLM:
 
     def _step(self) -> list[Generation]:
         """Compute a step; Ctrl-C raises after it, so that it is not torn and the engine stays usable."""
-        with _deferred_interrupt() as interrupted:
+        with deferred_interrupt() as interrupted:
             changed = self._engine.step()
         if interrupted.is_set():
             raise KeyboardInterrupt
@@ -256,14 +293,14 @@ class LLM:
                 raise RequestError(f"prompt {index}: {error}") from error
         generations: list[Generation] = []
         try:
-            with _progress_bar(len(prompts), use_tqdm) as advance, _deferred_interrupt() as interrupted:
+            with progress_bar(len(prompts), use_tqdm) as advance, deferred_interrupt() as interrupted:
                 generations += [self._engine.submit(*e) for e in zip(prompts, options, priorities, strict=True)]
                 unfinished = set(generations)
                 while unfinished and not interrupted.is_set():
                     for generation in unfinished.intersection(self._engine.step()):
                         if generation.finished:
                             unfinished.remove(generation)
-                            advance(self._engine.output(generation))
+                            advance(sum(sample.request.num_output_tokens for sample in generation.samples))
                 for generation in generations:
                     self._engine.abort(generation)
         except Exception as error:
@@ -338,6 +375,10 @@ def _read_template(path: Path) -> str:
         ) from error
 
 
+def _listed(prompts: PromptInput | Sequence[PromptInput]) -> list[PromptInput]:
+    return [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
+
+
 def _is_one(priority: int | Sequence[int]) -> TypeGuard[int]:
     return isinstance(priority, int)
 
@@ -347,45 +388,6 @@ def _wants_more(held: Iterable[Generation | RequestOutput], max_running: int) ->
     entries = list(held)
     num_unfinished = sum(isinstance(entry, Generation) and not entry.finished for entry in entries)
     return num_unfinished < QUEUED_PER_RUNNING * max_running and len(entries) < HELD_PER_RUNNING * max_running
-
-
-@contextmanager
-def _progress_bar(total: int, enabled: bool) -> Iterator[Callable[[RequestOutput], None]]:
-    """Yield a function that counts finished prompts on a bar with tokens per second."""
-    from tqdm import tqdm
-
-    num_tokens = 0
-    with tqdm(total=total, desc="Processed prompts", unit="prompt", disable=not enabled) as bar:
-
-        def advance(output: RequestOutput) -> None:
-            nonlocal num_tokens
-            num_tokens += sum(len(sample.token_ids) for sample in output.outputs)
-            elapsed = bar.format_dict["elapsed"]
-            if elapsed:
-                bar.set_postfix_str(f"{num_tokens / elapsed:.1f} tokens/s", refresh=False)
-            bar.update()
-
-        yield advance
-
-
-@contextmanager
-def _deferred_interrupt() -> Iterator[threading.Event]:
-    """Turn the first Ctrl-C into an event, so that no step is torn; the second one raises as ever."""
-    interrupted = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield interrupted
-        return
-    previous = signal.getsignal(signal.SIGINT)
-
-    def on_interrupt(signum: int, frame: FrameType | None) -> None:
-        interrupted.set()
-        signal.signal(signal.SIGINT, previous)
-
-    signal.signal(signal.SIGINT, on_interrupt)
-    try:
-        yield interrupted
-    finally:
-        signal.signal(signal.SIGINT, previous)
 
 
 def _log_phase(phase: str, done: int, total: int) -> None:

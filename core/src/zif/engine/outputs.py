@@ -1,6 +1,9 @@
 """What a caller gets back. Names and fields follow vLLM where the meaning is the same."""
 
 from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,3 +81,40 @@ class RequestOutput:
     cached_tokens_by_tier: dict[str, int] = field(default_factory=dict)
     prompt_logprobs: list[PositionLogprobs | None] | None = None
     metrics: RequestMetrics | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingOutput:
+    """The vector of a text."""
+
+    embedding: list[float]
+
+
+@dataclass(frozen=True, slots=True)
+class ClassificationOutput:
+    """What a score head says of a text: `logits` and `probs`, one of each label."""
+
+    logits: list[float]
+    probs: list[float]
+
+
+@dataclass(frozen=True, slots=True)
+class ScoringOutput:
+    """How much two texts have to do with each other."""
+
+    score: float
+
+
+@dataclass(frozen=True, slots=True)
+class PooledOutput(Generic[T]):
+    """One prompt that was pooled. `outputs` is None where `error` says why there is no result.
+
+    `num_cached_tokens` counts the prompt tokens that were found computed.
+    """
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: T | None
+    num_cached_tokens: int = 0
+    error: str | None = None

@@ -48,6 +48,14 @@ class Vocabulary:
         check_encodable("prompt", text)
         return self.tokenizer.encode(text, add_special_tokens)
 
+    def encode_pair(self, first: str, second: str) -> list[int]:
+        """Return the tokens of two texts as the tokenizer puts a pair together."""
+        for text in (first, second):
+            if not isinstance(text, str):
+                raise RequestError(f"a query and a document must be text, not {type(text).__name__}")
+            check_encodable("prompt", text)
+        return self.tokenizer.encode_pair(first, second)
+
     def definition(self) -> str:
         """Return the tokenizer as the text of a `tokenizer.json`; raise `RequestError` when it has no such form."""
         definition = self.tokenizer.definition()

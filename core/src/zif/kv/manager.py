@@ -11,15 +11,26 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
-from itertools import chain
+from itertools import chain, repeat
 
-from zif.contract import BlockManager, KVArena, KVSpec, KVUsage, PrefixMiss, PrefixReport, Request, Transfers
+from zif.contract import (
+    BlockManager,
+    HiddenRows,
+    KVArena,
+    KVSpec,
+    KVUsage,
+    PrefixMiss,
+    PrefixReport,
+    Request,
+    Transfers,
+)
 from zif.kv.checkpoints import CheckpointKeeper
 from zif.kv.drafts import DraftSlots
 from zif.kv.encoded import EncodedBlocks
 from zif.kv.hashing import PrefixChain
 from zif.kv.journal import BlockJournal, GroupJournal
 from zif.kv.loading import LoadLedger, TableCopy
+from zif.kv.names import block_names
 from zif.kv.pool import BlockPool
 from zif.kv.prefix import Prefix, PrefixFinder
 from zif.kv.retention import Retainer
@@ -240,6 +251,15 @@ class PagedBlockManager(BlockManager):
         self._retainer.drop(request)
         request.capacity = request.next_commit = request.num_indexed_tokens = 0
 
+    def quarantine(self, request: Request) -> None:
+        for group, (spec, pool) in enumerate(zip(self._specs, self._pools, strict=True)):
+            # Where the request holds no block any more, whichever has the name may be the one that it wrote.
+            for name, block in zip(
+                block_names(request, spec), chain(request.block_ids[group], repeat(0)), strict=False
+            ):
+                pool.forget(name, only=block)
+                self._tiers.forget(group, name)
+
     def can_hold(self, request: Request, num_tokens: int) -> bool:
         needed, spare = 0, self._lender.num_free
         tables: Sequence[list[int]] = request.block_ids or [[] for _ in self._specs]
@@ -295,9 +315,13 @@ class PagedBlockManager(BlockManager):
         # Prompt log-probabilities need the logits of every prompt token, so nothing of the prompt may be skipped.
         if request.sampling.prompt_logprobs is not None:
             return finder.nothing(PrefixReport(0, max_tokens, PrefixMiss.PROMPT_LOGPROBS))
+        if request.hidden is HiddenRows.ALL:
+            return finder.nothing(PrefixReport(0, max_tokens, PrefixMiss.HIDDEN_STATES))
         if not max_tokens:
             return finder.nothing(PrefixReport(0, 0, PrefixMiss.SHORT_PROMPT))
         found = finder.nothing(PrefixReport(0, max_tokens, PrefixMiss.CACHING_OFF))
+        if request.distrusts_cache:
+            return found
         if self._caching:
             found = finder.find(request, max_tokens)
         if source is not None:

@@ -130,10 +130,13 @@ class BlockPool:
         if self._contents[block] is not None:
             self._order.prolong(block, keep)
 
-    def forget(self, digest: bytes) -> None:
-        """Make a block unfindable, if one has this digest; unless it is owned, it becomes free."""
+    def forget(self, digest: bytes, only: int = 0) -> None:
+        """Make a block unfindable, if one has this digest; unless it is owned, it becomes free.
+
+        Where `only` is not the null block, another block of this digest stays.
+        """
         block = self._index.named(digest)
-        if block is None:
+        if block is None or (only and block != only):
             return
         if self._references[block]:
             self._unname(block)

@@ -210,6 +210,12 @@ class TierIndex:
                 if copy.tier is not None:
                     copy.tier.hold(copy)
 
+    def forget(self, group: int, name: bytes) -> None:
+        """Forget the copy of a block by its name, if there is one; a remote tier keeps its own."""
+        copy = self._by_name.get((group, name))
+        if copy is not None:
+            self.discard([copy.handle])
+
     def discard_named(self) -> None:
         """Forget every copy that may be found by name."""
         self.discard([copy.handle for copy in self._by_name.values()])

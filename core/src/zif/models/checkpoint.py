@@ -16,6 +16,10 @@ from zif.errors import CheckpointError
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+DECODER_PREFIX = "model."
+
+_BARE_EMBEDDING = "embed_tokens.weight"
+_HEADS = ("lm_head.", "score.")
 
 _DTYPES: Mapping[str, str] = MappingProxyType(
     {
@@ -68,6 +72,21 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             tensors[tensor.name] = tensor
     _check_index(folder, tensors)
     return Checkpoint(folder, MappingProxyType(tensors))
+
+
+def open_decoder_checkpoint(folder: Path) -> Checkpoint:
+    """Read the headers as `open_checkpoint` does; every tensor of the decoder has a name that begins with "model.".
+
+    A decoder that was saved without a head, as embedding models are, has its tensors without that prefix.
+    """
+    checkpoint = open_checkpoint(folder)
+    if _BARE_EMBEDDING not in checkpoint.tensors:
+        return checkpoint
+    named = {
+        name if name.startswith(_HEADS) else f"{DECODER_PREFIX}{name}": tensor
+        for name, tensor in checkpoint.tensors.items()
+    }
+    return Checkpoint(folder, MappingProxyType(named))
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional
 
 from zif.contract import AttentionParams, ExpertWeights, NormOutput, OpTable, QuantizedExperts, QuantizedWeight
+from zif.models.heads import Head
 from zif.models.model import LayerAttention, Model
 from zif.models.rope import Angles, Rotary
 from zif.models.spec import AttentionSpec, DecoderSpec, MlpSpec, MoeSpec, QKNorm, RopeSpec
@@ -137,7 +138,7 @@ class Decoder(Model):
         self._spec = spec
         self._ops = ops
         self._embedding = weights["embedding"]
-        self._lm_head = Projection(self._embedding if spec.tied_embeddings else weights["lm_head"], None)
+        self._lm_head = _lm_head(spec, weights)
         self._norm = Norm(_tensor(weights, "norm"), spec.norm_eps, spec.norm_weight_offset)
         self._layers = tuple(_build_layer(spec, index, weights) for index in range(len(spec.layers)))
         self._rotaries = {rope: Rotary(rope, max_model_len, array_device) for rope in spec.ropes}
@@ -156,7 +157,12 @@ class Decoder(Model):
             state = self._add(update, layer.mlp_out_norm, state.residual, self._norm_after(index))
         return state.normed
 
+    @property
+    def gives_logits(self) -> bool:
+        return self._lm_head is not None
+
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        assert self._lm_head is not None, "the checkpoint has no output matrix"
         logits = self._lm_head.apply(self._ops, hidden).float()
         if self._spec.logits_divisor != 1.0:
             logits = logits / self._spec.logits_divisor
@@ -189,6 +195,12 @@ class Decoder(Model):
         if in_norm is None:
             return self._normed(residual + update, None)
         return self._ops.add_rms_norm(update, residual, in_norm.weight, in_norm.eps, in_norm.offset)
+
+
+def _lm_head(spec: DecoderSpec, weights: Weights) -> Projection | None:
+    if spec.head is not Head.TOKENS:
+        return None
+    return Projection(weights["embedding" if spec.tied_embeddings else "lm_head"], None)
 
 
 def _embedding_multiplier(spec: DecoderSpec, dtype: torch.dtype) -> float:

@@ -11,9 +11,10 @@ from typing import Any, Literal
 
 from zif.contract import Feature, FullAttentionSpec, KVSpec, ModelDescription, SlidingWindowSpec
 from zif.errors import ConfigError, ModelError, UnknownArchitectureError
-from zif.models.checkpoint import Checkpoint, open_checkpoint
+from zif.models.checkpoint import Checkpoint, open_decoder_checkpoint
 from zif.models.config import load_config
 from zif.models.families import BUILDERS, decoder_spec
+from zif.models.heads import Head, split_architecture
 from zif.models.held import Layout
 from zif.models.layout import plan_layout
 from zif.models.quantization.plan import ROUNDINGS, read_quantization
@@ -58,7 +59,7 @@ def describe_model(source: ModelSource) -> ModelDescription:
     architecture = architecture_of(config)
     if source.implementation == "transformers":
         return _describe_generic(source, config, architecture)
-    if source.implementation == "native" or architecture in BUILDERS:
+    if source.implementation == "native" or split_architecture(architecture).family in BUILDERS:
         return _describe_native(source, config, architecture)
     return _describe_generic(source, config, architecture)
 
@@ -109,7 +110,7 @@ def resolve_max_model_len(source: ModelSource, longest: int, default: int) -> in
 def _describe_native(source: ModelSource, config: dict[str, Any], architecture: str) -> ModelDescription:
     spec = decoder_spec(architecture, config)
     quantization = read_quantization(config, source.quantization, spec)
-    checkpoint = open_checkpoint(source.path)
+    checkpoint = open_decoder_checkpoint(source.path)
     layout = plan_layout(spec, checkpoint, quantization)
     dtype = resolve_dtype(source, config, checkpoint)
     element_bytes = MODEL_DTYPES[dtype]
@@ -132,6 +133,11 @@ def _describe_native(source: ModelSource, config: dict[str, Any], architecture: 
 
 
 def _describe_generic(source: ModelSource, config: dict[str, Any], architecture: str) -> ModelDescription:
+    if split_architecture(architecture).head is not Head.TOKENS:
+        raise UnknownArchitectureError(
+            f"architecture {architecture!r} has no output matrix of a language model; without one the native decoder "
+            f"serves decoders of these families, bare or with a score head, and no encoders: {', '.join(BUILDERS)}"
+        )
     if source.quantization is not None:
         raise ConfigError(
             f"quantization={source.quantization!r} is served by native decoders only, and {architecture!r} runs "

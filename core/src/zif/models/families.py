@@ -29,6 +29,7 @@ from zif.models.family_parts import (
     whole_head_rope,
     window_size,
 )
+from zif.models.heads import split_architecture
 from zif.models.rope_config import partial_rotary_dim, read_rope, rope_section
 from zif.models.spec import (
     DecoderSpec,
@@ -67,7 +68,8 @@ def decoder_spec(architecture: str, config: Mapping[str, Any]) -> DecoderSpec:
     Raises `UnknownArchitectureError` when the architecture, or a variant that it asks for, is not native, `ModelError`
     when the configuration is inconsistent.
     """
-    builder = BUILDERS.get(architecture)
+    named = split_architecture(architecture)
+    builder = BUILDERS.get(named.family)
     if builder is None:
         raise UnknownArchitectureError(
             f"architecture {architecture!r} is not served by the native decoder; it serves {', '.join(BUILDERS)}"
@@ -76,7 +78,7 @@ def decoder_spec(architecture: str, config: Mapping[str, Any]) -> DecoderSpec:
     reader.refuse_switched_on(_NOT_IMPLEMENTED)
     if config.get("is_causal") is False:
         raise ModelError(f"{reader.owner}: is_causal=False is not implemented; only causal decoders are served")
-    return builder(reader)
+    return replace(builder(reader), head=named.head)
 
 
 def _llama(config: ConfigReader) -> DecoderSpec:
@@ -338,4 +340,4 @@ BUILDERS: Mapping[str, Callable[[ConfigReader], DecoderSpec]] = MappingProxyType
         "GptOssForCausalLM": _gpt_oss,
     }
 )
-"""Native architectures, as `architectures` of a configuration names them."""
+"""Native architectures, as `architectures` of a configuration names them; `zif.models.heads` knows other heads."""

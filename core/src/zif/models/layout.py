@@ -8,16 +8,18 @@ with scales, `zif.models.quantization.plan` says.
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 
 from zif.errors import CheckpointError
 from zif.models.checkpoint import Checkpoint, StoredTensor
+from zif.models.heads import Head
 from zif.models.held import BYTES, FLOATS, Arrangement, HeldTensor, Layout, Piece, Source
 from zif.models.quantization.plan import Quantization
 from zif.models.spec import AttentionSpec, DecoderSpec, ExpertTensors, MlpSpec, MoeSpec, NormPlacement, QKNorm
 
 EMBEDDING = "model.embed_tokens.weight"
 LM_HEAD = "lm_head.weight"
+SCORE_HEAD = "score.weight"
 
 MXFP4_BLOCK = 32
 """Elements that share a scale. OCP Microscaling Formats, version 1.0."""
@@ -42,11 +44,13 @@ def plan_layout(spec: DecoderSpec, checkpoint: Checkpoint, quantization: Quantiz
     for index in range(len(spec.layers)):
         tensors += _layer(spec, index, stored)
     tensors.append(_whole("norm", "model.norm.weight", (spec.hidden_size,)))
-    if not spec.tied_embeddings:
+    if spec.head is Head.TOKENS and not spec.tied_embeddings:
         tensors.append(_whole("lm_head", LM_HEAD, (spec.vocab_size, spec.hidden_size)))
     held = quantization.held(tensors, stored)
-    layout = Layout(held, spec.tied_embeddings and LM_HEAD in stored, _zero_biases(held, stored))
-    _check(layout, checkpoint)
+    repeats_embedding = spec.head is Head.TOKENS and spec.tied_embeddings and LM_HEAD in stored
+    layout = Layout(held, repeats_embedding, _zero_biases(held, stored))
+    # The head over labels is no part of the decoder: `zif.models.pooling_weights` reads it.
+    _check(layout, checkpoint, {SCORE_HEAD} if spec.head is Head.CLASSES else set())
     return layout
 
 
@@ -187,7 +191,7 @@ def _zero_biases(tensors: Iterable[HeldTensor], stored: Mapping[str, StoredTenso
     return tuple(sorted(bias for bias in (f"{m}.bias" for m in modules) if bias in stored and bias not in needed))
 
 
-def _check(layout: Layout, checkpoint: Checkpoint) -> None:
+def _check(layout: Layout, checkpoint: Checkpoint, elsewhere: Set[str]) -> None:
     stored = checkpoint.tensors
     pieces = [piece for tensor in layout.tensors for piece in tensor.pieces]
     needed = {source.name: source for piece in pieces for source in piece.sources}
@@ -196,7 +200,9 @@ def _check(layout: Layout, checkpoint: Checkpoint) -> None:
         allowed[LM_HEAD] = FLOATS
     problems = [
         _listing("missing", [name for name in needed if name not in stored]),
-        _listing("unexpected", [name for name in stored if name not in allowed and not _IGNORED.search(name)]),
+        _listing(
+            "unexpected", [n for n in stored if n not in allowed | dict.fromkeys(elsewhere) and not _IGNORED.search(n)]
+        ),
         _listing(
             "of another shape than config.json says",
             [

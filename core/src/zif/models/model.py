@@ -61,6 +61,11 @@ class Model(ABC):
     def forward(self, token_ids: "torch.Tensor", positions: "torch.Tensor", attend: LayerAttention) -> "torch.Tensor":
         """Run all layers. token_ids, positions: [T], int64. Returns the final normed hidden states [T, C]."""
 
+    @property
+    def gives_logits(self) -> bool:
+        """Say whether the checkpoint has an output matrix; without one `logits` is never called."""
+        return True
+
     @abstractmethod
     def logits(self, hidden: "torch.Tensor") -> "torch.Tensor":
         """Return the logits of chosen rows. hidden: [S, C]. Returns [S, V], float32."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from zif.contract import Activation, Routing
+from zif.models.heads import Head
 
 
 class NormPlacement(StrEnum):
@@ -172,7 +173,7 @@ class DecoderSpec:
     first rounded to the model dtype when `rounds_embedding_multiplier` (Gemma). What attention and MLP give is
     multiplied by `residual_multiplier`; logits are divided by `logits_divisor`, then capped at `final_softcap`.
     `max_position` is the longest sequence that the configuration allows, `default_max_len` what is served unless the
-    user asks for more.
+    user asks for more. Without an output matrix (`head`) `tied_embeddings` has no meaning.
     """
 
     vocab_size: int
@@ -188,6 +189,7 @@ class DecoderSpec:
     residual_multiplier: float = 1.0
     logits_divisor: float = 1.0
     final_softcap: float | None = None
+    head: Head = Head.TOKENS
 
     @property
     def ropes(self) -> tuple[RopeSpec, ...]:

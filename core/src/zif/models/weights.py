@@ -14,7 +14,7 @@ import torch
 
 from zif.contract import Allocator, Buffer, ModelDescription, OpTable, Progress, QuantizedWeight
 from zif.errors import CheckpointError
-from zif.models.checkpoint import StoredTensor, open_checkpoint
+from zif.models.checkpoint import StoredTensor, open_decoder_checkpoint
 from zif.models.checksums import verify_files
 from zif.models.decoder import Decoder, Weight
 from zif.models.dense_weights import fill_numbers
@@ -47,7 +47,7 @@ def load_decoder(
     `OutOfMemoryError`; either leaves nothing allocated.
     """
     spec = decoder_spec(model.architecture, model.config)
-    checkpoint = open_checkpoint(model.path)
+    checkpoint = open_decoder_checkpoint(model.path)
     layout = plan_layout(spec, checkpoint, read_quantization(model.config, model.quantization, spec))
     verify_files({tensor.file for tensor in checkpoint.tensors.values()})
     dtype = getattr(torch, model.dtype)

@@ -10,6 +10,7 @@ from zlib import crc32
 import numpy as np
 
 from zif.contract import (
+    NO_TOKEN_LEFT,
     BlockBytes,
     BlockUpdate,
     CompletedStep,
@@ -17,6 +18,7 @@ from zif.contract import (
     EngineConfig,
     Grammars,
     GrammarState,
+    HiddenRows,
     KVArena,
     KVSpec,
     KVStore,
@@ -60,10 +62,20 @@ def encoder_words(media: tuple[str, ...], num_tokens: int) -> Words:
 
 def next_token(visible: list[Words], vocab_size: int) -> int:
     """Hash what each layer group sees into the next token."""
+    return int(_digest(visible)[0] % np.uint64(vocab_size))
+
+
+def hidden_state(visible: list[Words], num_channels: int) -> "np.ndarray[tuple[int], np.dtype[np.float32]]":
+    """Hash what each layer group sees into numbers from -1 to 1."""
+    words = mix(_digest(visible) + np.arange(1, num_channels + 1, dtype=np.uint64) * _GOLDEN)
+    return (words >> np.uint64(40)).astype(np.float32) / np.float32(2**23) - np.float32(1)
+
+
+def _digest(visible: list[Words]) -> Words:
     digest: Words = np.zeros(1, dtype=np.uint64)
     for words in visible:
         digest = mix((digest ^ words.sum(dtype=np.uint64)) + _GOLDEN)
-    return int(digest[0] % np.uint64(vocab_size))
+    return digest
 
 
 def allowed_tokens(mask: np.ndarray[tuple[int], np.dtype[np.int32]], vocab_size: int) -> list[int]:
@@ -80,9 +92,16 @@ def expected_token(
     num_encoder_tokens: int = 0,
 ) -> int:
     """Return the token that follows `token_ids`, computed without blocks: the oracle of every test on this platform."""
+    return next_token(expected_visible(token_ids, specs, media, num_encoder_tokens), vocab_size)
+
+
+def expected_visible(
+    token_ids: list[int], specs: tuple[KVSpec, ...], media: tuple[str, ...] = (), num_encoder_tokens: int = 0
+) -> list[Words]:
+    """Return what each layer group sees from the last of `token_ids`, computed without blocks."""
     tokens = np.asarray(token_ids, dtype=np.uint64)
     words = token_words(tokens, np.arange(len(tokens), dtype=np.uint64))
-    visible = [
+    return [
         encoder_words(media, num_encoder_tokens)
         if spec.counts_encoder_tokens
         else words.sum(dtype=np.uint64, keepdims=True)
@@ -90,7 +109,6 @@ def expected_token(
         else words[spec.first_needed_token(len(tokens) - 1) :]
         for spec in specs
     ]
-    return next_token(visible, vocab_size)
 
 
 @dataclass(slots=True)
@@ -101,6 +119,7 @@ class _Sequence:
     num_encoder_tokens: int
     num_prompt_tokens: int
     grammar: GrammarState | None
+    hidden: HiddenRows | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +130,12 @@ class _Row:
     start: int
     end: int
     draft: Draft | None
+
+    @property
+    def wants_hidden(self) -> bool:
+        """Say whether hidden states of this row are asked for."""
+        wanted = self.sequence.hidden
+        return wanted is HiddenRows.ALL or (wanted is HiddenRows.LAST and self.end == len(self.sequence.token_ids))
 
     def words(self, end: int) -> Words:
         """Return the words of the row's tokens up to `end - 1`."""
@@ -131,6 +156,7 @@ class NullRunner(ModelRunner):
         self._store: KVStore | None = None
         self._grammars: Grammars | None = None
         self._vocab_size = 0
+        self._num_channels = 0
 
     @property
     def max_steps_in_flight(self) -> int:
@@ -139,6 +165,7 @@ class NullRunner(ModelRunner):
 
     def load(self, model: ModelDescription, progress: Progress) -> None:
         self._vocab_size = model.vocab_size
+        self._num_channels = model.config.get("hidden_size", 8)
         progress(1, 1)
 
     def start(self, arena: KVArena) -> None:
@@ -164,6 +191,10 @@ class NullRunner(ModelRunner):
         self._block(group, block_id)[:] = np.frombuffer(data, dtype=np.uint64)
 
     @property
+    def reports_hidden(self) -> bool:
+        return True
+
+    @property
     def verifies_drafts(self) -> bool:
         return True
 
@@ -184,7 +215,8 @@ class NullRunner(ModelRunner):
         for row in rows:
             self._write(row)
         sampled = [self._sample(row) if samples else [] for row, samples in zip(rows, step.samples, strict=True)]
-        return CompletedStep(StepResult(step.step, sampled, faults=self._faults(step), lost=lost))
+        hidden = {i: self._hidden(row) for i, row in zip(step.request_ids, rows, strict=True) if row.wants_hidden}
+        return CompletedStep(StepResult(step.step, sampled, faults=self._faults(step), lost=lost, hidden=hidden))
 
     def close(self) -> None:
         self._sequences.clear()
@@ -209,6 +241,7 @@ class NullRunner(ModelRunner):
             start.num_encoder_tokens,
             start.num_prompt_tokens,
             None if form is None or self._grammars is None else self._grammars.begin(form),
+            start.hidden,
         )
 
     def _extend(self, update: BlockUpdate) -> None:
@@ -246,6 +279,13 @@ class NullRunner(ModelRunner):
             self._keep_states(row, row.draft)
         return sampled
 
+    def _hidden(self, row: "_Row") -> bytes:
+        """Return the hidden states of a row, of its last token or of all."""
+        first = row.start if row.sequence.hidden is HiddenRows.ALL else row.end - 1
+        groups = range(len(self._specs))
+        visible = ([self._visible(row, group, end) for group in groups] for end in range(first + 1, row.end + 1))
+        return b"".join(hidden_state(words, self._num_channels).astype("<f4").tobytes() for words in visible)
+
     def _choices(self, sequence: _Sequence, guesses: list[int]) -> list[list[int]]:
         """Return the tokens that the form of the answer allows, now and after each guess; empty without a form."""
         state = sequence.grammar
@@ -259,7 +299,7 @@ class NullRunner(ModelRunner):
     def _faults(self, step: StepPlan) -> dict[int, str]:
         """Say which requests' forms allow no token."""
         states = [(request_id, self._sequences[request_id].grammar) for request_id in step.request_ids]
-        return {request_id: state.fault for request_id, state in states if state and state.fault}
+        return {number: f"{NO_TOKEN_LEFT}: {state.fault}" for number, state in states if state and state.fault}
 
     def _keep_states(self, row: "_Row", draft: Draft) -> None:
         """Put the states after an accepted draft into the block tables."""

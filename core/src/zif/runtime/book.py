@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from zif.contract import EngineConfig, KVGroup, StepPlan, StepResult
+from zif.contract import EngineConfig, HiddenRows, KVGroup, StepPlan, StepResult
 from zif.runtime.batch import BatchState, StepBatch
+from zif.runtime.hidden import WantedRows
 from zif.runtime.sampler import SampledTokens, Sampler
 from zif.runtime.tokens import Int64, SamplePositions
 from zif.runtime.verification import doubtful_requests, kept_positions
@@ -35,18 +36,22 @@ class RequestBook:
         self._state = BatchState(config.max_num_seqs, groups)
         self._sampler = sampler
         self._prompt_logprobs: dict[int, int] = {}
+        self._hidden: dict[int, HiddenRows] = {}
 
     def apply(self, step: StepPlan) -> None:
         """Bring the rows up to date with what a plan released, started and allocated."""
         for request_id in step.released:
             row = self._state.release(request_id)
             self._prompt_logprobs.pop(request_id, None)
+            self._hidden.pop(request_id, None)
             if row is not None:
                 self._sampler.remove(row)
         for start in step.started:
             self._sampler.add(self._state.start(start), start)
             if start.sampling.prompt_logprobs is not None:
                 self._prompt_logprobs[start.request_id] = start.sampling.prompt_logprobs
+            if start.hidden is not None:
+                self._hidden[start.request_id] = start.hidden
         for update in step.block_updates:
             self._state.put_blocks(update.request_id, update.group, update.start, update.block_ids)
 
@@ -80,6 +85,8 @@ class RequestBook:
         for index, fault in sampled.faults.items():
             if kept[index]:
                 result.faults.setdefault(step.request_ids[requests[index]], fault)
+                if index in sampled.unsound:
+                    result.unsound.add(step.request_ids[requests[index]])
         return doubtful
 
     def settle(self, step: StepPlan, result: StepResult) -> None:
@@ -102,3 +109,18 @@ class RequestBook:
                 targets = tokens.tokens[row, computed + 1 : end + 1].astype(np.int64)
                 span = np.arange(first, first + end - computed)
                 yield PromptRows(request_id, span, targets, self._prompt_logprobs[request_id])
+
+    def hidden_rows(self, step: StepPlan, batch: StepBatch) -> list[WantedRows]:
+        """Return the tokens of the step whose hidden states requests have asked for."""
+        wanted = []
+        for request, request_id in enumerate(step.request_ids) if self._hidden else ():
+            rows = self._hidden.get(request_id)
+            first, end = int(batch.query_start[request]), int(batch.query_start[request + 1])
+            if rows is HiddenRows.ALL:
+                wanted.append(WantedRows(request_id, np.arange(first, end)))
+            elif rows is HiddenRows.LAST and batch.positions[end - 1] + 1 == self._num_known(int(batch.rows[request])):
+                wanted.append(WantedRows(request_id, np.arange(end - 1, end)))
+        return wanted
+
+    def _num_known(self, row: int) -> int:
+        return int(self._state.tokens.num_tokens[row])

@@ -6,6 +6,7 @@ them in its order. Penalties are rules too and live in `penalties`.
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -121,20 +122,35 @@ class BadWords(LogitRule[list[tuple[int, ...]]]):
         logits[_positions(logits, excluded)] = -torch.inf
 
 
-class MinTokens(LogitRule[tuple[int, list[int]]]):
-    """`min_tokens`: the tokens that would end the request are excluded until the output is long enough."""
+@dataclass(frozen=True, slots=True)
+class _Minimum:
+    num_tokens: int
+    stop_ids: list[int]
+    has_form: bool
 
-    def read(self, start: RequestStart) -> tuple[int, list[int]] | None:
+
+class MinTokens(LogitRule[_Minimum]):
+    """`min_tokens`: the tokens that would end the request are excluded until the output is long enough.
+
+    They stay where the form of the answer allows nothing else: what is complete cannot go on. So this applies after
+    the form.
+    """
+
+    def read(self, start: RequestStart) -> _Minimum | None:
         if not start.sampling.min_tokens or not start.stop_ids:
             return None
         # A stop id that the model cannot produce needs no exclusion.
-        return start.sampling.min_tokens, [i for i in sorted(start.stop_ids) if 0 <= i < self.vocab_size]
+        stop_ids = [i for i in sorted(start.stop_ids) if 0 <= i < self.vocab_size]
+        return _Minimum(start.sampling.min_tokens, stop_ids, start.sampling.structured is not None)
 
     def apply(self, logits: torch.Tensor, positions: SamplePositions) -> None:
         num_output = positions.num_output_tokens()
-        held = self.held_by(positions.rows)
-        excluded = [(index, stop_ids) for index, (minimum, stop_ids) in held if num_output[index] < minimum]
-        logits[_positions(logits, excluded)] = -torch.inf
+        held = [(index, one) for index, one in self.held_by(positions.rows) if num_output[index] < one.num_tokens]
+        formed = _positions(logits, [(index, one.stop_ids) for index, one in held if one.has_form])
+        ends = logits[formed]
+        logits[_positions(logits, [(index, one.stop_ids) for index, one in held])] = -torch.inf
+        if len(ends):
+            logits[formed] = ends.where(logits[formed[0]].amax(dim=1) == -torch.inf, -torch.inf)
 
 
 def _positions(logits: torch.Tensor, chosen: Sequence[tuple[int, Sequence[int]]]) -> tuple[torch.Tensor, ...]:

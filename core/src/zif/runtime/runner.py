@@ -20,6 +20,7 @@ from zif.contract import (
     Device,
     EngineConfig,
     Grammars,
+    HiddenRows,
     KVArena,
     KVStore,
     ModelDescription,
@@ -36,6 +37,7 @@ from zif.models.model import Model
 from zif.runtime.batch import StepBatch
 from zif.runtime.blocks import ArenaBlocks
 from zif.runtime.book import RequestBook
+from zif.runtime.hidden import report_hidden
 from zif.runtime.logprobs import prompt_logprobs
 from zif.runtime.sampler import Sampler
 from zif.runtime.states import StateMemory
@@ -121,7 +123,8 @@ class TorchRunner(ModelRunner):
     def warm_up(self, progress: Progress) -> None:
         if not self._device.compiles_on_first_use:
             return
-        steps = WarmUpSteps(self._config, self._device.plan.constraints, self._arena, self._vocab_size)
+        hidden = None if self._model.gives_logits else HiddenRows.LAST
+        steps = WarmUpSteps(self._config, self._device.plan.constraints, self._arena, self._vocab_size, hidden)
         kinds = steps.kinds()
         for done, rows in enumerate(kinds):
             progress(done, len(kinds))
@@ -138,6 +141,10 @@ class TorchRunner(ModelRunner):
 
     @property
     def verifies_drafts(self) -> bool:
+        return True
+
+    @property
+    def reports_hidden(self) -> bool:
         return True
 
     def attach_store(self, store: KVStore) -> bool:
@@ -186,12 +193,14 @@ class TorchRunner(ModelRunner):
             sampled = self._sampler.sample(logits, self._book.positions(batch))
             doubtful = self._book.take(step, batch, sampled, result)
         self._report_prompts(step, batch, hidden, result)
+        report_hidden(self._book.hidden_rows(step, batch), hidden, result)
         if doubtful:
             again = self._compute(without_guesses(step, doubtful))
             for request, token_ids in zip(doubtful, again.sampled, strict=True):
                 result.sampled[request] = token_ids
             result.logprobs.update(again.logprobs)
             result.faults.update(again.faults)
+            result.unsound |= again.unsound
         return result
 
     def _forward(self, batch: StepBatch) -> torch.Tensor:

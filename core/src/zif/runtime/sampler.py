@@ -4,7 +4,7 @@ The options of a request live in columns, one entry per row, so that a step cost
 with a bias, word lists, a minimum length, penalties or log-probabilities are visited one by one. The torch runner
 owns one `Sampler` and gives it the row numbers of its token table.
 
-Order within a step: logit_bias, allowed_token_ids, bad_words, min_tokens, structured, repetition, frequency and
+Order within a step: logit_bias, allowed_token_ids, bad_words, structured, min_tokens, repetition, frequency and
 presence penalties; then greedy rows take the most likely token (the lowest id among equals), the others draw after
 temperature, min_p, top_k and top_p. This last choice is the platform's where its operators take it
 (`OpTable.choose_tokens`), and the array library's where they do not.
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from zif.contract import ChosenTokens, DrawOptions, Grammars, OpTable, RequestStart, TokenLogprobs
+from zif.contract import NO_TOKEN_LEFT, ChosenTokens, DrawOptions, Grammars, OpTable, RequestStart, TokenLogprobs
 from zif.runtime.drawing import MAX_VOCAB_SIZE, draw_tokens
 from zif.runtime.grammar_masks import GrammarMasks
 from zif.runtime.logit_rules import AllowedTokens, BadWords, LogitBias, LogitRule, MinTokens
@@ -27,23 +27,27 @@ from zif.runtime.penalties import Penalties
 from zif.runtime.randomness import draw_fractions, stream_state
 from zif.runtime.tokens import SamplePositions
 
-RULES: tuple[type[LogitRule[Any]], ...] = (LogitBias, AllowedTokens, BadWords, MinTokens, GrammarMasks, Penalties)
+RULES: tuple[type[LogitRule[Any]], ...] = (LogitBias, AllowedTokens, BadWords, GrammarMasks, MinTokens, Penalties)
 """In the order in which they apply."""
 
 
 OPTIONS_FAULT = (
-    "no token is left to sample: logit_bias, allowed_token_ids, bad_words, min_tokens and structured exclude all, or "
+    f"{NO_TOKEN_LEFT}: logit_bias, allowed_token_ids, bad_words, min_tokens and structured exclude all, or "
     "repetition_penalty made the logits overflow; loosen one of these options"
 )
 
 
 @dataclass(frozen=True, slots=True)
 class SampledTokens:
-    """One token per position. `logprobs` and `faults` are keyed by index; a faulty position's token is void."""
+    """One token per position. `logprobs` and `faults` are keyed by index; a faulty position's token is void.
+
+    `unsound` are the faulty positions whose logits were not finite before any option changed them.
+    """
 
     token_ids: list[int]
     logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
     faults: dict[int, str] = field(default_factory=dict)
+    unsound: frozenset[int] = frozenset()
 
 
 class Sampler:
@@ -112,12 +116,15 @@ class Sampler:
         # One transfer to the host: it waits for the device.
         token_ids, sane, raw_sane = torch.stack([chosen, peaks.isfinite(), raw_peaks.isfinite()]).tolist()
         faults = {i: raw_fault(raw_peaks[i].item()) for i, flag in enumerate(raw_sane) if not flag}
+        unsound = frozenset(faults)
         faults |= {i: self._options_fault(int(rows[i])) for i, flag in enumerate(sane) if not flag and i not in faults}
         logprobs = {} if raw is None else self._logprobs(raw, reporting, rows, chosen)
-        return SampledTokens(token_ids, {i: value for i, value in logprobs.items() if i not in faults}, faults)
+        logprobs = {i: value for i, value in logprobs.items() if i not in faults}
+        return SampledTokens(token_ids, logprobs, faults, unsound)
 
     def _options_fault(self, row: int) -> str:
-        return next((fault for rule in self._rules if (fault := rule.fault(row)) is not None), OPTIONS_FAULT)
+        found = next((fault for rule in self._rules if (fault := rule.fault(row)) is not None), None)
+        return OPTIONS_FAULT if found is None else f"{NO_TOKEN_LEFT}: {found}"
 
     def _apply_rules(self, logits: torch.Tensor, positions: SamplePositions) -> torch.Tensor | None:
         """Change the logits of rows with such options. Returns the maximum before, [S], unless nothing changed."""

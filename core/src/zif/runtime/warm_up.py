@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from zif.contract import (
     Draft,
     EngineConfig,
+    HiddenRows,
     KVArena,
     RecurrentStateSpec,
     RequestStart,
@@ -54,11 +55,20 @@ class WarmUpRow:
 
 
 class WarmUpSteps:
-    """The steps for one engine, as plans. `vocab_size` bounds the tokens that are made up."""
+    """The steps for one engine, as plans. `vocab_size` bounds the tokens that are made up.
+
+    With `hidden`, for models without logits, requests want these rows: they only compute prompts.
+    """
 
     def __init__(
-        self, config: EngineConfig, constraints: SchedulerConstraints, arena: KVArena, vocab_size: int
+        self,
+        config: EngineConfig,
+        constraints: SchedulerConstraints,
+        arena: KVArena,
+        vocab_size: int,
+        hidden: HiddenRows | None = None,
     ) -> None:
+        self._hidden = hidden
         self._max_rows = min([config.max_num_seqs, *constraints.batch_buckets[-1:]])
         self._max_tokens = min([config.max_num_batched_tokens, *constraints.token_buckets[-1:]])
         self._max_model_len = config.max_model_len
@@ -70,7 +80,8 @@ class WarmUpSteps:
 
     def kinds(self) -> list[tuple[WarmUpRow, ...]]:
         """Return the rows of every step, those that every answer waits for first."""
-        found = [*self._decoding(), *self._sampling(), *self._prompts(), *self._chunks()]
+        generating = [] if self._hidden else [*self._decoding(), *self._sampling()]
+        found = [*generating, *self._prompts(), *self._chunks()]
         # Limits make some of them equal, or impossible.
         fitting = (rows for rows in found if rows and self._fits(rows))
         return list(dict.fromkeys(fitting))
@@ -84,7 +95,7 @@ class WarmUpSteps:
             plan.request_ids.append(request_id)
             plan.num_computed.append(row.num_computed)
             plan.num_tokens.append(row.num_tokens)
-            plan.samples.append(True)
+            plan.samples.append(self._hidden is None)
             plan.total_tokens += row.num_tokens
             if row.num_guesses:
                 plan.drafts[request_id] = Draft(self._token_ids(row.num_guesses), self._spares(index))
@@ -142,7 +153,8 @@ class WarmUpSteps:
             ]
             for group, blocks in zip(self._arena.groups, self._blocks, strict=True)
         )
-        return RequestStart(request_id, self._token_ids(num_known), num_known, tables, row.sampling, _SEED)
+        token_ids = self._token_ids(num_known)
+        return RequestStart(request_id, token_ids, num_known, tables, row.sampling, _SEED, hidden=self._hidden)
 
     def _spares(self, index: int) -> tuple[int, ...]:
         """Return a block for the state after a draft in each group that has states, 0 in the others."""

@@ -119,7 +119,7 @@ class Admission:
 
     def end(self, request: Request) -> None:
         """Learn from a request that ended."""
-        allowed = request.max_total_tokens - request.num_prompt_tokens
+        allowed = 0 if request.hidden else request.max_total_tokens - request.num_prompt_tokens
         if request.finish_reason in (FinishReason.STOP, FinishReason.LENGTH) and allowed > 0:
             self._share += (request.num_output_tokens / allowed - self._share) * _END_RATE
         self.give_back()
@@ -145,8 +145,13 @@ def _peak_tokens(futures: list[tuple[int, int]]) -> int:
 
 
 def sample_source(request: Request) -> Request | None:
-    """Return a running sibling that has computed the whole prompt."""
-    return next((s for s in request.siblings if s.block_ids and s.num_computed_tokens >= s.num_prompt_tokens), None)
+    """Return a sibling that holds the whole prompt computed, and soundly."""
+    return next((s for s in request.siblings if _holds_prompt(s)), None)
+
+
+def _holds_prompt(request: Request) -> bool:
+    is_sound = request.error is None and not request.distrusts_cache
+    return bool(request.block_ids) and request.num_computed_tokens >= request.num_prompt_tokens and is_sound
 
 
 def awaits_sibling(request: Request) -> bool:

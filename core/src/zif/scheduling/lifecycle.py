@@ -19,13 +19,15 @@ from zif.scheduling.admission import Admission
 from zif.scheduling.deadlines import Deadlines, overdue_error
 from zif.scheduling.policies import PATIENCE_S, policy_of
 from zif.scheduling.queue import RequestQueue
+from zif.scheduling.trials import Trials
 
 
 class Lifecycle:
     """The requests of one scheduler. Public attributes are for `planner.py` and `scheduler.py` to read.
 
     `running` is in policy order. `released` are the request ids that the runner must forget with the next plan,
-    `ended_early` the ends that the next update reports. `loner` is a request that must run alone.
+    `ended_early` the ends that the next update reports. `loner` is a request that must run alone. `borrowers` are the
+    running requests that began on blocks that they had not computed just before.
     """
 
     def __init__(self, config: EngineConfig, blocks: BlockManager, clock: Callable[[], float]) -> None:
@@ -39,6 +41,8 @@ class Lifecycle:
         self.released: list[int] = []
         self.ended_early: list[TokenUpdate] = []
         self.loner: Request | None = None
+        self.trials = Trials()
+        self.borrowers: set[int] = set()
         self.num_ended = 0
         self.num_preemptions = 0
         self._blocks = blocks
@@ -66,6 +70,8 @@ class Lifecycle:
             num_known = request.num_tokens - request.num_computed_tokens
             self.policy.admit(request, num_known + self.admission.num_expected(request))
         bisect.insort(self.running, request, key=_order)
+        if request.num_computed_tokens:
+            self.borrowers.add(request.request_id)
         self.admission.start(request)
         request.status = RequestStatus.RUNNING
         request.first_step = step
@@ -104,6 +110,7 @@ class Lifecycle:
         request.draft_token_ids = []
         if request is self.loner:
             self.loner = None
+        self.borrowers.discard(request.request_id)
         del self.requests[request.request_id]
         self._deadlines.remove(request)
         self.admission.end(request)
@@ -128,6 +135,15 @@ class Lifecycle:
     def drop_ended(self) -> None:
         """Take the requests that have ended out of the batch."""
         self.running = [request for request in self.running if request.status is RequestStatus.RUNNING]
+
+    def forget_steps(self) -> None:
+        """Hear that no step under way will ever give a result: nothing writes any more, their rows are void."""
+        for request in self.running:
+            request.num_planned_tokens, request.num_pending_tokens = request.num_computed_tokens, 0
+        if self.in_flight:
+            newest = self.in_flight[-1]
+            self.in_flight.clear()
+            self.step_applied(newest)
 
     def isolate(self, request: Request) -> None:
         """Let a request run alone from an empty cache, where every slab it fills, it fills entirely."""
@@ -154,6 +170,7 @@ class Lifecycle:
 
     def _leave(self, request: Request) -> None:
         self.running.remove(request)
+        self.borrowers.discard(request.request_id)
         self.released.append(request.request_id)
         self.num_preemptions += 1
         request.status = RequestStatus.PREEMPTED

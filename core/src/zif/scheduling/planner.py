@@ -226,6 +226,9 @@ class StepPlanner:
             return False
         if before is not None and waiting.order_of(request) > before.order:
             return False
+        if not requests.trials.admits(request):
+            look.unready.append(waiting.pop())
+            return True
         source = sample_source(request)
         if source is None and awaits_sibling(request):
             look.unready.append(waiting.pop())

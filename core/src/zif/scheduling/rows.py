@@ -29,29 +29,35 @@ def append_row(draft: StepDraft, request: Request, end: int) -> None:
     plan.request_ids.append(request.request_id)
     plan.num_computed.append(start)
     plan.num_tokens.append(end - start)
-    plan.samples.append(end >= len(request.token_ids))
+    plan.samples.append(_samples(request, end))
     draft.rows[request.request_id] = request
 
 
 def append_single_rows(plan: StepPlan, requests: list[Request]) -> None:
-    """Append a row of one token, which samples, for each request, and count it.
+    """Append a row of one token, the last known one, for each request, and count it.
 
     Column by column, as most steps are only this.
     """
     plan.request_ids += [request.request_id for request in requests]
     plan.num_computed += [request.num_planned_tokens for request in requests]
     plan.num_tokens += [1] * len(requests)
-    plan.samples += [True] * len(requests)
-    for request in requests:
+    samples = [request.hidden is None for request in requests]
+    plan.samples += samples
+    for request, does_sample in zip(requests, samples, strict=True):
         request.num_planned_tokens += 1
-        request.num_pending_tokens += 1
+        request.num_pending_tokens += does_sample
+
+
+def _samples(request: Request, end: int) -> bool:
+    """Say whether a row up to `end` chooses the token after it."""
+    return end >= len(request.token_ids) and request.hidden is None
 
 
 def extend_row(plan: StepPlan, request: Request, end: int) -> None:
     """Let a row that is planned go on up to `end`."""
     row = plan.request_ids.index(request.request_id)
     plan.num_tokens[row] = end - plan.num_computed[row]
-    plan.samples[row] = end == len(request.token_ids)
+    plan.samples[row] = _samples(request, end)
 
 
 def count_planned(plan: StepPlan, rows: Mapping[int, Request]) -> None:
@@ -97,4 +103,5 @@ def request_start(request: Request) -> RequestStart:
         bad_words_ids=request.bad_words_ids,
         media=request.cache_key.media,
         num_encoder_tokens=request.num_encoder_tokens,
+        hidden=request.hidden,
     )

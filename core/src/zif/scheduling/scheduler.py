@@ -12,7 +12,8 @@ Elsewhere: filling a step (`planner.py`), what a change of state entails (`lifec
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import chain
 
 from zif.contract import (
     BlockManager,
@@ -60,6 +61,7 @@ class TokenBudgetScheduler(Scheduler):
     def schedule(self) -> StepPlan | None:
         requests = self._requests
         requests.end_overdue()
+        requests.trials.settle(requests.requests)
         if self._planner.stalled:
             return None
         plan = StepPlan(step=self._step)
@@ -86,7 +88,7 @@ class TokenBudgetScheduler(Scheduler):
             if request is None or request.status is not RequestStatus.RUNNING or request.first_step > step:
                 continue
             if faults and request_id in faults:
-                self._fail(request, faults[request_id], is_draft=request_id in drafts)
+                self._fail(request, plan, result)
                 updates.append(TokenUpdate(request, []))
             elif drafts and request_id in drafts:
                 updates.append(TokenUpdate(request, self._accept(request, num_tokens, sampled)))
@@ -94,12 +96,38 @@ class TokenBudgetScheduler(Scheduler):
                 request.num_computed_tokens += num_tokens
                 if request.num_computed_tokens >= request.next_commit:
                     self._commit(request)
-                if sampled:
-                    request.num_pending_tokens -= 1
+                if sampled or (request.hidden and request.num_computed_tokens == request.num_tokens):
                     updates.append(TokenUpdate(request, self._append_tokens(request, sampled)))
         if requests.num_ended != num_ended:
             requests.drop_ended()
         requests.step_applied(step)
+        requests.trials.note_step()
+        return updates
+
+    @property
+    def serves_hidden(self) -> bool:
+        return True
+
+    def abandon(self, plans: Sequence[StepPlan], error: str) -> list[TokenUpdate] | None:
+        requests, failed = self._requests, plans[0]
+        rows = zip(failed.request_ids, failed.num_computed, failed.num_tokens, strict=True)
+        ends = {number: computed + num_tokens for number, computed, num_tokens in rows if number in requests.requests}
+        verdict = requests.trials.blame(ends, alone=len(failed.request_ids) == 1)
+        if verdict.hopeless or not failed.request_ids:
+            return None
+        requests.forget_steps()
+        for request in [*requests.running]:
+            requests.start_over(request)
+        # How far the runner came with a plan is unknown, and telling it twice is harmless.
+        requests.released = [*chain.from_iterable(plan.released for plan in plans), *requests.released]
+        requests.loner = None
+        requests.admission.unsettle()
+        updates, requests.ended_early = requests.ended_early, []
+        if verdict.guilty is not None:
+            request = requests.requests[verdict.guilty]
+            request.error = error
+            requests.end(request, FinishReason.ERROR)
+            updates.append(TokenUpdate(request, []))
         return updates
 
     def holders(self) -> list[Request]:
@@ -128,13 +156,7 @@ class TokenBudgetScheduler(Scheduler):
 
     def forget_steps(self) -> None:
         """Hear that no step under way will ever give a result: nothing writes any more, their rows are void."""
-        requests = self._requests
-        for request in requests.running:
-            request.num_planned_tokens, request.num_pending_tokens = request.num_computed_tokens, 0
-        if requests.in_flight:
-            newest = requests.in_flight[-1]
-            requests.in_flight.clear()
-            requests.step_applied(newest)
+        self._requests.forget_steps()
 
     def _is_due(self, plan: StepPlan, result: StepResult) -> bool:
         """Take a step off those under way. False when it was applied before."""
@@ -148,11 +170,21 @@ class TokenBudgetScheduler(Scheduler):
         in_flight.popleft()
         return True
 
-    def _fail(self, request: Request, error: str, *, is_draft: bool) -> None:
-        """End a request whose row was faulty. Not committed: nobody may find what a faulty step computed."""
-        request.error = error
-        if is_draft:
+    def _fail(self, request: Request, plan: StepPlan, result: StepResult) -> None:
+        """End a request whose row was faulty. Not committed: nobody may find what a faulty step computed.
+
+        Nonsense may come from blocks that others computed: then the request computes everything itself, once.
+        """
+        number = request.request_id
+        if number in plan.drafts:
             request.num_planned_tokens = request.num_computed_tokens
+        if number in result.unsound:
+            self._blocks.quarantine(request)
+            if number in self._requests.borrowers and not request.distrusts_cache:
+                request.distrusts_cache = True
+                self._requests.start_over(request)
+                return
+        request.error = result.faults[number]
         self._requests.end(request, FinishReason.ERROR)
 
     def _start_over(self, result: StepResult) -> None:
@@ -187,7 +219,14 @@ class TokenBudgetScheduler(Scheduler):
         return new
 
     def _append_tokens(self, request: Request, sampled: list[int]) -> list[int]:
-        """Append sampled tokens up to the one that ends the request; return those appended."""
+        """Append sampled tokens up to the one that ends the request; return those appended.
+
+        A request for hidden states has none and ends here: its last known token is computed.
+        """
+        if request.hidden:
+            self._requests.end(request, FinishReason.STOP)
+            return []
+        request.num_pending_tokens -= 1
         token_ids = request.token_ids
         if len(sampled) == 1 and sampled[0] not in request.stop_ids and len(token_ids) + 1 < request.max_total_tokens:
             token_ids.append(sampled[0])
@@ -200,7 +239,9 @@ class TokenBudgetScheduler(Scheduler):
 
     def _cut(self, request: Request, sampled: list[int]) -> tuple[list[int], FinishReason | None]:
         """Return the tokens up to the one that ends the request, and why it ends there."""
-        num_tokens, min_tokens = len(request.token_ids), request.num_prompt_tokens + request.sampling.min_tokens
+        num_tokens, sampling = len(request.token_ids), request.sampling
+        # A form that is complete ends before the minimum: then nothing else was left to sample.
+        min_tokens = 0 if sampling.structured is not None else request.num_prompt_tokens + sampling.min_tokens
         for count, token_id in enumerate(sampled, start=1):
             if token_id in request.stop_ids and num_tokens + count >= min_tokens:
                 request.stop_token_id = token_id

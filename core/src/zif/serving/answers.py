@@ -10,16 +10,21 @@ from typing import Protocol
 import msgspec
 
 from zif.contract import SamplingParams
+from zif.engine.pooling import PoolingAbilities, PoolingParams
 
 
 class EnginePrompt(msgspec.Struct, frozen=True, array_like=True):
-    """A prompt, tokenized. `cache_salt` separates whose prefixes are reused; `tenant` is who is charged."""
+    """A prompt, tokenized. `cache_salt` separates whose prefixes are reused; `tenant` is who is charged.
+
+    With `pooling` its answer is a vector, `AnswerDelta.pooled`, and sampling options have no meaning.
+    """
 
     token_ids: list[int]
     text: str | None = None
     cache_salt: str = ""
     tenant: str = ""
     timeout_s: float | None = None
+    pooling: PoolingParams | None = None
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
@@ -54,7 +59,8 @@ class AnswerDelta(msgspec.Struct, frozen=True, array_like=True):
     """What a prompt's samples got since the last delta. Each sample's deltas come in order.
 
     `prompt_logprobs` comes once, with the first delta after the prompt was computed; its first entry is None.
-    `queue_s` is how long the prompt waited for its first step, as far as the sender says.
+    `queue_s` is how long the prompt waited for its first step, as far as the sender says. `pooled` comes with the end
+    of a prompt that is pooled, unless its sample has an error: float32, little endian.
     """
 
     samples: list[SampleDelta]
@@ -63,6 +69,7 @@ class AnswerDelta(msgspec.Struct, frozen=True, array_like=True):
     num_cached_tokens: int
     prompt_logprobs: list[PositionLogprobs | None] | None = None
     queue_s: float | None = None
+    pooled: bytes | None = None
 
 
 class EngineState(StrEnum):
@@ -88,10 +95,13 @@ class ModelInfo(msgspec.Struct, frozen=True):
     max_num_seqs: int
     platform: str
     default_sampling: SamplingParams
+    pooling: PoolingAbilities = PoolingAbilities()
 
 
 class EngineStats(msgspec.Struct, frozen=True):
     """An engine's counts at one moment. Counters only grow; `kv_usage` is 0 to 1; times are of the sender's clock.
+
+    `num_restarts` counts the processes before this one; as the client gives them, counters include what those did.
 
     `num_prefix_queries` counts prompt tokens that were looked up among computed prefixes, of which `num_cached_tokens`
     were found.
@@ -110,6 +120,7 @@ class EngineStats(msgspec.Struct, frozen=True):
     num_preemptions: int
     num_drafted_tokens: int
     num_accepted_tokens: int
+    num_restarts: int = 0
 
 
 class OverloadedError(Exception):
@@ -148,6 +159,10 @@ class EngineClient(Protocol):
 
     def problem(self) -> str | None:
         """Return why the engine is not ready to answer, None when it is: steps progress, or it is provably idle."""
+        ...
+
+    def check_room(self) -> None:
+        """Raise `OverloadedError` while the queue has no room for even the smallest prompt."""
         ...
 
     def generate(

@@ -1,12 +1,13 @@
 """How the served model writes reasoning and calls: the format of `zif.parsing` that fits its chat template."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from zif.parsing.detection import detect_format
 from zif.parsing.events import ParseEvent, TextPiece
 from zif.parsing.formats import Format, load_format
 from zif.parsing.parser import Parser
+from zif.serving.call_grammar import CallGrammar
 from zif.text.chat import ChatTemplates
 
 
@@ -50,3 +51,7 @@ class ChatFormat:
         """Return a parser of one sample, which may call `tools`."""
         schemas = {tool["function"]["name"]: tool["function"].get("parameters") or {} for tool in tools}
         return Parser(self._format, schemas, in_reasoning)
+
+    def call_grammar(self, token_id: Callable[[str], int | None], eos_ids: Iterable[int]) -> CallGrammar:
+        """Return what writes grammars of calls. `token_id` finds tokens by their text, `eos_ids` end an answer."""
+        return CallGrammar(self._format, token_id, frozenset(eos_ids))

@@ -13,13 +13,13 @@ write `ChatDelta`s as their events. Reading an answer:
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from zif.contract import SamplingParams, StructuredOutput
 from zif.errors import RequestError
 from zif.parsing.events import ParseEvent, ReasoningPiece, ToolCallBegin, ToolCallEnd
+from zif.serving.answer_plans import AnswerParser, AnswerPlan, plan_answer
 from zif.serving.answers import (
     AnswerDelta,
     EngineClient,
@@ -27,7 +27,7 @@ from zif.serving.answers import (
     PositionLogprobs,
     SampleDelta,
 )
-from zif.serving.chat_formats import ChatFormat, PlainText
+from zif.serving.chat_formats import ChatFormat
 from zif.serving.chat_turn import (
     ChatTurn,
     ToolChoice,
@@ -39,7 +39,6 @@ from zif.serving.chat_turn import (
 from zif.serving.http.errors import ApiError, FailureKind
 from zif.serving.http.exchange import Caller, RequestRecord
 from zif.serving.prompts import Prompts, Renderer, render_in_thread
-from zif.serving.tool_constraints import NamedCall, RequiredCalls, named_call_form, required_calls_form
 from zif.text.chat import ChatOptions
 
 FormCheck = Callable[[StructuredOutput], Awaitable[object]]
@@ -84,18 +83,6 @@ class ChatDelta:
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     error: str | None = None
-
-
-class AnswerParser(Protocol):
-    """Takes one sample's text apart as it comes."""
-
-    def feed(self, text: str) -> list[ParseEvent]:
-        """Take more text; return what is certain now."""
-        ...
-
-    def finish(self) -> list[ParseEvent]:
-        """Return what was held back; no text follows."""
-        ...
 
 
 class ChatAnswer:
@@ -298,17 +285,10 @@ class ChatService:
         Raises RequestError for a turn that this model cannot answer. What the engine refuses comes with the first
         delta.
         """
-        forced = turn.tool_choice.forced
         prompt = await self.render(turn)
-        sampling = _constrained(turn) if forced else turn.sampling
-        divided = not forced and sampling.structured is None
-        assert self._format is not None, "it was loaded for the prompt"
-        if divided and self._format.needs_special_tokens:
-            sampling = replace(sampling, skip_special_tokens=False)
-        in_reasoning = divided and self._format.starts_in_reasoning(prompt.text)
+        plan = self._plan(turn, prompt.text)
         samples = [
-            ChatSample(self._parser(turn, divided, in_reasoning), in_reasoning, turn.tool_choice.parallel)
-            for _ in range(sampling.n)
+            ChatSample(plan.parser(), plan.in_reasoning, turn.tool_choice.parallel) for _ in range(plan.sampling.n)
         ]
         engine_prompt = EnginePrompt(
             token_ids=prompt.token_ids,
@@ -316,9 +296,23 @@ class ChatService:
             tenant=caller.tenant,
             timeout_s=turn.timeout_s,
         )
-        await self.check(len(prompt.token_ids), sampling, "messages")
-        note_prompt(record, len(prompt.token_ids), sampling)
-        return ChatAnswer(prompt, samples, self._engine.generate(engine_prompt, sampling, turn.priority), record)
+        await self._check_plan(len(prompt.token_ids), plan)
+        note_prompt(record, len(prompt.token_ids), plan.sampling)
+        return ChatAnswer(prompt, samples, self._engine.generate(engine_prompt, plan.sampling, turn.priority), record)
+
+    def _plan(self, turn: ChatTurn, prompt: str) -> AnswerPlan:
+        assert self._prompts is not None, "it was loaded for the prompt"
+        assert self._format is not None, "it comes with the prompts"
+        grammar = self._format.call_grammar(self._prompts.tokenizer.token_id, self._engine.info.eos_token_ids)
+        return plan_answer(turn, self._format, grammar, prompt)
+
+    async def _check_plan(self, num_prompt_tokens: int, plan: AnswerPlan) -> None:
+        try:
+            await self.check(num_prompt_tokens, plan.sampling, "messages")
+        except RequestError as error:
+            if not plan.is_strict:
+                raise
+            raise RequestError(f"tools: calls cannot be held to their strict schemas: {error}") from error
 
     async def check(self, num_prompt_tokens: int, sampling: SamplingParams, field: str) -> None:
         """Raise ApiError for a prompt that leaves no room for an answer, RequestError for a form that is refused.
@@ -336,26 +330,3 @@ class ChatService:
             )
         if sampling.structured is not None and self._check_form is not None:
             await self._check_form(sampling.structured)
-
-    def _parser(self, turn: ChatTurn, divided: bool, in_reasoning: bool) -> AnswerParser:
-        choice = turn.tool_choice
-        if choice.mode is ToolMode.NAMED:
-            assert choice.name is not None, "a named choice has a name"
-            return NamedCall(choice.name)
-        if choice.mode is ToolMode.REQUIRED:
-            return RequiredCalls()
-        if not divided:
-            return PlainText()
-        tools = [] if choice.mode is ToolMode.NONE else list(turn.tools)
-        assert self._format is not None, "it was loaded for the prompt"
-        return self._format.parser(tools, in_reasoning)
-
-
-def _constrained(turn: ChatTurn) -> SamplingParams:
-    """Return sampling options under which the answer is the calls that are asked for, as JSON."""
-    functions = [tool["function"] for tool in turn.tools]
-    if turn.tool_choice.mode is ToolMode.NAMED:
-        form = named_call_form(functions, str(turn.tool_choice.name))
-    else:
-        form = required_calls_form(functions, turn.tool_choice.parallel)
-    return replace(turn.sampling, structured=form)

@@ -1,6 +1,5 @@
 """What is asked of a chat, whatever API it came by: messages, tools, and how to answer. Checked, not yet rendered."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -8,6 +7,7 @@ from typing import Any
 
 from zif.contract import SamplingParams
 from zif.errors import RequestError
+from zif.serving.json_text import read_json
 
 MAX_TOOLS = 128
 MAX_MESSAGES = 2048
@@ -48,13 +48,15 @@ class ChatTurn:
     JSON text or as an object, a tool's result is a message with role "tool". `sampling.max_tokens` None goes on to the
     model's length. `reasoning` asks templates that can to think first (True) or not to (False); None leaves it to them.
     `variables` go to the template as they are. `truncate_prompt_tokens` keeps that many of the prompt's last tokens.
-    `cache_salt` separates reused prefixes further than the caller's own salt does.
+    `cache_salt` separates reused prefixes further than the caller's own salt does. `strict_tools` are the names of the
+    tools whose arguments must keep their schema also where the model chooses freely whether to call them.
     """
 
     messages: Sequence[Message]
     sampling: SamplingParams
     tools: Sequence[Tool] = ()
     tool_choice: ToolChoice = ToolChoice()
+    strict_tools: frozenset[str] = frozenset()
     reasoning: bool | None = None
     variables: Mapping[str, Any] = field(default_factory=dict)
     add_generation_prompt: bool = True
@@ -78,16 +80,6 @@ def check_tools(turn: ChatTurn) -> None:
         raise RequestError(f"tool_choice={choice.mode.value!r} needs tools, and the request has none; add tools")
     if choice.mode is ToolMode.NAMED and choice.name not in names:
         raise RequestError(f"tool_choice names {choice.name!r}, which is none of the tools: {', '.join(names)[:500]}")
-    if choice.forced and turn.sampling.structured is not None:
-        raise RequestError(
-            f"tool_choice={choice.mode.value!r} and a structured output exclude each other: both say what the whole"
-            " answer is; leave one of them out"
-        )
-    if choice.mode is ToolMode.AUTO and names and turn.sampling.structured is not None:
-        raise RequestError(
-            "tools and a structured output exclude each other: an answer held to a form cannot call a tool; leave one"
-            " of them out, or set tool_choice to 'none'"
-        )
 
 
 def tool_name(tool: Tool) -> str:
@@ -121,7 +113,7 @@ def _parsed_call(call: Any) -> Any:
     if not isinstance(function, Mapping) or not isinstance(function.get("arguments"), str):
         return call
     try:
-        arguments = json.loads(function["arguments"] or "{}")
+        arguments = read_json(function["arguments"] or "{}")
     except (ValueError, RecursionError):
         return call
     return {**call, "function": {**function, "arguments": arguments}} if isinstance(arguments, dict) else call

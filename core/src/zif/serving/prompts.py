@@ -71,15 +71,18 @@ class Prompts:
 
         `name` is the request's field that the error names.
         """
-        if len(text) > self._max_characters:
-            raise RequestError(
-                f"{name} has {len(text)} characters, more than a context of {self._max_model_len} tokens can hold"
-                f" (at most {self._max_characters}); shorten it"
-            )
-        check_encodable(name, text)
+        self._check(text, name)
         if len(text) <= INLINE_CHARACTERS:
             return self.tokenizer.encode(text, add_special_tokens)
         return await self._in_thread(self.tokenizer.encode, text, add_special_tokens)
+
+    async def encode_pair(self, first: str, second: str) -> list[int]:
+        """Return the tokens of two texts as the tokenizer puts a pair together. Raises as `encode` does."""
+        self._check(first, "the first text of a pair")
+        self._check(second, "the second text of a pair")
+        if len(first) + len(second) <= INLINE_CHARACTERS:
+            return self.tokenizer.encode_pair(first, second)
+        return await self._in_thread(self.tokenizer.encode_pair, first, second)
 
     async def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """Return the text of token ids; ids without a token give nothing. At most `MAX_DECODED_TOKENS`."""
@@ -104,6 +107,15 @@ class Prompts:
     def close(self) -> None:
         """End the threads; what they work on is finished first."""
         self._threads.shutdown(wait=True, cancel_futures=True)
+
+    def _check(self, text: str, name: str) -> None:
+        """Raise RequestError for a text that cannot be a prompt."""
+        if len(text) > self._max_characters:
+            raise RequestError(
+                f"{name} has {len(text)} characters, more than a context of {self._max_model_len} tokens can hold"
+                f" (at most {self._max_characters}); shorten it"
+            )
+        check_encodable(name, text)
 
     async def _in_thread(self, function: Callable[..., R], *args: Any) -> R:
         return await asyncio.get_running_loop().run_in_executor(self._threads, function, *args)

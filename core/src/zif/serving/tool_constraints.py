@@ -5,7 +5,7 @@ family: `[{"name": ..., "parameters": {...}}, ...]` for calls that are required,
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any
 
 from zif.contract import StructuredOutput
@@ -20,10 +20,14 @@ SPACING: Mapping[str, Any] = {"whitespace_flexible": False, "item_separator": ",
 
 ANY_OBJECT: Mapping[str, Any] = {"type": "object"}
 
+_NOTES = frozenset({"description", "title", "examples", "default", "$comment"})
+_BY_NAME = frozenset({"properties", "patternProperties", "$defs", "definitions"})
+"""Keys of a schema whose values are schemas by names, which may be anything."""
+
 
 def named_call_form(functions: Sequence[Mapping[str, Any]], name: str) -> StructuredOutput:
     """Return the form of an answer that is the arguments of the function `name`."""
-    return _form(_parameters(next(function for function in functions if function["name"] == name)))
+    return _form(parameters_of(next(function for function in functions if function["name"] == name)))
 
 
 def required_calls_form(functions: Sequence[Mapping[str, Any]], parallel: bool) -> StructuredOutput:
@@ -40,21 +44,31 @@ def required_calls_schema(functions: Sequence[Mapping[str, Any]], parallel: bool
 
     A function's schema that refers to itself or its parts moves to the root's definitions, and its references with it.
     """
-    definitions: dict[str, Any] = {}
-    calls = [_call(index, function, definitions) for index, function in enumerate(functions)]
+    items = calls_schema(functions, frozenset(function["name"] for function in functions))
+    definitions = items.pop("$defs", None)
     schema: dict[str, Any] = {
         "type": "array",
         "minItems": 1,
         "maxItems": MAX_CALLS if parallel else 1,
-        "items": {"anyOf": calls},
+        "items": items,
     }
     return schema | ({"$defs": definitions} if definitions else {})
 
 
+def calls_schema(functions: Sequence[Mapping[str, Any]], strict: Container[str]) -> dict[str, Any]:
+    """Return the schema of one call; the arguments of functions that are not `strict` are any object."""
+    definitions: dict[str, Any] = {}
+    calls = [
+        _call(index, function if function["name"] in strict else {**function, "parameters": ANY_OBJECT}, definitions)
+        for index, function in enumerate(functions)
+    ]
+    return {"anyOf": calls} | ({"$defs": definitions} if definitions else {})
+
+
 def _call(index: int, function: Mapping[str, Any], definitions: dict[str, Any]) -> dict[str, Any]:
-    parameters = _parameters(function)
+    parameters = parameters_of(function)
     root = f"tool{index}"
-    moved = _with_references(parameters, f"#/$defs/{root}")
+    moved = with_references(parameters, f"#/$defs/{root}")
     if moved != parameters:
         definitions[root] = moved
         parameters = {"$ref": f"#/$defs/{root}"}
@@ -66,22 +80,37 @@ def _call(index: int, function: Mapping[str, Any], definitions: dict[str, Any]) 
     }
 
 
-def _parameters(function: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a function's schema; one without parameters takes an empty object."""
+def parameters_of(function: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a function's schema without what only explains; one without parameters takes an empty object."""
     parameters = function.get("parameters")
-    return {**ANY_OBJECT, **parameters} if parameters else {**ANY_OBJECT, "additionalProperties": False}
+    return {**ANY_OBJECT, **_without_notes(parameters)} if parameters else {**ANY_OBJECT, "additionalProperties": False}
 
 
-def _with_references(value: Any, root: str) -> Any:
+def _without_notes(schema: Any) -> Any:
+    """Return a schema without the notes in it, which are most of its characters and nothing to a grammar."""
+    if isinstance(schema, list):
+        return [_without_notes(entry) for entry in schema]
+    if not isinstance(schema, Mapping):
+        return schema
+    kept: dict[str, Any] = {}
+    for key, value in schema.items():
+        if key in _BY_NAME and isinstance(value, Mapping):
+            kept[key] = {name: _without_notes(entry) for name, entry in value.items()}
+        elif key not in _NOTES:
+            kept[key] = value if key in ("const", "enum") else _without_notes(value)
+    return kept
+
+
+def with_references(value: Any, root: str) -> Any:
     """Return a schema whose references to itself and its parts lead to `root`."""
     if isinstance(value, Mapping):
         return {
             key: root + entry[1:]
             if key == "$ref" and isinstance(entry, str) and entry.startswith("#")
-            else _with_references(entry, root)
+            else with_references(entry, root)
             for key, entry in value.items()
         }
-    return [_with_references(entry, root) for entry in value] if isinstance(value, list) else value
+    return [with_references(entry, root) for entry in value] if isinstance(value, list) else value
 
 
 class NamedCall:

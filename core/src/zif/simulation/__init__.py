@@ -11,8 +11,9 @@ from zif.simulation.plot import check_plot_path, write_plot
 from zif.simulation.plot import summary as trace_summary
 from zif.simulation.runner import SimulatedRunner, simulated_layout
 from zif.simulation.scenario import Scenario, TrafficShape, draw_scenario, simulated_arena
-from zif.simulation.simulation import CheckIntervals, Simulation, Totals
+from zif.simulation.simulation import Simulation
 from zif.simulation.sizes import dense_layout, model_arena, plain_arena
+from zif.simulation.totals import CheckIntervals, Totals
 from zif.simulation.trace import TraceRequest, read_trace
 from zif.simulation.words import Words
 

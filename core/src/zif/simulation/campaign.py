@@ -12,7 +12,8 @@ from multiprocessing import get_context
 from zif.errors import EngineError
 from zif.simulation.faults import FaultSchedule
 from zif.simulation.scenario import VOCAB_SIZE, draw_scenario
-from zif.simulation.simulation import CheckIntervals, Simulation, Totals
+from zif.simulation.simulation import Simulation
+from zif.simulation.totals import CheckIntervals, Totals
 from zif.simulation.words import Words
 
 _CHUNK_STEPS = 25_000

@@ -21,7 +21,10 @@ class FaultPoint(StrEnum):
     """Where a fault can be injected, and what must come of it.
 
     ALLOCATION: a reservation of blocks fails; requests are preempted or wait, all get their text. STEP: the runner
-    reports a fault of one request; it ends with an error, the others go on. CRASH: the runner raises; every live
+    reports a fault of one request; it ends with an error, the others go on. NONSENSE: it reports that what one request
+    computed is not to be used, and blocks of it hold anything; it ends with an error or, if it had found blocks,
+    computes everything itself, and nobody ever reads the nonsense. RAISE: from now on steps with one request raise; it
+    ends with an error, the others go on. CRASH: the runner raises; every live
     request ends with an error and nothing leaks. DUPLICATE: a result is applied once more; nothing changes. STALE: the
     result of an earlier step arrives first; it is refused or ignored. LATE: the result comes after one more step was
     planned than should be under way. REORDERED: that of a later step arrives first; it is refused. TRANSFER: a copy of
@@ -39,6 +42,8 @@ class FaultPoint(StrEnum):
     TRANSFER = "transfer"
     ABORT = "abort"
     CLOCK = "clock"
+    NONSENSE = "nonsense"
+    RAISE = "raise"
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,6 @@ submitted before the first of them is applied. Between any two of them a request
 import random
 from collections import Counter, deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from zif.contract import Draft, FinishReason, ModelDescription, Request, RequestStatus, StepPlan, StepResult
@@ -18,59 +17,18 @@ from zif.simulation.census import Census
 from zif.simulation.clock import SimulatedClock
 from zif.simulation.faults import FaultInjector, FaultPoint, FaultSchedule
 from zif.simulation.invariants import Invariants
+from zif.simulation.nonsense import spoil, without_rows
 from zif.simulation.runner import SimulatedRunner
 from zif.simulation.scenario import VOCAB_SIZE, Scenario
 from zif.simulation.store import SimulatedStore
+from zif.simulation.totals import CheckIntervals, Totals
 from zif.simulation.traffic import TrafficGenerator
 from zif.simulation.words import Words
 
 _STEP_S = 0.01
 _JUMP_S = 86_400.0
 _FATAL_ALLOCATIONS = 2
-_GUESS_SHARE = 0.5
-
-
-@dataclass(frozen=True, slots=True)
-class CheckIntervals:
-    """How often, in steps, the checks run that look at everything; the others run at every step in every row.
-
-    `everything`: hands, census, and each request's blocks. `integrity`: the block manager's own structures, rebuilt.
-    """
-
-    everything: int = 1
-    integrity: int = 32
-
-
-@dataclass(frozen=True, slots=True)
-class Totals:
-    """What one simulation met, to show that it met anything. `strikes` counts injected faults by point."""
-
-    num_steps: int = 0
-    num_requests: int = 0
-    num_tokens: int = 0
-    num_cached_tokens: int = 0
-    num_preemptions: int = 0
-    num_drafted_tokens: int = 0
-    num_accepted_tokens: int = 0
-    num_saved_blocks: int = 0
-    num_loaded_blocks: int = 0
-    finished: Counter[str] = field(default_factory=Counter)
-    strikes: Counter[str] = field(default_factory=Counter)
-
-    def __add__(self, other: "Totals") -> "Totals":
-        return Totals(
-            self.num_steps + other.num_steps,
-            self.num_requests + other.num_requests,
-            self.num_tokens + other.num_tokens,
-            self.num_cached_tokens + other.num_cached_tokens,
-            self.num_preemptions + other.num_preemptions,
-            self.num_drafted_tokens + other.num_drafted_tokens,
-            self.num_accepted_tokens + other.num_accepted_tokens,
-            self.num_saved_blocks + other.num_saved_blocks,
-            self.num_loaded_blocks + other.num_loaded_blocks,
-            self.finished + other.finished,
-            self.strikes + other.strikes,
-        )
+_GUESS_SHARE = _HALF = 0.5
 
 
 class _FaultyBlocks(PagedBlockManager):
@@ -86,6 +44,10 @@ class _CrashError(EngineError):
     """The injected failure of a whole step."""
 
 
+class _PoisonError(EngineError):
+    """The injected failure of every step with a poisonous request."""
+
+
 class Simulation:
     """Run one scenario. Any broken promise raises `AssertionError`, or whatever the broken part raises."""
 
@@ -94,7 +56,7 @@ class Simulation:
         scenario: Scenario,
         faults: FaultSchedule = FaultSchedule(),  # noqa: B008 - frozen value
         words: Words | None = None,
-        intervals: CheckIntervals = CheckIntervals(),
+        intervals: CheckIntervals = CheckIntervals(),  # noqa: B008 - frozen value
     ) -> None:
         self.scenario = scenario
         self.faults = FaultInjector(faults, scenario.seed)
@@ -123,6 +85,7 @@ class Simulation:
         self._last: tuple[StepPlan, StepResult] | None = None
         self._in_flight: deque[tuple[StepPlan, StepResult]] = deque()
         self._drafts: dict[int, Draft] = {}
+        self._poisonous: set[int] = set()
         self._totals: Counter[str] = Counter()
         self._runner = self._start_runner()
 
@@ -200,6 +163,9 @@ class Simulation:
         except _CrashError:
             self._restart()
             return False
+        except _PoisonError as error:
+            self._recover(plan, str(error))
+            return False
         self._invariants.note_submitted(plan, result)
         self._drafts.update(plan.drafts)
         self._in_flight.append((plan, result))
@@ -261,6 +227,11 @@ class Simulation:
     def _compute(self, plan: StepPlan) -> StepResult:
         if self.faults.strikes(FaultPoint.CRASH):
             raise _CrashError("injected: the step failed")
+        if plan.request_ids and self.faults.strikes(FaultPoint.RAISE):
+            self._poisonous.add(self._random.choice(plan.request_ids))
+        if not self._poisonous.isdisjoint(plan.request_ids):
+            self._runner.submit(plan if self._random.random() < _HALF else without_rows(plan)).result()
+            raise _PoisonError("injected: a request that cannot be computed")
         num_running = len(self._running())
         result = self._runner.submit(plan).result()
         assert self._runner.num_sequences >= num_running, "the runner was not told of a running request"
@@ -268,6 +239,10 @@ class Simulation:
         if plan.request_ids and self.faults.strikes(FaultPoint.STEP):
             struck = self._random.choice(plan.request_ids)
             result.faults[struck] = "injected: this request failed"
+        if plan.request_ids and self.faults.strikes(FaultPoint.NONSENSE):
+            struck = self._random.choice(plan.request_ids)
+            result.faults[struck] = "injected: this request computed nonsense"
+            result.unsound.add(struck)
         return result
 
     def _apply(self, plan: StepPlan, result: StepResult) -> None:
@@ -275,11 +250,16 @@ class Simulation:
             self._apply_wrongly(plan, self._last[1])
         faults = result.faults
         struck = self._struck(plan, faults) if faults else []
+        for request in struck:
+            if request.request_id in result.unsound:
+                self._spoil(request)
+        trusting = {request.request_id for request in struck if not request.distrusts_cache}
         updates = self._scheduler.update(plan, result)
         self._census.applied(plan.step)
         for request in struck:
             if request.status is RequestStatus.PREEMPTED:
-                assert result.lost, f"request {request.request_id} starts over instead of failing"
+                again = request.distrusts_cache and request.request_id in trusting & result.unsound
+                assert result.lost or again, f"request {request.request_id} starts over instead of failing"
             else:
                 self._doomed[request.request_id] = FinishReason.ERROR
         computed = [number for number in plan.request_ids if number not in faults] if faults else plan.request_ids
@@ -292,6 +272,26 @@ class Simulation:
         if self.faults.strikes(FaultPoint.DUPLICATE):
             self._apply_wrongly(plan, result)
         self._last = (plan, result)
+
+    def _spoil(self, request: Request) -> None:
+        """Put nonsense into the blocks of a request, which it has computed or found, and which nobody may find then."""
+        self._invariants.expect_evictions()
+        spoil(request, [*self._live.values(), *self._scheduler.holders()], self._runner, self._random)
+
+    def _recover(self, plan: StepPlan, error: str) -> None:
+        """Do what the engine does after a step raised: give it up, and end who is found to be the cause."""
+        while self._in_flight:
+            self._apply(*self._in_flight.popleft())
+        updates = self._scheduler.abandon([plan], error)
+        if updates is None:
+            self._restart()
+            return
+        self._census.restart()
+        for request in [update.request for update in updates if update.request.request_id in self._live]:
+            if request.error == error:
+                assert request.request_id in self._poisonous, f"request {request.request_id} ended for another's fault"
+                self._doomed[request.request_id] = FinishReason.ERROR
+            self._end(request)
 
     def _struck(self, plan: StepPlan, faults: Mapping[int, str]) -> list[Request]:
         """Return the requests whose rows failed. Rows of one that has ended or started over since then are void."""

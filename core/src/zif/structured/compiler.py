@@ -61,7 +61,7 @@ class GrammarCompiler(Grammars):
         self._vocabulary = vocabulary
         self._tokenizer: llguidance.LLTokenizer | None = None
         self._lock = threading.Lock()
-        self._cache: ByteBoundedCache[tuple[str, str], llguidance.LLMatcher] = ByteBoundedCache(cache_bytes)
+        self._cache: ByteBoundedCache[tuple[str, str, str | None], llguidance.LLMatcher] = ByteBoundedCache(cache_bytes)
 
     @property
     def cached_bytes(self) -> int:
@@ -86,13 +86,14 @@ class GrammarCompiler(Grammars):
             return FaultyState(str(error))
 
     def _compiled(self, form: StructuredOutput) -> "llguidance.LLMatcher":
-        key = (form.kind.value, form.text)
+        key = (form.kind.value, form.text, form.or_grammar)
         with self._lock:
             matcher = self._cache.get(key)
         if matcher is None:
             matcher = self._compile(form)
             with self._lock:
-                self._cache.put(key, matcher, COMPILED_BASE_BYTES + COMPILED_BYTES_PER_CHARACTER * len(form.text))
+                num_characters = len(form.text) + len(form.or_grammar or "")
+                self._cache.put(key, matcher, COMPILED_BASE_BYTES + COMPILED_BYTES_PER_CHARACTER * num_characters)
         return matcher
 
     def _compile(self, form: StructuredOutput) -> "llguidance.LLMatcher":

@@ -57,6 +57,10 @@ class Tokenizer(ABC):
         """Return the token ids of a text; with `add_special_tokens` those the model expects around it, such as BOS."""
 
     @abstractmethod
+    def encode_pair(self, first: str, second: str) -> list[int]:
+        """Return the token ids of two texts in one sequence, with the special tokens that the model expects."""
+
+    @abstractmethod
     def decode_raw(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Return the text of token ids before spaces are cleaned up. Ids without a token give nothing."""
 
@@ -136,6 +140,9 @@ class FastTokenizer(Tokenizer):
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
 
+    def encode_pair(self, first: str, second: str) -> list[int]:
+        return list(self._backend.encode(first, second).ids)
+
     def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
         encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
         return [list(encoding.ids) for encoding in encodings]
@@ -170,6 +177,9 @@ class TransformersTokenizer(Tokenizer):
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return list(self._inner(text, add_special_tokens=add_special_tokens)["input_ids"])
+
+    def encode_pair(self, first: str, second: str) -> list[int]:
+        return list(self._inner(first, second)["input_ids"])
 
     def decode_raw(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         known = [token_id for token_id in token_ids if token_id in self._tokens]

@@ -7,11 +7,12 @@ import os
 import sys
 import time
 
+from zif.errors import DeviceLostError
 from zif.null.runner import NullRunner
 from zif.serving.engine import process
 from zif.serving.engine.channel import EngineEnd
 
-HANG, RAISE, EXIT, SLOW = 2000, 2001, 2002, 2003
+HANG, RAISE, EXIT, SLOW, COMPILE, POISON, NONSENSE = range(2000, 2007)
 
 _submit, _load = NullRunner.submit, NullRunner.load
 
@@ -21,12 +22,20 @@ def submit(self, step):
         if start.token_ids[0] == HANG:
             time.sleep(600)
         if start.token_ids[0] == RAISE:
-            raise RuntimeError("the device caught fire")
+            raise DeviceLostError("the device caught fire")
+        if start.token_ids[0] == POISON:
+            raise ValueError("the kernel of /opt/kernels cannot hold a value")
         if start.token_ids[0] == EXIT:
             os._exit(9)
         if start.token_ids[0] == SLOW:
             time.sleep(0.3)
-    return _submit(self, step)
+        if start.token_ids[0] == COMPILE:
+            eval("sleep(5)", {"__name__": "torch._inductor.codegen", "sleep": time.sleep})
+    future = _submit(self, step)
+    nonsense = {start.request_id for start in step.started if start.token_ids[0] == NONSENSE}
+    future.result().faults.update(dict.fromkeys(nonsense, "the model gave NaN logits for this request"))
+    future.result().unsound |= nonsense
+    return future
 
 
 def load(self, model, progress):

@@ -1,49 +1,21 @@
-"""An engine in a real process: answers, refusals, slow and leaving readers, drain, crashes, hangs."""
+"""An engine in a real process: answers, refusals, slow and leaving readers, drain, what it publishes."""
 
 import asyncio
 import contextlib
 import os
 import signal
-import sys
-import tempfile
-from pathlib import Path
 
 import pytest
 
+from serving.engine.engines import HANG, PATIENCE_S, SETTINGS, SLOW, answer, options, run, sampling, until
 from support.embedded_model import MODEL
-from zif import LLM, SamplingParams
+from zif import LLM
 from zif.errors import RequestError
 from zif.serving.answers import EnginePrompt, EngineState, EngineUnavailableError, OverloadedError
 from zif.serving.engine.client import ProcessEngine
-from zif.serving.engine.limits import EngineLimits, ProcessOptions, RestartLimits
+from zif.serving.engine.limits import EngineLimits, ProcessOptions
 from zif.serving.telemetry.kv_events import KVEventSettings
 from zif.settings import EngineSettings
-
-HANG, RAISE, EXIT, SLOW = 2000, 2001, 2002, 2003
-FAULTY = Path(__file__).with_name("faulty_child.py")
-SETTINGS = EngineSettings(model=str(MODEL), platform="null", max_model_len=256, max_num_seqs=4, kv_bytes=1 << 22)
-PATIENCE_S = 20.0
-"""How long a test waits for what should come at once, on a machine that is busy."""
-
-
-def options(*faults, **limits):
-    command = (sys.executable, "-P", str(FAULTY), *faults)
-    restarts = RestartLimits(first_delay_s=0.01, max_restarts=2)
-    return ProcessOptions(command=command, restarts=restarts, limits=EngineLimits(**{"report_s": 0.1, **limits}))
-
-
-def run(body, process_options=None, settings=SETTINGS):
-    """Run `body(engine)` against a ready engine, with a bound on everything."""
-
-    async def bounded():
-        engine = ProcessEngine(settings, process_options or options())
-        async with asyncio.timeout(3 * PATIENCE_S), engine:
-            await engine.wait_ready()
-            await body(engine)
-        assert engine.pid is None
-        assert engine.num_outstanding == 0
-
-    asyncio.run(bounded())
 
 
 @pytest.fixture(scope="module")
@@ -64,35 +36,6 @@ def run_shared():
         runner.run(open_engine())
         yield lambda body: runner.run(bounded(body))
         runner.run(engine.close())
-
-
-def sampling(**given):
-    return SamplingParams(**{"max_tokens": 5, "ignore_eos": True, "seed": 1, **given})
-
-
-async def answer(engine, *token_ids, **given):
-    """Return text, tokens and end of a prompt's first sample."""
-    text, ids, end = "", [], None
-    async for delta in engine.generate(EnginePrompt(list(token_ids), "text"), sampling(**given)):
-        for sample in delta.samples:
-            if sample.index == 0:
-                text, ids, end = text + sample.text, ids + sample.token_ids, sample.finish_reason
-    return text, ids, end
-
-
-async def until(condition):
-    """Wait until a condition holds; the engine's messages are what changes it."""
-    async with asyncio.timeout(PATIENCE_S):
-        while not condition():
-            await asyncio.sleep(0.005)
-
-
-@pytest.fixture
-def own_tmp(monkeypatch):
-    """Return a folder of temporary files that no other test uses; its path is short, as a socket's must be."""
-    with tempfile.TemporaryDirectory(prefix="zt") as folder:
-        monkeypatch.setattr(tempfile, "tempdir", folder)
-        yield Path(folder)
 
 
 def test_answers_are_those_of_the_engine_in_this_process(run_shared):
@@ -203,17 +146,6 @@ def test_the_terminals_interrupt_is_not_for_the_engine(run_shared):
     run_shared(body)
 
 
-def test_leaving_a_dead_engine_is_no_error():
-    async def body(engine):
-        stream = engine.generate(EnginePrompt([5]), sampling(max_tokens=200))
-        await anext(stream)
-        os.kill(engine.pid, signal.SIGKILL)
-        await stream.aclose()
-        await until(lambda: engine.num_outstanding == 0)
-
-    run(body)
-
-
 @pytest.mark.slow
 def test_a_computing_engine_answers_as_in_this_process():
     settings = EngineSettings(model=str(MODEL), platform="cpu", max_model_len=256, kv_bytes=1 << 24)
@@ -236,126 +168,6 @@ def test_a_drain_that_takes_too_long_is_cut_short():
             await hung
 
     run(body, options(close_s=0.1))
-
-
-@pytest.mark.parametrize(("fault", "reason"), [(RAISE, "caught fire"), (EXIT, "status 9")])
-def test_a_crash_ends_its_requests_and_the_engine_returns(fault, reason):
-    async def body(engine):
-        first = engine.pid
-        with pytest.raises(EngineUnavailableError, match=reason):
-            await answer(engine, fault)
-        assert engine.state is EngineState.RESTARTING
-        assert "started again" in engine.problem()
-        with pytest.raises(EngineUnavailableError) as raised:
-            await answer(engine, 5)
-        assert raised.value.retry_after_s
-        await engine.wait_ready()
-        assert engine.pid != first
-        assert (await answer(engine, 5))[2] == "length"
-
-    run(body)
-
-
-@pytest.mark.slow
-def test_a_crash_loop_is_not_fed():
-    async def body(engine):
-        for _ in range(3):
-            await engine.wait_ready()
-            with pytest.raises(EngineUnavailableError):
-                await answer(engine, EXIT)
-        with pytest.raises(EngineUnavailableError, match="3 crashes"):
-            await engine.wait_ready()
-        assert engine.state is EngineState.FAILED
-        assert "3 crashes" in engine.problem()
-
-    run(body)
-
-
-def test_a_start_that_fails_says_why_and_is_not_tried_again(own_tmp):
-    async def body():
-        async with ProcessEngine(SETTINGS, options("start-fails")) as engine:
-            with pytest.raises(EngineUnavailableError, match="no such device"):
-                await engine.wait_ready()
-            assert engine.state is EngineState.FAILED
-        wrong = EngineSettings(model="/no/such/folder", platform="null")
-        async with ProcessEngine(wrong, options()) as engine:
-            with pytest.raises(EngineUnavailableError, match="/no/such/folder"):
-                await engine.wait_ready()
-
-    asyncio.run(body())
-    assert list(own_tmp.iterdir()) == []
-
-
-def test_a_start_that_hangs_is_reported_again_and_can_be_closed():
-    async def body():
-        phases = []
-        engine = ProcessEngine(SETTINGS, options("start-hangs"), lambda *phase: phases.append(phase))
-        async with engine:
-            await until(lambda: phases.count(("loading weights", 1, 3)) >= 2)
-            assert "loading weights, 1 of 3" in engine.problem()
-            with pytest.raises(EngineUnavailableError) as raised:
-                await answer(engine, 5)
-            assert raised.value.retry_after_s
-        assert engine.pid is None
-
-    asyncio.run(body())
-
-
-def test_a_hung_step_is_seen():
-    async def body(engine):
-        hung = asyncio.create_task(answer(engine, HANG))
-        await until(lambda: engine.problem() is not None)
-        assert "0.5 s" in engine.problem()
-        assert engine.state is EngineState.READY
-        hung.cancel()
-
-    run(body, options(step_limit_s=0.5, close_s=0.1))
-
-
-def test_a_stopped_process_is_seen_and_a_continued_one_is_well():
-    async def body(engine):
-        assert engine.problem() is None
-        os.kill(engine.pid, signal.SIGSTOP)
-        await until(lambda: engine.problem() is not None)
-        assert "said nothing" in engine.problem()
-        os.kill(engine.pid, signal.SIGCONT)
-        await until(lambda: engine.problem() is None)
-        assert (await answer(engine, 5))[2] == "length"
-
-    run(body, options(step_limit_s=0.5))
-
-
-def test_those_who_leave_a_hung_engine_make_no_room_for_more():
-    async def body(engine):
-        for _ in range(6):
-            task = asyncio.create_task(answer(engine, HANG))
-            await asyncio.sleep(0)
-            task.cancel()
-        with pytest.raises(OverloadedError):
-            await answer(engine, 5)
-
-    run(body, options(max_queued=2, close_s=0.1))
-
-
-def test_slow_steps_within_the_limit_are_no_problem():
-    async def body(engine):
-        problems = []
-        running = asyncio.create_task(answer(engine, SLOW, max_tokens=50))
-        while not running.done():
-            problems.append(engine.problem())
-            await asyncio.sleep(0.01)
-        assert set(problems) == {None}
-
-    run(body, options(step_limit_s=5.0))
-
-
-def test_nonsense_from_the_engine_ends_it():
-    async def body():
-        async with asyncio.timeout(PATIENCE_S), ProcessEngine(SETTINGS, options("ready-then-nonsense")) as engine:
-            await until(lambda: engine.state is EngineState.FAILED or engine.state is EngineState.RESTARTING)
-            assert engine.state is EngineState.RESTARTING
-
-    asyncio.run(body())
 
 
 def test_changes_of_the_prefix_cache_are_published(tmp_path):
@@ -390,12 +202,3 @@ def test_changes_of_the_prefix_cache_are_published(tmp_path):
     run(body, process_options)
     assert len(received[0]) == 3
     assert not (tmp_path / "e").exists()
-
-
-def test_nothing_is_left_on_disk_once_the_connection_stands(own_tmp):
-    async def body(engine):
-        assert list(own_tmp.iterdir()) == []
-        assert (await answer(engine, 5))[2] == "length"
-
-    run(body)
-    assert list(own_tmp.iterdir()) == []

@@ -2,10 +2,12 @@
 
 from itertools import pairwise
 
+from serving.telemetry.scripted_engine import stats
 from zif.serving.engine.admission import MAX_RETRY_S, MIN_RETRY_S, Admission, Capacity
 from zif.serving.engine.limits import RestartLimits
-from zif.serving.engine.progress import ProgressWatch
+from zif.serving.engine.progress import HangTimer, ProgressWatch
 from zif.serving.engine.supervision import RestartPolicy
+from zif.serving.engine.totals import TotalsOverRestarts
 
 
 class Clock:
@@ -113,3 +115,24 @@ def test_work_after_a_long_rest_is_given_its_time():
     watch.heard()
     watch.begin()
     assert watch.problem(has_work=True) is None
+
+
+def test_a_hang_is_long_when_every_look_for_long_has_seen_it():
+    timer = HangTimer(limit_s=3.0, period_s=1.0)
+    looks = [True, True, False, True, True, True, True, False]
+    assert [timer.look(has_problem=look) for look in looks] == [False] * 6 + [True, False]
+    never = HangTimer(limit_s=0.0, period_s=1.0)
+    assert not any(never.look(has_problem=True) for _ in range(1000))
+
+
+def test_counts_go_on_when_a_new_process_counts_from_nothing():
+    totals = TotalsOverRestarts()
+    totals.take(stats(num_generated_tokens=4, num_running=2))
+    totals.take(stats(num_generated_tokens=10, num_steps=5, num_running=2))
+    totals.begin_anew()
+    # The new one has done more than the old one by the time that anybody looks: smaller counts would be no sign of it.
+    seen = totals.take(stats(num_generated_tokens=12, num_steps=6, num_running=1))
+    assert (seen.num_generated_tokens, seen.num_steps, seen.num_running, seen.num_restarts) == (22, 11, 1, 1)
+    totals.begin_anew()
+    totals.begin_anew()
+    assert totals.take(stats(num_generated_tokens=1)).num_generated_tokens == 23

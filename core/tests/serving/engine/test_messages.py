@@ -11,6 +11,7 @@ from zif.serving.engine import messages
 from zif.serving.engine.messages import (
     Abort,
     Codec,
+    Compiling,
     Deltas,
     Drain,
     Failed,
@@ -42,7 +43,14 @@ def test_what_a_client_says_arrives(message):
 
 @pytest.mark.parametrize(
     "message",
-    [Hello(1), Starting("loading", 1, 2), Deltas([(9, DELTA)]), Refused(1, "no"), Overloaded(1, "full", 1.5)],
+    [
+        Hello(1),
+        Starting("loading", 1, 2),
+        Deltas([(9, DELTA)]),
+        Refused(1, "no"),
+        Overloaded(1, "full", 1.5),
+        Compiling("a"),
+    ],
 )
 def test_what_an_engine_says_arrives(message):
     assert Codec(FromEngine).decode(Codec(ToEngine).encode(message)) == message

@@ -9,9 +9,12 @@ from zif.contract import SamplingParams
 from zif.serving.answers import EnginePrompt
 from zif.serving.http.app import build_app
 from zif.serving.http.errors import ApiError, FailureKind
-from zif.serving.http.exchange import AuthScope, Stream, event, json_response
+from zif.serving.http.exchange import AuthScope, Response, Stream, event, json_response
 from zif.serving.http.registry import Route
 from zif.serving.http.settings import ServeSettings
+
+NUM_BIG_BYTES = 2**24
+"""More than the buffers of both ends of a connection hold."""
 
 
 class Ask(msgspec.Struct):
@@ -30,11 +33,12 @@ class AskApi:
         return [
             Route("/ask", "POST", AuthScope.INFERENCE, self.ask, Ask, no_effect={"user": "nobody looks at it"}),
             Route("/small", "POST", AuthScope.INFERENCE, self.ask, Ask, max_body_bytes=64),
-            Route("/stream", "POST", AuthScope.INFERENCE, self.stream, Ask),
+            Route("/stream", "POST", AuthScope.INFERENCE, self.stream, Ask, asks_engine=True),
             Route("/long", "POST", AuthScope.INFERENCE, self.long, Ask),
             Route("/things/{name}", "GET", AuthScope.INFERENCE, self.thing),
             Route("/manage", "POST", AuthScope.ADMIN, self.thing),
             Route("/numbers", "GET", AuthScope.METRICS, self.thing),
+            Route("/big", "GET", AuthScope.METRICS, self.big, hidden=True),
         ]
 
     async def ask(self, request, context):
@@ -46,6 +50,9 @@ class AskApi:
     async def thing(self, request, context):
         self.requests.append(request)
         return json_response({"name": request.path_value, "query": request.query})
+
+    async def big(self, request, context):
+        return Response(bytes(NUM_BIG_BYTES))
 
     async def long(self, request, context):
         return Stream(self._frames(context.engine.generate(EnginePrompt([1]), SamplingParams(max_tokens=4096))))

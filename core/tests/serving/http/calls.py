@@ -27,7 +27,7 @@ class Call:
 
     def __init__(self, path, body=None, *, method=None, headers=(), parts=None, query=b""):
         content = body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
-        pairs = {b"host": b"testserver"} | ({b"content-type": b"application/json"} if body is not None else {})
+        pairs = {b"host": b"localhost"} | ({b"content-type": b"application/json"} if body is not None else {})
         pairs |= {k.lower().encode(): v.encode("latin-1") for k, v in dict(headers).items()}
         self.scope = {
             "type": "http",

@@ -72,8 +72,11 @@ class Running:
         return next(line for line in self.lines if word in line)
 
     async def connect(self):
-        port = int((await self.line("ready at")).split(" after")[0].rpartition(":")[2])
-        return await self.connect_to(port)
+        return await self.connect_to(await self.port())
+
+    async def port(self):
+        """Wait until the server is ready and return its port."""
+        return int((await self.line("ready at")).split(" after")[0].rpartition(":")[2])
 
     async def connect_to(self, port):
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
@@ -103,12 +106,17 @@ async def running(engine=None, limits=(), **settings):
 def post(path, body, *headers):
     """Return the bytes of a request."""
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
-    lines = [f"POST {path} HTTP/1.1", "host: x", "content-type: application/json", f"content-length: {len(content)}"]
+    lines = [
+        f"POST {path} HTTP/1.1",
+        "host: localhost",
+        "content-type: application/json",
+        f"content-length: {len(content)}",
+    ]
     return "\r\n".join([*lines, *headers, "", ""]).encode() + content
 
 
 def get(path, *headers):
-    return "\r\n".join([f"GET {path} HTTP/1.1", "host: x", *headers, "", ""]).encode()
+    return "\r\n".join([f"GET {path} HTTP/1.1", "host: localhost", *headers, "", ""]).encode()
 
 
 async def answer_of(reader):
@@ -117,3 +125,12 @@ async def answer_of(reader):
     headers = dict(line.lower().split(": ", 1) for line in head[1:] if line)
     body = await reader.readexactly(int(headers["content-length"])) if "content-length" in headers else b""
     return int(head[0].split()[1]), headers, body
+
+
+async def exchange(server, request):
+    """Make one request on a connection of its own and return its answer."""
+    reader, writer = await server.connect()
+    writer.write(request)
+    answer = await answer_of(reader)
+    writer.close()
+    return answer

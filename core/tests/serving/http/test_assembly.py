@@ -96,7 +96,7 @@ def test_guarded_routes_are_marked_in_the_document(app):
 
 def test_every_list_string_and_number_of_a_request_is_bounded(app):
     document = openapi_document(app.context.registry)
-    schemas = document["components"]["schemas"].items()
+    schemas = [(name, part) for name, part in document["components"]["schemas"].items() if name[:7] != "answer."]
     found = {place for name, schema in schemas for place in _unbounded(schema, name)}
     assert found - _BOUNDED_BY_MEANING == set()
 

@@ -2,10 +2,12 @@
 
 import asyncio
 import hmac
+import random
 
 import pytest
 
 from serving.fakes import FakeEngine
+from serving.http import key_timing
 from serving.http.apis import make_app
 from serving.http.calls import call
 from zif.errors import ConfigError
@@ -139,6 +141,19 @@ class TestKeys:
             status("/ask", {"x-api-key": key}, {"text": "x"})
             counts.append(len(compared))
         assert counts == [4, 4, 4]
+
+    def test_a_comparison_that_leaked_would_be_found_out(self):
+        """The command measures the server; here only that its method sees what there is to see."""
+        chance = random.Random(0)
+        keys = ["".join(chance.choices("abcdefgh", k=key_timing.KEY_CHARS)) for _ in range(4)]
+        near, far = key_timing.near_and_far(keys, chance)
+        found = key_timing.compare(key_timing.leaking_refusal(keys), near, far, 4000, chance)
+        assert found.t > key_timing.MAX_T
+        refuse = key_timing.server_refusal(keys)
+        for key in near + far:
+            refuse(Headers([(b"x-api-key", bytes(key))]))
+        with pytest.raises(AssertionError, match="let in"):
+            refuse(Headers([(b"x-api-key", keys[0].encode())]))
 
     def test_comments_and_empty_lines(self):
         assert len(parse_keys(["# mine", "", "  ", "user-key-1"])) == 1

@@ -9,10 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serving.fakes import FakeEngine
+from serving.fakes import FakeEngine, Script
 from serving.http.apis import make_app
 from serving.http.calls import Call, call
+from zif.errors import ConfigError
 from zif.serving.http.json_scan import JsonLimitError, JsonScan
+from zif.serving.http.settings import ServeSettings
 
 
 def post(body, path="/ask", **options):
@@ -161,6 +163,58 @@ class TestLimits:
 
     def test_the_same_key_in_different_objects(self):
         assert post(b'{"text":"text","n":1,"parts":[{"n":1},{"n":1}]}').status == 200
+
+
+FEW_BYTES = {"max_body_bytes": 1024, "max_body_bytes_in_flight": 1500}
+JSON_HEADERS = {"content-type": "application/json"}
+
+
+class TestAllBodiesTogether:
+    def test_they_are_bounded_and_the_rest_is_told_when_to_come_again(self):
+        async def fill():
+            app = make_app(FakeEngine(), **FEW_BYTES)
+            rest = asyncio.Event()
+            slow = Call("/ask", parts=[b'{"text":"' + b"x" * 900, rest, b'"}'], headers=JSON_HEADERS)
+            task = asyncio.create_task(app(slow.scope, slow.receive, slow.send))
+            await asyncio.sleep(0)
+            refused = await call(app, "/ask", {"text": "x" * 700})
+            small = await call(app, "/ask", {"text": "x" * 100})
+            rest.set()
+            await task
+            again = await call(app, "/ask", {"text": "x" * 700})
+            assert (refused.status, error_of(refused)["code"]) == (503, "too_many_body_bytes")
+            assert (refused.headers["retry-after"], refused.headers["x-should-retry"]) == ("1", "true")
+            assert [small.status, slow.answer.status, again.status] == [200, 200, 200]
+
+        asyncio.run(fill())
+
+    def test_they_count_until_their_requests_have_ended(self):
+        async def stream():
+            gate = asyncio.Event()
+            app = make_app(FakeEngine(Script(gates=[gate])), **FEW_BYTES)
+            request = Call("/stream", {"text": "x" * 900})
+            task = asyncio.create_task(app(request.scope, request.receive, request.send))
+            await asyncio.sleep(0)
+            assert (await call(app, "/ask", {"text": "x" * 700})).status == 503
+            gate.set()
+            await task
+            assert (await call(app, "/ask", {"text": "x" * 700})).status == 200
+
+        asyncio.run(stream())
+
+    @pytest.mark.parametrize("body", [b"{", b"\xff" * 900, b"x" * 2000, b'{"text":"' + b"x" * 900 + b'"}'])
+    def test_whatever_becomes_of_them_nothing_stays_counted(self, body):
+        async def repeat():
+            app = make_app(FakeEngine(), **FEW_BYTES)
+            first = await call(app, "/ask", body, headers=JSON_HEADERS)
+            for _ in range(5):
+                assert (await call(app, "/ask", body, headers=JSON_HEADERS)).status == first.status != 503
+
+        asyncio.run(repeat())
+
+    def test_one_that_fits_alone_must_fit_all(self):
+        with pytest.raises(ConfigError, match="max_body_bytes_in_flight=2048"):
+            ServeSettings(max_body_bytes=4096, max_body_bytes_in_flight=2048)
 
 
 class TestScan:

@@ -1,6 +1,7 @@
 """`zif serve` as a process: dry runs, faults that are seen before anything starts, and one whole life."""
 
 import asyncio
+import json
 import os
 import signal
 import socket
@@ -43,6 +44,10 @@ def test_a_dry_run_prints_what_would_be_used():
         ([MODEL, "--dry-run", "--kv-events-endpoint", "tcp://*:5557"], "kv_events_key_folder"),
         ([MODEL, "--dry-run", "--kv-events-topic", "x"], "without kv_events_endpoint"),
         ([MODEL, "--config", "/no/such"], "cannot read the settings file"),
+        ([MODEL, "--tls-certificate", "/", "--tls-key", "/"], "cannot read tls_certificate='/': Is a directory"),
+        ([MODEL, "--tls-certificate", __file__, "--tls-key", __file__], "no certificate in PEM"),
+        ([MODEL, "--tls-certificate", __file__], "give both or neither"),
+        ([MODEL, "--allowed-hosts", "http://a"], "without scheme and port"),
     ],
 )
 def test_a_wrong_command_line_is_one_clear_line(arguments, text):
@@ -51,6 +56,24 @@ def test_a_wrong_command_line_is_one_clear_line(arguments, text):
     assert text in done.stderr
     assert "Traceback" not in done.stderr
     assert "some-key-1" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("max_num_seq = 4", "did you mean max_num_seqs"),
+        ("[serve]\nmax_body_byte = 4096", "did you mean max_body_bytes"),
+        ("[serve]\nmax_num_seqs = 4", "put it above the table"),
+        ("model = [", "zif.toml"),
+    ],
+)
+def test_a_wrong_settings_file_is_one_clear_line(tmp_path, text, expected):
+    file = tmp_path / "zif.toml"
+    file.write_text(text)
+    done = zif(MODEL, "--config", str(file))
+    assert done.returncode == 2
+    assert expected in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 def test_a_port_in_use_is_seen_before_the_engine_starts():
@@ -70,6 +93,7 @@ def test_a_port_in_use_is_seen_before_the_engine_starts():
 def test_a_whole_life(tmp_path):
     path = str(tmp_path / "s")
     command = [sys.executable, "-m", "zif.cli", "serve", MODEL, "--platform", "null", "--uds", path]
+    command += ["--max-body-bytes", "65536"]
     began_s = time.monotonic()
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
         try:
@@ -86,6 +110,35 @@ def test_a_whole_life(tmp_path):
         finally:
             server.kill()
     assert not os.path.exists(path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reader", ["leaves", "stands still"])
+def test_who_reads_standard_error_does_not_decide_how_the_server_ends(tmp_path, reader):
+    path = str(tmp_path / "s")
+    command = [sys.executable, "-m", "zif.cli", "serve", MODEL, "--platform", "null", "--uds", path]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, pipesize=4096, env=environment) as server:
+        try:
+            while not server.stderr.readline().startswith(b"ready at"):
+                pass
+            if reader == "leaves":
+                server.stderr.close()
+            asyncio.run(_ask_for_nothing(path, num_times=200))
+            server.send_signal(signal.SIGTERM)
+            assert server.wait(20) == 0
+        finally:
+            server.kill()
+
+
+async def _ask_for_nothing(uds, num_times):
+    """Make requests that each give a line of log."""
+    async with asyncio.timeout(20):
+        reader, writer = await asyncio.open_unix_connection(uds)
+        for _ in range(num_times):
+            writer.write(get("/v1/nothing"))
+            assert (await answer_of(reader))[0] == 404
+        writer.close()
 
 
 async def _ask(uds):
@@ -105,6 +158,15 @@ async def _ask(uds):
         writer.write(post("/v1/completions", body))
         status, _, content = await answer_of(reader)
         assert (status, b'"completion_tokens":4' in content) == (200, True)
+        for bad, expected, code in (
+            (b'{"prompt": "\xff"}', 400, "invalid_utf8"),
+            (b'{"prompt": ' + b"[" * 5000 + b"]" * 5000 + b"}", 400, "invalid_json"),
+            (b'{"prompt": "x"', 400, "invalid_json"),
+            (b'{"prompt": "' + b"x" * 70_000 + b'"}', 413, "body_too_large"),
+        ):
+            writer.write(post("/v1/completions", bad))
+            status, _, content = await answer_of(reader)
+            assert (status, json.loads(content)["error"]["code"]) == (expected, code)
         writer.write(post("/v1/completions", body | {"stream": True}, "connection: close"))
         assert (await reader.read()).endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
         writer.close()

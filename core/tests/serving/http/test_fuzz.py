@@ -24,7 +24,7 @@ def test_random_requests(num_requests, seed):
         routes = [*openai_routes(chats), *AnthropicApi(chats).routes(), *ResponsesApi(chats).routes()]
         app = build_app(engine, ServeSettings(), routes)
         try:
-            statuses = await fuzz(app, Generator(openapi_document(app.context.registry), seed), num_requests)
+            statuses = await fuzz(app, Generator(openapi_document(app.context.registry), seed), range(num_requests))
         finally:
             chats.close()
         assert statuses[200] > num_requests // 20, "too few requests get through to mean anything"

@@ -62,7 +62,7 @@ class Served:
             async with (
                 httpx2.AsyncClient(transport=transport) as http,
                 openai.AsyncOpenAI(
-                    api_key="none", base_url="http://test/v1", http_client=http, max_retries=0
+                    api_key="none", base_url="http://localhost/v1", http_client=http, max_retries=0
                 ) as client,
             ):
                 return await make(client)

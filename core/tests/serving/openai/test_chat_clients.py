@@ -72,6 +72,16 @@ class TestFaults:
             assert "tokenizer" in answer.json()["error"]["message"]
             assert str(tmp_path) not in answer.body.decode()
 
+    def test_a_model_without_tokenizer_completes_tokens(self, tmp_path):
+        served = serve(said("", "", token_ids=[7, 9]), tmp_path)
+        for fields in ({"prompt": "text"}, {"prompt": [5], "echo": True}, {"prompt": [5]}, {"prompt": ["text"]}):
+            refused = served.post("/v1/completions", {"max_tokens": 2, **fields})
+            assert refused.status == 400
+            assert "return_token_ids=true" in refused.json()["error"]["message"]
+        answer = served.post("/v1/completions", {"prompt": [5, 6], "max_tokens": 2, "return_token_ids": True})
+        assert answer.json()["choices"][0]["token_ids"] == [7, 9]
+        assert not served.engine.submitted[-1].sampling.detokenize
+
     def test_a_model_without_template_says_so(self, tmp_path):
         write_model(tmp_path, template="")
         config = json.loads((tmp_path / "tokenizer_config.json").read_text())

@@ -278,7 +278,6 @@ class TestBadInput:
             {"tools": [WEATHER, WEATHER]},
             {"tool_choice": "required"},
             {"tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "other"}}},
-            {"tools": [WEATHER], "tool_choice": "required", "response_format": {"type": "json_object"}},
             {"structured_outputs": {}},
             {"structured_outputs": {"regex": "a", "choice": ["a"]}},
             {"structured_outputs": {"regex": "a" * 20000}},

@@ -23,9 +23,9 @@ OPTIONS = {"max_model_len": 256, "kv_bytes": 1 << 24, "max_num_seqs": 4}
 
 
 @asynccontextmanager
-async def open_client(platform):
+async def open_client(platform, answer_format=None):
     """Give an official client of a server whose engine is a process."""
-    settings = ServeSettings(served_model_name="embedded")
+    settings = ServeSettings(served_model_name="embedded", answer_format=answer_format)
     async with (
         asyncio.timeout(LIMIT_S),
         ProcessEngine(EngineSettings(model=str(MODEL), platform=platform, **OPTIONS)) as engine,
@@ -35,14 +35,16 @@ async def open_client(platform):
             transport = httpx2.ASGITransport(app=build_app(engine, settings, routes))
             async with (
                 httpx2.AsyncClient(transport=transport) as http,
-                openai.AsyncOpenAI(api_key="k", base_url="http://test/v1", http_client=http, max_retries=0) as client,
+                openai.AsyncOpenAI(
+                    api_key="k", base_url="http://localhost/v1", http_client=http, max_retries=0
+                ) as client,
             ):
                 yield client
 
 
-def served(platform, body):
+def served(platform, body, answer_format=None):
     async def main():
-        async with open_client(platform) as client:
+        async with open_client(platform, answer_format) as client:
             return await body(client)
 
     return asyncio.run(main())
@@ -93,26 +95,57 @@ def test_forms_and_forced_calls_are_kept():
         formed = await create(response_format=form, **options)
         choice = await create(extra_body={"structured_outputs": {"choice": ["yes", "no"]}}, **options)
         required = await create(tools=[tool], tool_choice="required", parallel_tool_calls=False, **options)
-        try:
+        with pytest.raises(openai.BadRequestError):
             await create(
                 response_format={"type": "json_schema", "json_schema": {"schema": {"$ref": "#/no"}}}, **options
             )
-        except openai.BadRequestError as error:
-            refused = error
-        else:
-            refused = None
+        for stream in (False, True):
+            conflict = {"structured_outputs": {"choice": ["yes", "no"]}, "allowed_token_ids": [5]}
+            with pytest.raises(openai.BadRequestError) as caught:
+                await create(extra_body=conflict, stream=stream, **options)
+            assert caught.value.code == "no_token_left"
         after = await create(**options)
-        return formed, choice, required, refused, after
+        return formed, choice, required, after
 
-    formed, choice, required, refused, after = served("cpu", body)
+    formed, choice, required, after = served("cpu", body)
     assert isinstance(json.loads(formed.choices[0].message.content)["ok"], bool)
     assert choice.choices[0].message.content in ("yes", "no")
     call = required.choices[0].message.tool_calls[0]
     assert call.function.name == "toggle"
     assert isinstance(json.loads(call.function.arguments)["ok"], bool)
     assert required.choices[0].finish_reason == "tool_calls"
-    assert refused is not None
     assert after.choices[0].finish_reason in ("stop", "length")
+
+
+@pytest.mark.slow
+def test_beside_a_form_tools_are_called_or_the_form_is_kept():
+    schema = {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"]}
+    schema |= {"additionalProperties": False}
+    tool = {"type": "function", "function": {"name": "toggle", "parameters": schema, "strict": True}}
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": True}}
+
+    async def answer(create, number):
+        """Return the text and the arguments of the first call of a streamed answer."""
+        messages = [{"role": "user", "content": f"Question {number}"}]
+        text, arguments, reason = "", "", None
+        async for chunk in await create(
+            model="embedded", messages=messages, max_tokens=60, tools=[tool], response_format=form,
+            parallel_tool_calls=False, stream=True,
+        ):  # fmt: skip
+            delta, reason = chunk.choices[0].delta, chunk.choices[0].finish_reason
+            text += delta.content or ""
+            arguments += "".join(call.function.arguments for call in delta.tool_calls or [])
+        return text, arguments, reason
+
+    async def body(client):
+        return [await answer(client.chat.completions.create, number) for number in range(16)]
+
+    answers = served("null", body, "hermes")
+    assert {reason for _, _, reason in answers} == {"tool_calls", "stop"}
+    for text, arguments, reason in answers:
+        assert bool(text) != bool(arguments)
+        assert isinstance(json.loads(text or arguments)["ok"], bool)
+        assert reason == ("tool_calls" if arguments else "stop")
 
 
 def test_many_prompts_and_a_client_that_leaves():
@@ -135,3 +168,19 @@ def test_many_prompts_and_a_client_that_leaves():
     assert [choice.text for choice in together.choices[:4]] == alone
     assert len(together.choices) == 24
     assert after.choices[0].text == alone[0]
+
+
+def test_embeddings_are_those_of_the_offline_engine_and_generation_goes_on_beside_them():
+    ids = [[k + 1, 6, 7, *range(9, 9 + 5 * k)] for k in range(24)]
+    with LLM(MODEL, platform="null", **OPTIONS) as llm:
+        offline = llm.embed([{"prompt_token_ids": one} for one in ids], use_tqdm=False)
+
+    async def body(client):
+        completion = client.completions.create(model="embedded", prompt=[1, 2], max_tokens=40, seed=5)
+        embeddings = client.embeddings.create(model="embedded", input=ids)
+        return await asyncio.gather(embeddings, completion)
+
+    embeddings, completion = served("null", body)
+    assert [entry.embedding for entry in embeddings.data] == [output.outputs.embedding for output in offline]
+    assert embeddings.usage.prompt_tokens == sum(map(len, ids))
+    assert completion.choices[0].finish_reason in ("stop", "length")

@@ -89,12 +89,8 @@ class TestRender:
         assert rendered[1]["token_ids"] == served.prompt.token_ids
 
 
-class TestPooling:
-    def test_embeddings_are_refused_with_the_reason(self):
-        with pytest.raises(openai.BadRequestError, match="embeddings") as caught:
-            serve().ask(lambda client: client.embeddings.create(model="embedded", input="x"))
+class TestModerations:
+    def test_are_refused_with_the_reason(self):
+        with pytest.raises(openai.BadRequestError, match="moderations") as caught:
+            serve().ask(lambda client: client.moderations.create(input="x"))
         assert caught.value.code == "unsupported_by_model"
-
-    @pytest.mark.parametrize("path", ["/v1/score", "/v1/rerank"])
-    def test_scores_are_refused(self, path):
-        assert serve().post(path, {"query": "x", "documents": ["y"]}).status == 400

@@ -39,8 +39,8 @@ async def open_clients(platform):
             httpx2.AsyncClient(transport=httpx2.ASGITransport(app=build_app(engine, settings, routes))) as http,
         ):
             yield (
-                openai.AsyncOpenAI(api_key="k", base_url="http://test/v1", http_client=http, max_retries=0),
-                anthropic.AsyncAnthropic(api_key="k", base_url="http://test", http_client=http, max_retries=0),
+                openai.AsyncOpenAI(api_key="k", base_url="http://localhost/v1", http_client=http, max_retries=0),
+                anthropic.AsyncAnthropic(api_key="k", base_url="http://localhost", http_client=http, max_retries=0),
             )
 
 

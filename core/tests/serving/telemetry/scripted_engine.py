@@ -13,6 +13,7 @@ from zif.serving.answers import (
     EngineStats,
     EngineUnavailableError,
     ModelInfo,
+    OverloadedError,
     SampleDelta,
 )
 
@@ -37,6 +38,7 @@ class ScriptedEngine:
     known: ModelInfo | None = MODEL
     state: EngineState = EngineState.READY
     stats: EngineStats | None = None
+    trouble: str | None = None
     closed: int = 0
     resets: int = 0
     given: list[EnginePrompt] = field(default_factory=list)
@@ -48,7 +50,11 @@ class ScriptedEngine:
         return self.known
 
     def problem(self) -> str | None:
-        return None if self.state is EngineState.READY else self.state.value
+        return self.trouble if self.state is EngineState.READY else self.state.value
+
+    def check_room(self) -> None:
+        if self.script and isinstance(self.script[0], OverloadedError):
+            raise self.script[0]
 
     async def generate(
         self, prompt: EnginePrompt, sampling: SamplingParams, priority: int = 0

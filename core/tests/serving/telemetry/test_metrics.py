@@ -123,16 +123,25 @@ def test_other_names_can_be_left_out() -> None:
     assert "zif:num_requests_running" in text
 
 
-def test_counters_go_on_when_the_engine_begins_anew() -> None:
+def test_counters_stand_while_the_engine_is_down() -> None:
     engine = ScriptedEngine(stats=stats(num_generated_tokens=10, num_steps=5))
     metrics = ServerMetrics(engine)
     assert samples(metrics)["generation_tokens_total"] == 10
+    engine.stats, engine.state = None, EngineState.RESTARTING
     assert samples(metrics)["generation_tokens_total"] == 10
-    engine.stats = stats(num_generated_tokens=4, num_steps=1)
+    engine.stats = stats(num_generated_tokens=14, num_steps=6, num_restarts=1)
     assert samples(metrics)["generation_tokens_total"] == 14
-    engine.stats = stats(num_generated_tokens=6, num_steps=2)
-    assert samples(metrics)["generation_tokens_total"] == 16
     assert samples(metrics)["engine_restarts_total"] == 1
+
+
+def test_a_hung_engine_is_told_from_one_that_starts() -> None:
+    engine = ScriptedEngine()
+    metrics = ServerMetrics(engine)
+    assert samples(metrics)["engine_hung"] == 0.0
+    engine.trouble = "finished no step"
+    assert samples(metrics)["engine_hung"] == 1.0
+    engine.state = EngineState.RESTARTING
+    assert samples(metrics)["engine_hung"] == 0.0
 
 
 def test_times_of_an_answer() -> None:
@@ -185,6 +194,13 @@ def test_refused_prompts_are_rejections_and_have_no_times(error: Exception, reas
     assert found[f"admission_rejections_total/{reason}"] == 1
     assert found["e2e_request_latency_seconds_count"] == 0
     assert not any(name.startswith("request_success_total") for name in found)
+
+
+def test_who_is_turned_away_before_the_prompt_is_read_is_counted_too() -> None:
+    metrics = ServerMetrics(engine := ScriptedEngine([OverloadedError("full", 1.0)]))
+    with pytest.raises(OverloadedError):
+        MeteredEngine(engine, metrics).check_room()
+    assert samples(metrics)["admission_rejections_total/queue_full"] == 1
 
 
 def test_an_engine_that_goes_away_while_it_answers_is_an_error() -> None:

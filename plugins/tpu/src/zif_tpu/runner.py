@@ -231,6 +231,7 @@ class XlaRunner(ModelRunner):
                 result.faults.pop(step.request_ids[request], None)
             result.logprobs.update(again.logprobs)
             result.faults.update(again.faults)
+            result.unsound |= again.unsound
         return result
 
     def _prompt_logprobs(self, rows: PromptRows, places: "np.ndarray[Any, np.dtype[np.int64]]") -> list[TokenLogprobs]:
@@ -267,7 +268,7 @@ class XlaRunner(ModelRunner):
             needs = np.flatnonzero(~self._sampler.is_plain(positions.rows)).tolist()
             faults = {**dict.fromkeys(needs, "no program brings logits to the host: its compilation failed"), **faults}
         sampled = read_choices(results[:count], self._sampler, positions, has_logits=choice == Choice.OPEN)
-        return SampledTokens(sampled.token_ids, sampled.logprobs, {**sampled.faults, **faults})
+        return SampledTokens(sampled.token_ids, sampled.logprobs, {**sampled.faults, **faults}, sampled.unsound)
 
     def _logits(self, numbers: "np.ndarray[Any, np.dtype[np.int64]]") -> torch.Tensor:
         """Return the logits of hidden states that were kept, in host memory. numbers: [P]. Returns [P, V].

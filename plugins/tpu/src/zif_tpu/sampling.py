@@ -106,6 +106,7 @@ def read_choices(
     """
     tokens: list[int] = results[:, _TOKEN].long().tolist()
     faults = {index: raw_fault(peak) for index, peak in enumerate(results[:, _PEAK].tolist()) if not np.isfinite(peak)}
+    unsound = {*faults}
     logprobs = {}
     here = np.flatnonzero(~sampler.is_plain(positions.rows))
     if len(here) and has_logits:
@@ -114,8 +115,10 @@ def read_choices(
         for index, token_id in zip(here.tolist(), sampled.token_ids, strict=True):
             tokens[index] = token_id
         faults |= _renumbered(sampled.faults, here.tolist())
+        unsound.update(here[[*sampled.unsound]].tolist())
         logprobs = _renumbered(sampled.logprobs, here.tolist())
-    return SampledTokens(tokens, {i: value for i, value in logprobs.items() if i not in faults}, faults)
+    logprobs = {i: value for i, value in logprobs.items() if i not in faults}
+    return SampledTokens(tokens, logprobs, faults, frozenset(unsound))
 
 
 def logits_of(results: torch.Tensor) -> torch.Tensor:

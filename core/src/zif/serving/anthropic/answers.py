@@ -7,7 +7,7 @@ content_block_stop; message_delta with the reason and the counts; message_stop. 
 import base64
 import hashlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 import msgspec
 
@@ -17,6 +17,36 @@ from zif.serving.chat_service import ChatAnswer, ChatDelta
 from zif.serving.http.exchange import event
 from zif.serving.ids import new_id
 from zif.serving.openai.usage import new_call_id
+
+
+class MessageUsage(TypedDict):
+    """Counts of tokens. Those of the prompt that were found computed are counted apart."""
+
+    input_tokens: int
+    cache_creation_input_tokens: int
+    cache_read_input_tokens: int
+    output_tokens: int
+    output_tokens_details: dict[str, int]
+
+
+class MessageAnswer(TypedDict):
+    """A message, whole or so far. `content` holds blocks of text, of thinking and of calls."""
+
+    id: str
+    type: Literal["message"]
+    role: Literal["assistant"]
+    model: str
+    content: list[dict[str, Any]]
+    stop_reason: str | None
+    stop_sequence: str | None
+    usage: MessageUsage
+
+
+class TokenCount(TypedDict):
+    """How long a prompt is."""
+
+    input_tokens: int
+
 
 PING = event(b'{"type":"ping"}', "ping")
 
@@ -67,7 +97,7 @@ class MessageWriter:
             {"type": "message_stop"}
         )
 
-    def message(self) -> dict[str, Any]:
+    def message(self) -> MessageAnswer:
         """Return the message as it stands."""
         return {
             "id": self._id,
@@ -80,7 +110,7 @@ class MessageWriter:
             "usage": self._usage(),
         }
 
-    def _usage(self) -> dict[str, Any]:
+    def _usage(self) -> MessageUsage:
         """Return the counts. Tokens that were found computed are counted apart from the others of the prompt."""
         cached = self._answer.num_cached_tokens
         return {

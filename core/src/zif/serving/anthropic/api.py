@@ -1,17 +1,14 @@
 """The routes of the Messages API: /v1/messages and /v1/messages/count_tokens."""
 
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
-
-from zif.serving.anthropic.answers import PING, MessageWriter
+from zif.serving.answer_events import event_frames, read_whole
+from zif.serving.anthropic.answers import PING, MessageAnswer, MessageWriter, TokenCount
 from zif.serving.anthropic.chats import chat_of
 from zif.serving.anthropic.errors import AnthropicErrors
 from zif.serving.anthropic.requests import NO_EFFECT, NO_EFFECT_CREATE, CountTokens, CreateMessage
-from zif.serving.chat_service import ChatAnswer, ChatService
+from zif.serving.chat_service import ChatService
 from zif.serving.http.exchange import AuthScope, Request, Response, Stream, json_response
 from zif.serving.http.registry import Route, ServerContext
 from zif.serving.openai.models import served_model
-from zif.serving.openai.samples import check_end
 
 
 class AnthropicApi:
@@ -27,11 +24,13 @@ class AnthropicApi:
         return [
             Route(
                 "/v1/messages", "POST", AuthScope.INFERENCE, self.create, CreateMessage,
-                errors=errors, no_effect=NO_EFFECT_CREATE, summary="Answer a chat with the next message",
+                errors=errors, no_effect=NO_EFFECT_CREATE, asks_engine=True,
+                summary="Answer a chat with the next message", answer_type=MessageAnswer,
             ),
             Route(
                 "/v1/messages/count_tokens", "POST", AuthScope.INFERENCE, self.count, CountTokens,
                 errors=errors, no_effect=NO_EFFECT, summary="Count the tokens that a chat's prompt has",
+                answer_type=TokenCount,
             ),
         ]  # fmt: skip
 
@@ -45,11 +44,8 @@ class AnthropicApi:
         writer = MessageWriter(model, answer, body.max_tokens, omit_thinking)
         headers = {"request-id": request.id}
         if body.stream:
-            return Stream(_frames(answer, writer), keep_alive=PING, headers=headers)
-        async with aclosing(answer.deltas()) as deltas:
-            async for delta in deltas:
-                check_end(delta.finish_reason, delta.error)
-                writer.take(delta)
+            return Stream(event_frames(answer, writer), keep_alive=PING, headers=headers)
+        await read_whole(answer, writer)
         assert writer.ended, "an engine's answer ends with a reason"
         return json_response(writer.message(), headers=headers)
 
@@ -58,17 +54,3 @@ class AnthropicApi:
         request.record.model = served_model(request.body.model, context)
         prompt = await self._chats.render(chat_of(request.body, context.engine.info.default_sampling))
         return json_response({"input_tokens": len(prompt.token_ids)}, headers={"request-id": request.id})
-
-
-async def _frames(answer: ChatAnswer, writer: MessageWriter) -> AsyncGenerator[bytes, None]:
-    """Write an answer's events. The first waits for the engine, so that a refusal still becomes a status."""
-    begun = False
-    async with aclosing(answer.deltas()) as deltas:
-        async for delta in deltas:
-            check_end(delta.finish_reason, delta.error)
-            opening = b"" if begun else writer.begin()
-            begun = True
-            frames = opening + writer.frames(writer.take(delta))
-            if frames:
-                yield frames
-    yield writer.end()

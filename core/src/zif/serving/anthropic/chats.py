@@ -48,6 +48,7 @@ def chat_of(body: CountTokens, default_sampling: SamplingParams) -> ChatTurn:
         sampling=_sampling(body, default_sampling),
         tools=_tools(body.tools or ()),
         tool_choice=_tool_choice(body),
+        strict_tools=frozenset(str(tool["name"]) for tool in body.tools or () if tool.get("strict")),
         reasoning=_reasoning(body),
         variables=_variables(body),
         add_generation_prompt=not prefilled,

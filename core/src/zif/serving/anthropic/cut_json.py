@@ -1,7 +1,10 @@
 """What can be read of JSON that was cut off: a tool's input when the answer ended in the middle of it."""
 
-import json
 from typing import Any
+
+import msgspec
+
+from zif.serving.json_text import read_json
 
 CLOSERS = {"{": "}", "[": "]"}
 
@@ -10,19 +13,23 @@ def readable_members(text: str) -> dict[str, Any]:
     """Return the object that `text` is, or else as much of it as was written to the end.
 
     Members whose value is incomplete are left out; nothing is made up. Empty text, and text that is no object, gives
-    an empty one. Linear in the text.
+    an empty one. Numbers that no float holds stay as they were written. Linear in the text.
     """
     try:
-        value = json.loads(text or "{}")
+        value = _value(text or "{}")
     except (ValueError, RecursionError):
         value = _readable(text)
     return value if isinstance(value, dict) else {}
 
 
+def _value(text: str) -> Any:
+    return read_json(text, lambda digits: msgspec.Raw(digits.encode()))
+
+
 def _readable(text: str) -> Any:
     end, closers = _last_complete(text)
     try:
-        return json.loads(text[:end] + closers)
+        return _value(text[:end] + closers)
     except (ValueError, RecursionError):
         return {}
 

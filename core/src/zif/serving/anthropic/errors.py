@@ -3,6 +3,8 @@
 Source: docs.anthropic.com, "Errors".
 """
 
+from typing import Any, Literal
+
 import msgspec
 
 from zif.serving.http.errors import STATUS_OF, Failure, FailureKind
@@ -20,8 +22,24 @@ TYPES = {
 OVERLOADED_STATUS = 529
 
 
+class AnthropicError(msgspec.Struct, frozen=True):
+    """What went wrong."""
+
+    type: str
+    message: str
+
+
+class AnthropicErrorAnswer(msgspec.Struct, frozen=True):
+    """What a request that failed is answered with."""
+
+    error: AnthropicError
+    type: Literal["error"] = "error"
+
+
 class AnthropicErrors:
     """Errors as `{"type": "error", "error": {"type", "message"}}`."""
+
+    answer_type: Any = AnthropicErrorAnswer
 
     def status(self, failure: Failure) -> int:
         """Return the usual status, 529 where the server as a whole has too much to do."""
@@ -29,9 +47,7 @@ class AnthropicErrors:
 
     def body(self, failure: Failure) -> bytes:
         """Return the error object."""
-        return msgspec.json.encode(
-            {"type": "error", "error": {"type": error_type(failure), "message": failure.message}}
-        )
+        return msgspec.json.encode(AnthropicErrorAnswer(AnthropicError(error_type(failure), failure.message)))
 
     def frame(self, failure: Failure) -> bytes:
         """Return the error as the event that ends a stream."""

@@ -202,10 +202,11 @@ NO_EFFECT = {
     "cache_control": "computed prefixes are found again without marks",
     "messages.cache_control": "computed prefixes are found again without marks, in blocks, tools and system too",
     "context_management": "nothing is cleared from the context",
+    "messages.signature": "what is sent back as thought is taken as it is",
     "output_config.effort": "it is for chat templates that take an effort; others have none",
+    "thinking.display.summarized": "thoughts are shown whole, or omitted",
     "thinking.budget_tokens": "thinking is bounded by max_tokens alone",
     "tools.eager_input_streaming": "inputs are always streamed as they are written",
-    "tools.strict": "inputs follow the schema when tool_choice is any or tool, with or without it",
 }
 NO_EFFECT_CREATE = {
     **NO_EFFECT,

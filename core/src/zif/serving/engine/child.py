@@ -62,16 +62,19 @@ class EngineChild:
         # In a process group of its own: a terminal's Ctrl-C is for the parent, which then drains.
         command = options.command or COMMAND
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=_STDERR, process_group=0)
+        channel: ClientEnd | None = None
         try:
             # The child hears the folder's name before the folder exists, so that one of the two can always remove it.
             self._write(msgspec.json.encode(launch) + b"\n")
-            self._channel = ClientEnd(folder, self._hear, self._give_up)
+            channel = self._channel = ClientEnd(folder, self._hear, self._give_up)
+            threading.Thread(target=self._wait, name="engine-watch", daemon=True).start()
         except BaseException:
             self._process.kill()
             self._process.wait()
             self._close_pipe()
+            if channel is not None:
+                channel.close()
             raise
-        threading.Thread(target=self._wait, name="engine-watch", daemon=True).start()
 
     @property
     def pid(self) -> int:

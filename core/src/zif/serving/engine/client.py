@@ -28,6 +28,7 @@ from zif.serving.engine.child import EngineChild
 from zif.serving.engine.limits import ProcessOptions
 from zif.serving.engine.messages import (
     Abort,
+    Compiling,
     Deltas,
     Done,
     Drain,
@@ -44,9 +45,11 @@ from zif.serving.engine.messages import (
     Unavailable,
     shortened,
 )
-from zif.serving.engine.progress import ProgressWatch
+from zif.serving.engine.outstanding import OutstandingRequests
+from zif.serving.engine.progress import HangTimer, ProgressWatch
 from zif.serving.engine.streams import AnswerStream
 from zif.serving.engine.supervision import RestartPolicy
+from zif.serving.engine.totals import TotalsOverRestarts
 from zif.settings import EngineSettings
 
 logger = logging.getLogger(__name__)
@@ -56,6 +59,9 @@ OnPhase = Callable[[str, int, int], None]
 
 _RETRY_S = 5.0
 """What callers are told while an engine starts."""
+
+_LOOK_S = 1.0
+"""How often a hung engine is looked for; the limits of a hang are longer."""
 
 
 class ProcessEngine:
@@ -73,13 +79,13 @@ class ProcessEngine:
         self._on_phase = on_phase or _log_phase
         self._policy = RestartPolicy(self._options.restarts)
         self._progress = ProgressWatch(self._options.limits.step_limit_s)
+        self._totals = TotalsOverRestarts()
         self._state = EngineState.STARTING
         self._phase = ""
         self._failure = ""
         self._info: ModelInfo | None = None
         self._stats: EngineStats | None = None
-        self._admission: Admission | None = None
-        self._streams: dict[int, AnswerStream] = {}
+        self._requests = OutstandingRequests()
         self._waiting_for_done: dict[int, asyncio.Future[None]] = {}
         self._child: EngineChild | None = None
         self._stops = False
@@ -88,6 +94,7 @@ class ProcessEngine:
         self._handlers: dict[type, Callable[[Any], None]] = {
             Deltas: self._take_deltas,
             Stats: self._take_stats,
+            Compiling: self._take_compiling,
             Starting: self._take_phase,
             Ready: self._take_ready,
             Draining: self._take_draining,
@@ -114,7 +121,7 @@ class ProcessEngine:
     @property
     def num_outstanding(self) -> int:
         """Count the requests that the engine has not ended, aborted ones included."""
-        return len(self._streams)
+        return len(self._requests)
 
     @property
     def pid(self) -> int | None:
@@ -142,7 +149,11 @@ class ProcessEngine:
             self._child.read()
         if self._state is not EngineState.READY:
             return self._standing()
-        return self._progress.problem(bool(self._streams))
+        return self._progress.problem(bool(self._requests))
+
+    def check_room(self) -> None:
+        if self._state is EngineState.READY:
+            self._requests.check_room(1, 1)
 
     async def generate(
         self, prompt: EnginePrompt, sampling: SamplingParams, priority: int = 0
@@ -155,7 +166,7 @@ class ProcessEngine:
                 if delta.finished:
                     return
         finally:
-            if not stream.ended and stream.id in self._streams:
+            if not stream.ended and stream in self._requests:
                 # Counted until the engine has ended it: a hung engine does not take ever more requests.
                 stream.abandon()
                 if self._child is not None:
@@ -220,11 +231,12 @@ class ProcessEngine:
             except Exception as error:  # whatever it is, waiting for an engine would be for ever
                 self._give_up(f"the engine process cannot be started: {error}")
                 return
-            reason = await asyncio.shield(self._child.ended)
-            was_ready = self._state in (EngineState.READY, EngineState.DRAINING)
+            was_ready = await self._end_of(self._child)
+            reason = self._child.ended.result()
             was_draining = self._state is EngineState.DRAINING
             self._child = None
             self._stats = None  # a dead engine has no load
+            self._totals.begin_anew()
             self._fail_all(reason)
             if self._stops or was_draining:
                 self._failure = "it was drained"
@@ -240,6 +252,24 @@ class ProcessEngine:
             self._set_state(EngineState.RESTARTING)
             await asyncio.sleep(delay_s)
 
+    async def _end_of(self, child: EngineChild) -> bool:
+        """Wait until the engine has ended, and end it when it stays hung. Say whether it had taken requests."""
+        limits, was_ready = self._options.limits, False
+        hang = HangTimer(limits.kill_hung_s, period_s := min(_LOOK_S, limits.step_limit_s))
+        while not child.ended.done():
+            await asyncio.wait([child.ended], timeout=period_s)
+            is_up = self._state in (EngineState.READY, EngineState.DRAINING)
+            was_ready = was_ready or is_up
+            problem = self._progress.problem(bool(self._requests)) if is_up else None
+            if hang.look(has_problem=problem is not None):
+                logger.error("the engine is killed: %s", problem)
+                # Told now: a process that waits for a device in the kernel may outlive its own end.
+                self._fail_all(f"it was hung and is killed: {problem}")
+                if self._state is EngineState.READY:
+                    self._set_state(EngineState.RESTARTING)
+                child.kill(f"it was hung: {problem}")
+        return was_ready
+
     def _spawn(self) -> EngineChild:
         return EngineChild(self._settings, self._options, self._hear)
 
@@ -251,26 +281,16 @@ class ProcessEngine:
 
     def _submit(self, prompt: EnginePrompt, sampling: SamplingParams, priority: int) -> AnswerStream:
         self._require_ready()
-        admission = self._admission
-        assert admission is not None, "an engine that is ready has told its capacity"
-        impossible = admission.impossible(sampling.n)
-        if impossible is not None:
-            raise RequestError(impossible)
-        num_tokens = len(prompt.token_ids)
-        refusal = admission.refusal(sampling.n, num_tokens)
-        if refusal is not None:
-            raise OverloadedError(refusal, admission.retry_after_s())
+        stream = self._requests.open(sampling.n, len(prompt.token_ids))
         # The text is of no use to an engine that has the tokens.
         sent = prompt if prompt.text is None else msgspec.structs.replace(prompt, text=None)
-        stream = AnswerStream(secrets.randbits(63), sampling.n, num_tokens)
         try:
             self._send(Submit(stream.id, sent, sampling, priority))
         except MessageError as error:
             raise RequestError(f"the request is too large: {error}") from error
-        if not self._streams:
+        if not self._requests:
             self._progress.begin()
-        self._streams[stream.id] = stream
-        admission.add(stream.num_samples, stream.num_tokens)
+        self._requests.add(stream)
         return stream
 
     def _send(self, message: Submit | ResetPrefixCache | Drain) -> None:
@@ -284,16 +304,16 @@ class ProcessEngine:
     def _take_deltas(self, message: Deltas) -> None:
         self._progress.moved()
         for request_id, delta in message.batch:
-            stream = self._streams.get(request_id)
-            if stream is not None:
-                if delta.finished:
-                    self._end(stream)
-                stream.put(delta)
+            self._requests.take(request_id, delta)
 
     def _take_stats(self, message: Stats) -> None:
-        if self._stats is None or message.stats.num_steps != self._stats.num_steps:
+        stats = self._totals.take(message.stats)
+        if self._stats is None or stats.num_steps != self._stats.num_steps:
             self._progress.moved()
-        self._stats = message.stats
+        self._stats = stats
+
+    def _take_compiling(self, message: Compiling) -> None:
+        self._progress.moved()
 
     def _take_phase(self, message: Starting) -> None:
         self._phase = f"{message.phase}, {message.done} of {message.total}"
@@ -302,7 +322,7 @@ class ProcessEngine:
     def _take_ready(self, message: Ready) -> None:
         limits = self._options.limits
         self._info = message.info
-        self._admission = Admission(capacity_of(message.info, limits.max_queued, limits.max_queued_tokens))
+        self._requests.admission = Admission(capacity_of(message.info, limits.max_queued, limits.max_queued_tokens))
         self._progress.begin()
         if not self._stops:
             self._set_state(EngineState.READY)
@@ -325,23 +345,12 @@ class ProcessEngine:
         self._fail(message.id, EngineUnavailableError(message.message))
 
     def _fail(self, request_id: int, error: Exception) -> None:
-        stream = self._streams.get(request_id)
-        if stream is not None:
-            self._progress.moved()
-            self._end(stream)
-            stream.fail(error)
-
-    def _end(self, stream: AnswerStream) -> None:
-        del self._streams[stream.id]
-        stream.ended = True
-        if self._admission is not None:
-            self._admission.remove(stream.num_samples, stream.num_tokens)
+        self._progress.moved()
+        self._requests.fail(request_id, error)
 
     def _fail_all(self, reason: str) -> None:
         """Tell everyone who waits that nothing more will come."""
-        for stream in list(self._streams.values()):
-            self._end(stream)
-            stream.fail(EngineUnavailableError(f"the engine ended while it answered: {reason}", _RETRY_S))
+        self._requests.fail_all(reason, _RETRY_S)
         for done in self._waiting_for_done.values():
             if not done.done():
                 done.set_exception(EngineUnavailableError(f"the engine ended: {reason}", _RETRY_S))

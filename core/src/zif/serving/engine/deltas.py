@@ -39,7 +39,15 @@ class LiveRequest:
             generation.num_cached_tokens,
             prompt_logprobs,
             queue_s,
+            _vector(generation),
         )
+
+
+def _vector(generation: Generation) -> bytes | None:
+    """Return what a prompt that is pooled became, once it has."""
+    if generation.pooled is None or not generation.finished or generation.pooling_error is not None:
+        return None
+    return generation.pooled.vector().astype("<f4", copy=False).tobytes()
 
 
 def _sample(output: CompletionOutput) -> SampleDelta:

@@ -12,12 +12,14 @@ class EngineLimits:
 
     `max_queued` samples may wait beside those that run, with `max_queued_tokens` prompt tokens beside those that KV
     memory holds. An engine with work that finishes no step, or any that says nothing, for `step_limit_s` is hung; it
-    reports every `report_s`. `close_s` is how long it may take to end before it is killed.
+    reports every `report_s`. One that stays hung for `kill_hung_s` more is killed and started again, 0: never.
+    `close_s` is how long it may take to end before it is killed.
     """
 
     max_queued: int = 1024
     max_queued_tokens: int = 2**20
-    step_limit_s: float = 10.0
+    step_limit_s: float = 8.0
+    kill_hung_s: float = 60.0
     report_s: float = 0.5
     close_s: float = 5.0
 

@@ -1,6 +1,7 @@
 """The loop of an engine process: take messages, compute a step, send what is new, say how it stands.
 
-Single-threaded, so that a report is a proof of progress: a hung step sends none. What is wrong with one request is
+Single-threaded, so that a report is a proof of progress: a hung step sends none; only a step that compiles is vouched
+for by a thread (`compile_watch.py`). What is wrong with one request is
 answered to that request; an exception out of a step ends the loop.
 """
 
@@ -8,6 +9,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable
+from typing import Any
 
 from zif.engine.generation import Generation
 from zif.engine.llm import LLM
@@ -16,6 +18,7 @@ from zif.serving.answers import EnginePrompt, EngineStats
 from zif.serving.engine.admission import Admission
 from zif.serving.engine.block_news import BlockNews
 from zif.serving.engine.channel import EngineEnd
+from zif.serving.engine.compile_watch import CompileWatch
 from zif.serving.engine.deltas import LiveRequest
 from zif.serving.engine.messages import (
     Abort,
@@ -47,10 +50,12 @@ class EngineLoop:
     ) -> None:
         self._llm = llm
         self._engine = llm.engine
+        self._engine.outlive_failed_steps()
         self._end = end
         self._admission = admission
         self._report_s = report_s
         self._block_news = news
+        self._compile_watch = CompileWatch(end)
         self._next_report_s = 0.0
         self._was_idle = False
         self._draining = False
@@ -72,25 +77,34 @@ class EngineLoop:
 
     def run(self) -> None:
         """Serve until drained. Raises what a step raises, and `MessageError` when the client sends nonsense."""
-        while not (self._draining and not self._by_id and not self._wants_to_send()):
-            self.turn()
+        self._compile_watch.start()
+        try:
+            while not (self._draining and not self._by_id and not self._wants_to_send()):
+                self.turn()
+        finally:
+            self._compile_watch.close()
 
     def turn(self) -> None:
         """Take what has come, compute one step, and send what is new; wait when there is nothing to do."""
         if not self._engine.has_work() and not self._wants_to_send():
             self._end.wait(max(self._next_report_s - time.monotonic(), 0.0))
-        for message in self._end.receive():
+        messages = self._end.receive()
+        with self._compile_watch:
+            self._handle(messages)
+            if self._engine.has_work():
+                self._step()
+        if self._block_news is not None:
+            self._block_news.publish()
+        self._send_all()
+        self._report_if_due()
+
+    def _handle(self, messages: list[Any]) -> None:
+        for message in messages:
             handle = self._handlers.get(type(message))
             if handle is not None:
                 handle(message)
         if self._drain_wanted and not self._draining:
             self._drain(Drain(abort=False))
-        if self._engine.has_work():
-            self._step()
-        if self._block_news is not None:
-            self._block_news.publish()
-        self._send_all()
-        self._report_if_due()
 
     def _step(self) -> None:
         for generation in self._engine.step():
@@ -111,14 +125,21 @@ class EngineLoop:
             return
         try:
             self._llm.check_priority(message.priority)
-            prompt = self._engine.check(_prompt_input(message.prompt, self._engine.uses_tenants), message.sampling)
-            generation = self._engine.submit(prompt, message.sampling, message.priority)
+            generation = self._queue(message)
         except RequestError as error:
             self._outbox.append(Refused(message.id, str(error)))
             return
         live = LiveRequest(message.id, generation)
         self._by_id[message.id] = self._by_generation[generation] = live
         self._admission.add(num_samples, num_tokens)
+
+    def _queue(self, message: Submit) -> Generation:
+        """Hand a prompt to the engine. Raises `RequestError` when it is wrong."""
+        engine, pooling = self._engine, message.prompt.pooling
+        given = _prompt_input(message.prompt, engine.uses_tenants)
+        if pooling is not None:
+            return engine.submit_pooled(engine.check_pooled(given, pooling), pooling, message.priority)
+        return engine.submit(engine.check(given, message.sampling), message.sampling, message.priority)
 
     def _abort(self, message: Abort) -> None:
         live = self._by_id.get(message.id)

@@ -1,7 +1,8 @@
 """What the two processes say to each other: typed structs, encoded as msgpack arrays.
 
     client -> engine     Welcome, Submit, Abort, ResetPrefixCache, Drain
-    engine -> client     Hello, Starting, Ready, Deltas, Refused, Overloaded, Unavailable, Done, Stats, Draining, Failed
+    engine -> client     Hello, Starting, Ready, Deltas, Refused, Overloaded, Unavailable, Done, Stats, Compiling,
+                         Draining, Failed
 
 Every Submit gets exactly one end: a finished AnswerDelta, Refused, Overloaded or Unavailable. `id` is a random number
 that the client makes; callers of HTTP neither choose nor see it. A message that does not decode ends the connection.
@@ -114,6 +115,12 @@ class Stats(msgspec.Struct, frozen=True, array_like=True, tag="stats"):
     stats: EngineStats
 
 
+class Compiling(msgspec.Struct, frozen=True, array_like=True, tag="compiling"):
+    """The step under way is within `compiler`: long, and not hung. Repeated while that lasts."""
+
+    compiler: str
+
+
 class Draining(msgspec.Struct, frozen=True, array_like=True, tag="draining"):
     """The engine takes no more requests and exits when those it has are finished."""
 
@@ -135,6 +142,7 @@ FromEngine = (
     | Unavailable
     | Done
     | Stats
+    | Compiling
     | Draining
     | Failed
 )  # fmt: skip

@@ -23,6 +23,7 @@ def model_info(llm: LLM, settings: EngineSettings, name: str) -> ModelInfo:
         max_num_seqs=settings.max_num_seqs,
         platform=llm.plan.platform,
         default_sampling=llm.get_default_sampling_params(),
+        pooling=llm.engine.pooler.abilities,
     )
 
 

@@ -52,6 +52,7 @@ def merge(deltas: list[AnswerDelta]) -> AnswerDelta:
         newest.num_cached_tokens,
         next((delta.prompt_logprobs for delta in deltas if delta.prompt_logprobs is not None), None),
         next((delta.queue_s for delta in deltas if delta.queue_s is not None), None),
+        newest.pooled,
     )
 
 

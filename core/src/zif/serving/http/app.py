@@ -15,10 +15,11 @@ from urllib.parse import parse_qsl
 
 from zif.serving.answers import EngineClient
 from zif.serving.http.auth import KeyRing
-from zif.serving.http.body import BodyReader, ClientGoneError
+from zif.serving.http.body import BodyBudget, BodyReader, BodyShare, ClientGoneError
 from zif.serving.http.errors import ApiError, ErrorStyle, Failure, FailureKind, OpenAIErrors, failure_of
 from zif.serving.http.exchange import AuthScope, Caller, Headers, Request, RequestRecord, Response, Stream
 from zif.serving.http.health import health_routes
+from zif.serving.http.hosts import HostGuard
 from zif.serving.http.openapi import openapi_route
 from zif.serving.http.registry import Match, Registry, Route, ServerContext, ServerStatus
 from zif.serving.http.settings import ServeSettings
@@ -52,6 +53,8 @@ class ServerApp:
         self._engine = engine
         self._settings = settings
         self._keys = keys
+        self._hosts = HostGuard(settings, has_keys=bool(keys))
+        self._bodies = BodyBudget(settings.max_body_bytes_in_flight)
         self._exchanges: set[Exchange] = set()
         self._readers: dict[tuple[str, str], BodyReader] = {}
         self._early = [*health_routes(), openapi_route(), *early]
@@ -115,21 +118,30 @@ class ServerApp:
         raise ApiError(FailureKind.NOT_FOUND, "there is nothing at this path; /openapi.json lists what there is")
 
     def admit(self, route: Route, headers: Headers) -> Caller:
-        """Return who asks. Raises `ApiError` when the caller may not, or when the server takes no more work."""
+        """Return who asks. Raises `ApiError` when the caller may not, or when the server takes no more work.
+
+        Raises `OverloadedError` where the engine's queue is full: a body that is not read costs nothing.
+        """
+        self._hosts.check(headers)
         is_open = route.scope is AuthScope.METRICS and self._settings.public_metrics
         caller = Caller() if is_open else self._keys.authorize(headers, route.scope)
         if self.status.draining and route.scope is AuthScope.INFERENCE:
             raise ApiError(FailureKind.UNAVAILABLE, "the server shuts down", retry_after_s=_DRAIN_RETRY_S)
+        if route.asks_engine:
+            self._engine.check_room()
         return caller
 
     def reader(self, route: Route) -> BodyReader | None:
         """Return what reads the bodies of a route, None where there are none."""
         return self._readers.get((route.path, route.method))
 
+    def body_share(self) -> BodyShare:
+        """Return what a request's body will take of what all bodies may, nothing yet."""
+        return BodyShare(self._bodies)
+
     def watch(self, receive: Receive, sender: Sender, on_gone: Callable[[], None]) -> Watch:
         """Return a watch over an exchange, with the server's limits."""
-        settings = self._settings
-        return Watch(receive, sender, on_gone, settings.event_keep_alive_s, settings.write_timeout_s)
+        return Watch(receive, sender, on_gone, self._settings.event_keep_alive_s)
 
     def _set_routes(self, routes: Sequence[Route]) -> None:
         self._registry = Registry([*self._early, *routes])
@@ -163,6 +175,7 @@ class Exchange:
         self._sender = Sender(send, self.record, self._echoed_id())
         self._errors: ErrorStyle = OpenAIErrors()
         self._ended_by: ApiError | ClientGoneError | None = None
+        self._body_share = app.body_share()
 
     def interrupt(self, reason: ApiError | ClientGoneError) -> None:
         """End the exchange where it waits. Only the first reason counts; one that is answered already goes on."""
@@ -193,6 +206,7 @@ class Exchange:
         finally:
             if watch is not None:
                 watch.stop()
+            self._body_share.release()
             self.record.ended_s = asyncio.get_running_loop().time()
 
     async def _request(self, match: Match, caller: Caller) -> Request[object]:
@@ -203,7 +217,7 @@ class Exchange:
         body: object = None
         unknown: tuple[str, ...] = ()
         if reader is not None:
-            decoded = await reader.read(self._receive, self._headers)
+            decoded = await reader.read(self._receive, self._headers, self._body_share)
             body, unknown = decoded.value, decoded.unknown_fields
             if unknown:
                 shown = [name for name in unknown[:_MAX_SHOWN_FIELDS] if _SHOWN_FIELD.fullmatch(name)]

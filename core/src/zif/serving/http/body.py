@@ -23,6 +23,7 @@ _SLICE_BYTES = 2**20
 _BYTES_PER_S = 2**16
 _MAX_MESSAGE_CHARS = 300
 _MAX_UNKNOWN_FIELDS = 64
+_RETRY_AFTER_S = 1.0
 _PATH = re.compile(r" - at (?:`key` in )?`\$\.?([^`]{0,200})`$")
 _MISSING = re.compile(r"Object missing required field `([^`]{1,200})`")
 _UNKNOWN = re.compile(r"Object contains unknown field `([^`]{1,200})`")
@@ -30,6 +31,39 @@ _UNKNOWN = re.compile(r"Object contains unknown field `([^`]{1,200})`")
 
 class ClientGoneError(Exception):
     """The client left before it had its answer; nobody is there to be told."""
+
+
+class BodyBudget:
+    """What the bodies of all requests under way may take together, in bytes."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self.num_bytes = 0
+
+
+class BodyShare:
+    """What one request's body takes of the budget, from its first byte until the request has ended."""
+
+    def __init__(self, budget: BodyBudget) -> None:
+        self._budget = budget
+        self._num_bytes = 0
+
+    def take(self, num_bytes: int) -> None:
+        """Take more. Raises `ApiError` when there is not so much left."""
+        if self._budget.num_bytes + num_bytes > self._budget.max_bytes:
+            raise ApiError(
+                FailureKind.UNAVAILABLE,
+                f"the bodies of requests under way take all of {self._budget.max_bytes} bytes; send this again later",
+                code="too_many_body_bytes",
+                retry_after_s=_RETRY_AFTER_S,
+            )
+        self._budget.num_bytes += num_bytes
+        self._num_bytes += num_bytes
+
+    def release(self) -> None:
+        """Give everything back. Idempotent."""
+        self._budget.num_bytes -= self._num_bytes
+        self._num_bytes = 0
 
 
 class BodyReader:
@@ -41,13 +75,15 @@ class BodyReader:
         self._settings = settings
         self._max_bytes = settings.max_body_bytes if max_bytes is None else min(max_bytes, settings.max_body_bytes)
 
-    async def read(self, receive: Receive, headers: Headers) -> "DecodedBody":
+    async def read(self, receive: Receive, headers: Headers, share: BodyShare) -> "DecodedBody":
         """Return the body as its struct, with the top-level keys that the struct does not have.
+
+        `share` is charged with the body's bytes as they come; its owner releases it.
 
         Raises `ApiError`, and `ClientGoneError` when the client leaves meanwhile.
         """
         self._check_headers(headers)
-        content = await self._receive_all(receive)
+        content = await self._receive_all(receive, share)
         await _check_utf8(content)
         scan = JsonScan(content, self._settings.max_json_depth, self._settings.max_json_values)
         try:
@@ -58,7 +94,11 @@ class BodyReader:
         unknown = self._unknown(scan.top_level_keys)
         if unknown and self._settings.strict:
             raise _invalid(f"unknown field {unknown[0][:64]!r}; leave it out", unknown[0][:64], "unknown_parameter")
-        return DecodedBody(self._decode(content), unknown)
+        decoded = DecodedBody(self._decode(content), unknown)
+        if len(content) > _SLICE_BYTES:
+            # A handler goes on with texts that are as long; others get their turn first.
+            await asyncio.sleep(0)
+        return decoded
 
     def _unknown(self, keys: set[bytes]) -> tuple[str, ...]:
         """Return the keys that no field has, sorted, but no more than anybody reads."""
@@ -79,7 +119,7 @@ class BodyReader:
         if length is not None and int(length) > self._max_bytes:
             raise self._too_large()
 
-    async def _receive_all(self, receive: Receive) -> bytes:
+    async def _receive_all(self, receive: Receive, share: BodyShare) -> bytes:
         """Return the whole body. Never holds more than the limit and one message of the connection."""
         begin_s = asyncio.get_running_loop().time()
         deadline_s = begin_s + self._settings.body_timeout_s
@@ -93,6 +133,7 @@ class BodyReader:
             num_bytes += len(part)
             if num_bytes > self._max_bytes:
                 raise self._too_large()
+            share.take(len(part))
             parts.append(part)
             if not message.get("more_body", False):
                 return parts[0] if len(parts) == 1 else b"".join(parts)

@@ -20,6 +20,7 @@ class CorkedTransport(asyncio.Transport):
         self._loop = loop
         self._held: list[bytes | bytearray | memoryview] = []
         self._num_held_bytes = 0
+        self._num_written_bytes = 0
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         """Hold the data until the loop's turn ends, or until much is held."""
@@ -27,6 +28,7 @@ class CorkedTransport(asyncio.Transport):
             self._loop.call_soon(self._flush)
         self._held.append(data)
         self._num_held_bytes += len(data)
+        self._num_written_bytes += len(data)
         if self._num_held_bytes > _MAX_HELD_BYTES:
             self._flush()
 
@@ -53,6 +55,10 @@ class CorkedTransport(asyncio.Transport):
 
     def get_write_buffer_size(self) -> int:
         return self._transport.get_write_buffer_size() + self._num_held_bytes
+
+    def num_taken_bytes(self) -> int:
+        """Return how much of what was written the system has taken, which it does as the other side reads."""
+        return self._num_written_bytes - self.get_write_buffer_size()
 
     def pause_reading(self) -> None:
         self._transport.pause_reading()

@@ -7,7 +7,7 @@ No text that is written here holds an address, a path or the repr of an object.
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Protocol
+from typing import Any, Protocol
 
 import msgspec
 
@@ -29,6 +29,7 @@ class FailureKind(StrEnum):
     TIMEOUT = "timeout"
     TOO_LARGE = "too_large"
     MEDIA_TYPE = "media_type"
+    MISDIRECTED = "misdirected"
     HEADERS_TOO_LARGE = "headers_too_large"
     OVERLOADED = "overloaded"
     INTERNAL = "internal"
@@ -45,6 +46,7 @@ STATUS_OF = {
     FailureKind.TIMEOUT: 408,
     FailureKind.TOO_LARGE: 413,
     FailureKind.MEDIA_TYPE: 415,
+    FailureKind.MISDIRECTED: 421,
     FailureKind.HEADERS_TOO_LARGE: 431,
     FailureKind.OVERLOADED: 429,
     FailureKind.INTERNAL: 500,
@@ -84,6 +86,11 @@ class ApiError(Exception):
 class ErrorStyle(Protocol):
     """How the failures of a route are written. One per API; a route names its own."""
 
+    @property
+    def answer_type(self) -> Any:
+        """Return the type of what `body` holds."""
+        ...
+
     def status(self, failure: Failure) -> int:
         """Return the HTTP status."""
         ...
@@ -108,11 +115,28 @@ _OPENAI_TYPES = {
 }
 
 
+class OpenAIError(msgspec.Struct, frozen=True):
+    """What went wrong. `code` is a word for programs, `param` the field at fault."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class OpenAIErrorAnswer(msgspec.Struct, frozen=True):
+    """What a request that failed is answered with."""
+
+    error: OpenAIError
+
+
 class OpenAIErrors:
     """Errors as `{"error": {"message", "type", "param", "code"}}`.
 
     Source: the errors of OpenAI's API reference.
     """
+
+    answer_type: Any = OpenAIErrorAnswer
 
     def status(self, failure: Failure) -> int:
         """Return the usual status of the kind."""
@@ -120,13 +144,9 @@ class OpenAIErrors:
 
     def body(self, failure: Failure) -> bytes:
         """Return the error object. `code` is the kind where nothing finer is known."""
-        error = {
-            "message": failure.message,
-            "type": _OPENAI_TYPES.get(failure.kind, "invalid_request_error"),
-            "param": failure.param,
-            "code": failure.code or failure.kind.value,
-        }
-        return msgspec.json.encode({"error": error})
+        kind = _OPENAI_TYPES.get(failure.kind, "invalid_request_error")
+        error = OpenAIError(failure.message, kind, failure.param, failure.code or failure.kind.value)
+        return msgspec.json.encode(OpenAIErrorAnswer(error))
 
     def frame(self, failure: Failure) -> bytes:
         """Return the error as an event, and the end of the stream after it."""

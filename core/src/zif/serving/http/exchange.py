@@ -12,6 +12,7 @@ import msgspec
 T = TypeVar("T")
 
 JSON = "application/json"
+EVENT_STREAM = "text/event-stream"
 KEEP_ALIVE_COMMENT = b": keep-alive\n\n"
 
 

@@ -35,12 +35,12 @@ class Load(msgspec.Struct, frozen=True):
 def health_routes() -> list[Route]:
     """Return the routes that every server has, whatever APIs it serves."""
     return [
-        Route("/livez", "GET", AuthScope.PUBLIC, livez, summary="Is the process alive"),
-        Route("/readyz", "GET", AuthScope.PUBLIC, readyz, summary="Does the engine make progress"),
-        Route("/health", "GET", AuthScope.PUBLIC, readyz, summary="The same as /readyz"),
+        Route("/livez", "GET", AuthScope.PUBLIC, livez, summary="Is the process alive", answer_type=Health),
+        Route("/readyz", "GET", AuthScope.PUBLIC, readyz, summary="Does the engine make progress", answer_type=Health),
+        Route("/health", "GET", AuthScope.PUBLIC, readyz, summary="The same as /readyz", answer_type=Health),
         Route("/version", "GET", AuthScope.PUBLIC, version, summary="The version of the server"),
         Route("/props", "GET", AuthScope.INFERENCE, props, summary="The model, the limits, and fields without effect"),
-        Route("/load", "GET", AuthScope.INFERENCE, load, summary="How busy the server is"),
+        Route("/load", "GET", AuthScope.INFERENCE, load, summary="How busy the server is", answer_type=Load),
         Route(
             "/reset_prefix_cache", "POST", AuthScope.ADMIN, reset_prefix_cache, summary="Forget every computed prefix"
         ),
@@ -97,6 +97,7 @@ async def props(request: Request[None], context: ServerContext) -> Response:
             "model": _model(context.engine.info),
             "limits": {
                 "max_body_bytes": settings.max_body_bytes,
+                "max_body_bytes_in_flight": settings.max_body_bytes_in_flight,
                 "max_json_depth": settings.max_json_depth,
                 "max_json_values": settings.max_json_values,
                 "max_header_bytes": settings.max_header_bytes,
@@ -135,6 +136,12 @@ def _model(info: ModelInfo) -> dict[str, object]:
         "block_size": info.block_size,
         "max_num_seqs": info.max_num_seqs,
         "platform": info.platform,
+        "generates": info.pooling.generates,
+        "pooling": {
+            "embedding_dimensions": info.pooling.num_dimensions,
+            "labels": info.pooling.labels,
+            "refused": info.pooling.problem,
+        },
         "default_sampling": {
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,

@@ -41,7 +41,7 @@ import msgspec
 
 from zif.serving.answers import EngineClient
 from zif.serving.http.errors import ErrorStyle, OpenAIErrors
-from zif.serving.http.exchange import AuthScope, Request, Response, Stream
+from zif.serving.http.exchange import JSON, AuthScope, Request, Response, Stream
 from zif.serving.http.settings import ServeSettings
 
 _PATH = re.compile(r"/[a-zA-Z0-9_./-]*(?:(?<=/)\{[a-z_]+\})?")
@@ -75,7 +75,9 @@ class Route:
 
     `max_body_bytes` None takes the server's limit. `no_effect` lists the fields of the request type that are accepted
     and change nothing, each with its reason, and parts of fields as "tools.strict"; `/props` shows them. `hidden`
-    leaves a route out of the OpenAPI document.
+    leaves a route out of the OpenAPI document. `asks_engine` says that the engine's queue takes every request of the
+    route: while it is full they are refused before their bodies are read. `answer_type` is what its whole answers hold,
+    for the document; None: some JSON object. A route whose request type has a field "stream" has streams, too.
     """
 
     path: str
@@ -88,6 +90,9 @@ class Route:
     no_effect: Mapping[str, str] = field(default_factory=dict)
     summary: str = ""
     hidden: bool = False
+    asks_engine: bool = False
+    answer_type: Any = None
+    content_type: str = JSON
 
     def __post_init__(self) -> None:
         if not isinstance(self.scope, AuthScope):

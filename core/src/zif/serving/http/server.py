@@ -2,14 +2,16 @@
 
 The socket listens before the engine starts, so that a taken port is seen at once and probes are answered meanwhile.
 The first SIGTERM or SIGINT drains: no new work, what is under way ends, for `drain_s` at most. A second one ends at
-once. Exit codes: 0 drained, 1 the engine failed, 128 + number of the second signal.
+once. Exit codes: 0 drained, 1 the engine or HTTP failed, 128 + number of the second signal.
 """
 
 import asyncio
 import contextlib
 import gc
+import logging
 import signal
 import socket
+import ssl
 import time
 from collections.abc import Callable, Coroutine, Generator
 from contextlib import AbstractAsyncContextManager
@@ -25,13 +27,16 @@ from zif.serving.answers import (
 )
 from zif.serving.http.app import ServerApp
 from zif.serving.http.connection import limited_protocol
+from zif.serving.http.open_files import raise_open_files
 from zif.serving.http.registry import Route
 from zif.serving.http.settings import ResolvedServeSettings, ServeSettings
-from zif.serving.http.sockets import check_tls, close_socket, open_socket, url_of
+from zif.serving.http.sockets import close_socket, open_socket, tls_context, url_of
+from zif.serving.http.tls import tls_protocol
 from zif.serving.page import page_routes
 from zif.serving.telemetry.phases import PhaseTimes
 from zif.serving.telemetry.wiring import Telemetry
 
+_LOG = logging.getLogger("zif.serving")
 _FAILED = 1
 _SIGNAL_BASE = 128
 _LAST_WORDS_S = 2.0
@@ -81,7 +86,10 @@ class StopSignals:
 
 @dataclass(frozen=True, slots=True)
 class ServerParts:
-    """What a server is made of besides its settings. `say` writes a line for people; `phases` has timed the start."""
+    """What a server is made of besides its settings.
+
+    `say` writes a line for people, without ever waiting for whoever reads it; `phases` has timed the start.
+    """
 
     engine: RunningEngine
     open_apis: OpenApis
@@ -92,10 +100,10 @@ class ServerParts:
 
 async def serve(resolved: ResolvedServeSettings, parts: ServerParts) -> int:
     """Serve until told to stop, and return the exit code. Raises `ConfigError` when it cannot listen."""
-    check_tls(resolved.settings)
+    tls = tls_context(resolved.settings)
     listener = open_socket(resolved.settings)
     try:
-        return await _Serving(resolved, parts, listener).run()
+        return await _Serving(resolved, parts, listener, tls).run()
     finally:
         close_socket(listener, resolved.settings)
 
@@ -111,10 +119,13 @@ class _HttpServer(uvicorn.Server):
 class _Serving:
     """One run of a server."""
 
-    def __init__(self, resolved: ResolvedServeSettings, parts: ServerParts, listener: socket.socket) -> None:
+    def __init__(
+        self, resolved: ResolvedServeSettings, parts: ServerParts, listener: socket.socket, tls: ssl.SSLContext | None
+    ) -> None:
         self._settings = resolved.settings
         self._parts = parts
         self._listener = listener
+        self._url = url_of(listener, self._settings)
         self._began_s = time.monotonic()
         self._telemetry = Telemetry(
             parts.engine,
@@ -124,18 +135,37 @@ class _Serving:
         )
         early = [*page_routes(), *self._telemetry.routes()]
         self._app = ServerApp(self._telemetry.engine, self._settings, resolved.keys, self._telemetry.observers(), early)
-        self._http = _HttpServer(_uvicorn_config(self._app, self._settings))
+        max_connections = self._fitting_connections()
+        protocol = limited_protocol(self._settings, max_connections)
+        if tls is not None:
+            protocol = tls_protocol(protocol, tls, self._settings, max_connections)
+        self._http = _HttpServer(_uvicorn_config(self._app, self._settings, protocol))
 
     async def run(self) -> int:
         """Start the engine and HTTP, serve, and end both."""
         engine = self._parts.engine
-        await engine.start()
-        http = asyncio.create_task(self._http.serve(sockets=[self._listener]))
         try:
-            return await self._start_and_serve(http)
+            await engine.start()
+            http = asyncio.create_task(self._http.serve(sockets=[self._listener]))
+            try:
+                return await self._start_and_serve(http)
+            finally:
+                await self._end_http(http)
         finally:
-            await self._end_http(http)
             await engine.close()
+
+    def _fitting_connections(self) -> int:
+        """Return how many connections are taken: the setting, or less where the system allows no more open files."""
+        wanted = self._settings.max_connections
+        num_missing = raise_open_files(wanted)
+        if not num_missing:
+            return wanted
+        fitting = max(1, wanted - num_missing)
+        self._parts.say(
+            f"warning: the limit of open files is too low by {num_missing} for max_connections={wanted}, so {fitting} "
+            "are taken; raise it ('ulimit -n', or LimitNOFILE of a service), or lower max_connections"
+        )
+        return fitting
 
     async def _end_http(self, http: asyncio.Task[None]) -> None:
         """Close the listener and every connection; what was written has a moment to be read."""
@@ -144,27 +174,36 @@ class _Serving:
         self._http.force_exit = True
         for connection in list(self._http.server_state.connections):
             connection.transport.abort()
-        await http
+        await asyncio.wait([http])
+        if not http.cancelled() and (error := http.exception()):
+            _LOG.error("HTTP failed", exc_info=error)
 
     async def _start_and_serve(self, http: asyncio.Task[None]) -> int:
         stop, engine = self._parts.stop, self._parts.engine
         try:
-            if not await _first(engine.wait_ready(), stop.first.wait()):
+            is_ready = await _first(engine.wait_ready(), stop.first.wait(), asyncio.wait([http]))
+            if http.done():
+                return self._fail(_ending_of(http))
+            if not is_ready:
                 return 0
             async with self._parts.open_apis(self._telemetry.engine, self._settings) as routes:
                 self._app.install(routes)
                 seconds = time.monotonic() - self._began_s
-                self._parts.say(f"ready at {url_of(self._listener, self._settings)} after {seconds:.1f} s")
+                self._parts.say(f"ready at {self._url} after {seconds:.1f} s")
                 with _settled_memory():
                     has_failed = await _first(_failure(engine), stop.first.wait(), asyncio.wait([http]))
                     drained = await self._drain()
         except EngineUnavailableError as error:
-            self._parts.say(f"error: {error}")
-            return _FAILED
+            return self._fail(str(error))
+        if http.done():
+            return self._fail(_ending_of(http))
         if has_failed:
-            self._parts.say(f"error: {engine.problem()}" if not http.done() else "error: HTTP ended")
-            return _FAILED
+            return self._fail(engine.problem())
         return 0 if drained else _SIGNAL_BASE + stop.number
+
+    def _fail(self, reason: str | None) -> int:
+        self._parts.say(f"error: {reason}")
+        return _FAILED
 
     async def _drain(self) -> bool:
         """Let work under way end, and interrupt what takes too long. Return False after a second signal."""
@@ -197,6 +236,12 @@ def _settled_memory() -> Generator[None, None, None]:
         gc.unfreeze()
 
 
+def _ending_of(http: asyncio.Task[None]) -> str:
+    """Say why HTTP ended by itself."""
+    error = None if http.cancelled() else http.exception()
+    return "HTTP ended by itself" if error is None else f"HTTP ended: {type(error).__name__}: {error}"
+
+
 async def _failure(engine: EngineClient) -> None:
     """Return when the engine has failed for good."""
     while engine.state is not EngineState.FAILED:
@@ -219,11 +264,11 @@ async def _first(*waits: Coroutine[Any, Any, Any]) -> bool:
     return True
 
 
-def _uvicorn_config(app: ServerApp, settings: ServeSettings) -> uvicorn.Config:
+def _uvicorn_config(app: ServerApp, settings: ServeSettings, protocol: type[asyncio.Protocol]) -> uvicorn.Config:
     """Return how uvicorn serves: one worker, our protocol, no headers of proxies believed, no logging of its own."""
     return uvicorn.Config(
         app,
-        http=limited_protocol(settings),
+        http=protocol,
         ws="none",
         lifespan="off",
         interface="asgi3",
@@ -233,6 +278,4 @@ def _uvicorn_config(app: ServerApp, settings: ServeSettings) -> uvicorn.Config:
         proxy_headers=False,
         server_header=False,
         timeout_keep_alive=settings.idle_timeout_s,
-        ssl_certfile=settings.tls_certificate,
-        ssl_keyfile=settings.tls_key,
     )

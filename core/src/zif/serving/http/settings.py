@@ -11,6 +11,7 @@ environment.
 import ipaddress
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 SERVE_PREFIX = f"{ENVIRONMENT_PREFIX}{SERVE_TABLE.upper()}_"
 KEY_VARIABLE = f"{SERVE_PREFIX}API_KEY"
 _MAX_KEY_FILE_BYTES = 2**20
+_HOST_NAME = re.compile(r"[a-z0-9_][a-z0-9._-]{0,252}")
 
 
 def _text(help_text: str, default: str | None = None, **limits: Any) -> Any:
@@ -67,11 +69,18 @@ class ServeSettings:
     )
     api_key_file: str | None = _text(f"file of keys, one a line; {KEY_VARIABLE} holds a single one")
     insecure: bool = _switch("allow others than this machine without a key", False)
+    allowed_hosts: str | None = _text(
+        "names that the header 'host' may give the server, with commas between; '*': any; auto: those of this machine "
+        "where only it can connect and needs no key, else any"
+    )
     public_metrics: bool = _switch("serve /metrics without a key", False)
     tls_certificate: str | None = _text("certificate chain in PEM, for HTTPS")
     tls_key: str | None = _text("private key of the certificate, in PEM")
     strict: bool = _switch("refuse requests with fields that are not known, in place of naming them in a header", False)
-    max_body_bytes: int = _bytes("longest body of a request", 32 * 2**20, minimum=1024)
+    max_body_bytes: int = _bytes("longest body of a request", 8 * 2**20, minimum=1024)
+    max_body_bytes_in_flight: int = _bytes(
+        "most bytes of the bodies of all requests under way; more are answered 503", 256 * 2**20, 1024, 2**40
+    )
     max_json_depth: int = _integer("deepest nesting of a body", 64, minimum=4, maximum=256)
     max_json_values: int = _integer("most values and keys in a body", 2**18, minimum=64, maximum=2**26)
     max_header_bytes: int = _bytes("longest request line and headers together", 16 * 2**10, minimum=1024, maximum=2**20)
@@ -85,7 +94,10 @@ class ServeSettings:
     write_timeout_s: int = _integer("longest that a client may refuse to read before it is cut off", 60)
     event_keep_alive_s: int = _integer("longest silence in a stream before a comment is sent", 10)
     drain_s: int = _integer("longest that requests under way may go on after SIGTERM", 30, minimum=0)
-    hang_after_s: int = _integer("time without a step, while there is work, after which the engine is not ready", 10)
+    hang_after_s: int = _integer("time without a step, while there is work, after which the engine is not ready", 8)
+    kill_hung_after_s: int = _integer(
+        "time that an engine may stay so before it is killed and started again; 0: for ever", 60, minimum=0
+    )
     vllm_metrics: bool = _switch("also expose metrics under the names that public boards and routers read", True)
     answer_format: str | None = _text(
         "format of tool calls and reasoning in answers; auto: what the chat template writes"
@@ -106,6 +118,17 @@ class ServeSettings:
             )
         if self.served_model_name is not None and not all(self.model_names("")):
             raise ConfigError(f"served_model_name={self.served_model_name!r} has an empty name; leave it out")
+        if self.max_body_bytes > self.max_body_bytes_in_flight:
+            raise ConfigError(
+                f"max_body_bytes={self.max_body_bytes} is more than max_body_bytes_in_flight="
+                f"{self.max_body_bytes_in_flight}, which all bodies share; lower it or raise the other"
+            )
+        for name in self.host_names():
+            if name != "*" and not _HOST_NAME.fullmatch(name) and not _is_address(name):
+                raise ConfigError(
+                    f"allowed_hosts={self.allowed_hosts!r}: {name!r} is no name or address; "
+                    "give them without scheme and port, as in 'llm.example.org,192.0.2.1'"
+                )
 
     def model_names(self, default: str) -> tuple[str, ...]:
         """Return the names that requests may use, the first of which answers carry. `default`: where none is set."""
@@ -113,14 +136,25 @@ class ServeSettings:
             return (default,)
         return tuple(name.strip() for name in self.served_model_name.split(","))
 
+    def host_names(self) -> tuple[str, ...]:
+        """Return what `allowed_hosts` lists: names and addresses in lower case, or '*'."""
+        if self.allowed_hosts is None:
+            return ()
+        return tuple(name.strip().lower() for name in self.allowed_hosts.split(","))
+
     def is_local(self) -> bool:
         """Say whether only this machine can connect."""
         if self.uds is not None or self.host == "localhost":
             return True
-        try:
-            return ipaddress.ip_address(self.host.strip("[]")).is_loopback
-        except ValueError:
-            return False
+        return _is_address(self.host.strip("[]")) and ipaddress.ip_address(self.host.strip("[]")).is_loopback
+
+
+def _is_address(text: str) -> bool:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True
 
 
 @dataclass(frozen=True, slots=True)

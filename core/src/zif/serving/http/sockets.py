@@ -12,6 +12,9 @@ from zif.errors import ConfigError
 from zif.serving.http.settings import ServeSettings
 
 _BACKLOG = 2048
+_MAX_UNSENT_BYTES = 2**17
+"""What the system takes of a connection's answer beyond what is on its way: TCP_NOTSENT_LOWAT, tcp(7)."""
+
 _MAX_UDS_BYTES = 107
 """The longest path of a Unix socket: `sun_path` less its end, unix(7)."""
 
@@ -38,10 +41,10 @@ def url_of(listener: socket.socket, settings: ServeSettings) -> str:
     return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
-def check_tls(settings: ServeSettings) -> None:
-    """Raise `ConfigError` when certificate and key cannot be used."""
+def tls_context(settings: ServeSettings) -> ssl.SSLContext | None:
+    """Return the server's side of TLS, None where it has none. Raises `ConfigError` when the files cannot be used."""
     if settings.tls_certificate is None or settings.tls_key is None:
-        return
+        return None
     for name in ("tls_certificate", "tls_key"):
         path = getattr(settings, name)
         try:
@@ -49,15 +52,16 @@ def check_tls(settings: ServeSettings) -> None:
                 pass
         except OSError as error:
             raise ConfigError(f"cannot read {name}={path!r}: {error.strerror}; check path and permissions") from error
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.set_alpn_protocols(["http/1.1"])
     try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(
-            settings.tls_certificate, settings.tls_key, password=_no_password
-        )
+        context.load_cert_chain(settings.tls_certificate, settings.tls_key, password=_no_password)
     except (ssl.SSLError, ConfigError) as error:
         raise ConfigError(
             f"tls_certificate={settings.tls_certificate!r} and tls_key={settings.tls_key!r} are no certificate in PEM "
             f"with its own key, without a password: {error}"
         ) from error
+    return context
 
 
 def _no_password() -> str:
@@ -73,6 +77,8 @@ def _open_tcp(host: str, port: int) -> socket.socket:
     listener = socket.socket(family, kind, protocol)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # Connections inherit it. What a client does not read would else lie in the system's memory, megabytes for each.
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _MAX_UNSENT_BYTES)
         listener.bind(address)
         listener.listen(_BACKLOG)
     except OSError as error:

@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any
 
-from zif.serving.http.exchange import RequestRecord, Response, Stream
+from zif.serving.http.exchange import EVENT_STREAM, RequestRecord, Response, Stream
 
 Message = MutableMapping[str, Any]
 Send = Callable[[Message], Awaitable[None]]
@@ -20,7 +20,7 @@ WATCH_AFTER_S = 0.05
 """Most requests of a busy server end sooner; only the others get a task that waits for their client to leave."""
 
 _STREAM_HEADERS = (
-    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"content-type", f"{EVENT_STREAM}; charset=utf-8".encode()),
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),
 )
@@ -99,19 +99,16 @@ class Sender:
 
 
 class Watch:
-    """Watches over an exchange that lasts: its client leaves, does not read, or waits in silence.
+    """Watches over an exchange that lasts: its client leaves, or waits in silence.
 
-    `on_gone` is called once, when the client has left or has not read for `write_timeout_s`.
+    `on_gone` is called once, when the client has left. One that does not read leaves too: its connection ends it.
     """
 
-    def __init__(
-        self, receive: Receive, sender: Sender, on_gone: Callable[[], None], keep_alive_s: float, write_timeout_s: float
-    ) -> None:
+    def __init__(self, receive: Receive, sender: Sender, on_gone: Callable[[], None], keep_alive_s: float) -> None:
         self._receive = receive
         self._sender = sender
         self._on_gone = on_gone
         self._keep_alive_s = keep_alive_s
-        self._write_timeout_s = write_timeout_s
         self._loop = asyncio.get_running_loop()
         self._task: asyncio.Task[None] | None = None
         self._timer = self._loop.call_later(WATCH_AFTER_S, self._begin)
@@ -131,8 +128,7 @@ class Watch:
                 async with asyncio.timeout_at(self._next_s()):
                     message = await self._receive()
             except TimeoutError:
-                if not await self._check():
-                    break
+                await self._check()
                 continue
             if message["type"] == "http.disconnect":
                 break
@@ -141,25 +137,13 @@ class Watch:
 
     def _next_s(self) -> float:
         """Return when to look again, on the loop's clock."""
-        stuck_s = self._sender.stuck_since_s
-        if stuck_s is not None:
-            return stuck_s + self._write_timeout_s
-        return self._sender.quiet_since_s + min(self._keep_alive_s, self._write_timeout_s)
+        return self._sender.quiet_since_s + self._keep_alive_s
 
-    async def _check(self) -> bool:
-        """Send a comment if the stream was quiet for long. Return False when the client has not read for too long."""
-        now = self._loop.time()
-        stuck_s = self._sender.stuck_since_s
-        if stuck_s is not None:
-            return now < stuck_s + self._write_timeout_s
-        if now >= self._sender.quiet_since_s + self._keep_alive_s:
-            try:
-                async with asyncio.timeout(self._write_timeout_s):
-                    await self._sender.keep_alive()
-            except TimeoutError:
-                return False
+    async def _check(self) -> None:
+        """Send a comment if the stream was quiet for long."""
+        if self._loop.time() >= self._next_s():
+            await self._sender.keep_alive()
             self._sender.quiet_since_s = self._loop.time()
-        return True
 
 
 def _encoded(headers: Mapping[str, str]) -> list[tuple[bytes, bytes]]:

@@ -11,5 +11,5 @@ from zif.serving.openai.tokens import TokensApi
 
 def openai_routes(service: ChatService) -> list[Route]:
     """Return the routes, whose handlers share `service`."""
-    apis = (ModelsApi(), ChatApi(service), CompletionsApi(service), TokensApi(service), PoolingApi())
+    apis = (ModelsApi(), ChatApi(service), CompletionsApi(service), TokensApi(service), PoolingApi(service))
     return [route for api in apis for route in api.routes()]

@@ -6,6 +6,7 @@ from contextlib import aclosing
 from zif.serving.chat_service import ChatAnswer, ChatService, ChatTurn
 from zif.serving.http.exchange import AuthScope, Request, Response, Stream, json_response
 from zif.serving.http.registry import Route, ServerContext
+from zif.serving.openai.chat_answer import ChatCompletion
 from zif.serving.openai.chat_request import CHAT_NO_EFFECT, ChatRequest, turn_of
 from zif.serving.openai.chat_writer import ChatStyle, ChunkWriter, WholeSample, completion_of
 from zif.serving.openai.fields import invalid
@@ -34,7 +35,9 @@ class ChatApi:
                 self.create,
                 ChatRequest,
                 no_effect=CHAT_NO_EFFECT,
+                asks_engine=True,
                 summary="Answer a chat",
+                answer_type=ChatCompletion,
             ),
             Route(
                 "/v1/chat/completions/render",
@@ -44,6 +47,7 @@ class ChatApi:
                 ChatRequest,
                 no_effect=CHAT_NO_EFFECT,
                 summary="Return the tokens of a chat's prompt",
+                answer_type=RenderedPrompt,
             ),
         ]
 
@@ -91,11 +95,11 @@ class ChatApi:
 
 
 async def _whole(answer: ChatAnswer, num_samples: int, style: ChatStyle) -> object:
-    samples = [WholeSample() for _ in range(num_samples)]
+    samples = [WholeSample(style) for _ in range(num_samples)]
     async with aclosing(answer.deltas()) as deltas:
         async for delta in deltas:
             samples[delta.index].take(delta)
-    return completion_of(answer, samples, style)
+    return await completion_of(answer, samples, style)
 
 
 async def _chunks(answer: ChatAnswer, num_samples: int, style: ChatStyle) -> AsyncGenerator[bytes, None]:

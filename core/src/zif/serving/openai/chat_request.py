@@ -12,6 +12,8 @@ from zif.serving.openai.fields import (
     NO_EFFECT,
     REFUSED,
     AnswerForm,
+    ChatMessage,
+    ChatTool,
     GenerationFields,
     Identity,
     Metadata,
@@ -23,7 +25,7 @@ from zif.serving.openai.fields import (
     refuse,
     sampling_of,
 )
-from zif.serving.openai.messages import checked_messages, checked_tools, chosen_tools, response_form
+from zif.serving.openai.messages import checked_messages, checked_tools, chosen_tools, response_form, strict_names
 
 _FUNCTIONS = Refusal("functions are superseded; use tools and tool_choice")
 
@@ -52,8 +54,9 @@ CHAT_NO_EFFECT: Mapping[str, str] = {
     "safety_identifier": "callers are told apart by their keys",
     "service_tier": "there is one tier; use priority",
     "messages.content.prompt_cache_breakpoint": "prefixes are kept block by block, wherever they end",
-    "tools.function.strict": "calls that tool_choice forces keep their schema; others are written freely",
+    "messages.content.cache_control": "prefixes are kept block by block, wherever they end",
     "response_format.json_schema.strict": "the schema is always kept",
+    "response_format.json_schema.name": "the schema alone says what the answer is",
     "response_format.json_schema.description": "the schema alone says what the answer is",
 }
 """Fields of `ChatRequest` that are accepted and change nothing."""
@@ -61,7 +64,7 @@ CHAT_NO_EFFECT: Mapping[str, str] = {
 EFFORTS = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 
-class CacheOptions(msgspec.Struct, frozen=True):
+class CacheOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How the caller wants prefixes to be kept."""
 
     mode: Literal["implicit", "explicit"] | None = None
@@ -71,12 +74,12 @@ class CacheOptions(msgspec.Struct, frozen=True):
 class ChatRequest(GenerationFields, kw_only=True):
     """The body of a chat completion."""
 
-    messages: Annotated[list[dict[str, Any]], Meta(min_length=1, max_length=MAX_MESSAGES)]
+    messages: Annotated[list[ChatMessage], Meta(min_length=1, max_length=MAX_MESSAGES)]
     max_completion_tokens: PositiveCount | None = None
     logprobs: bool | None = None
     top_logprobs: NumLogprobs | None = None
     response_format: dict[str, Any] | None = None
-    tools: Annotated[list[dict[str, Any]], Meta(max_length=MAX_TOOLS)] | None = None
+    tools: Annotated[list[ChatTool], Meta(max_length=MAX_TOOLS)] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: EFFORTS | None = None
@@ -134,6 +137,7 @@ def turn_of(body: ChatRequest, defaults: SamplingParams) -> ChatTurn:
         sampling=sampling_of(body, defaults, form),
         tools=tools,
         tool_choice=choice,
+        strict_tools=strict_names(body.tools or ()),
         reasoning=_reasoning(body),
         variables=_variables(body),
         add_generation_prompt=not continued if body.add_generation_prompt is None else body.add_generation_prompt,

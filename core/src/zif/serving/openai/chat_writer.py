@@ -23,7 +23,14 @@ from zif.serving.openai.chat_answer import (
     ToolCallDelta,
 )
 from zif.serving.openai.chat_request import ChatRequest
-from zif.serving.openai.logprobs import ChatLogprobs, TokenNames, chat_logprobs, prompt_logprobs
+from zif.serving.openai.logprobs import (
+    ChatLogprobs,
+    ChatTokenLogprob,
+    TokenNames,
+    chat_logprobs,
+    prompt_logprobs,
+    written,
+)
 from zif.serving.openai.samples import check_end
 from zif.serving.openai.usage import Origin, Usage, new_call_id, usage_of
 
@@ -77,10 +84,11 @@ def chat_usage(answer: ChatAnswer) -> Usage:
 class WholeSample:
     """One sample, collected."""
 
+    style: ChatStyle
     text: list[str] = field(default_factory=list)
     reasoning: list[str] = field(default_factory=list)
     calls: list[tuple[str, list[str]]] = field(default_factory=list)
-    positions: list[PositionLogprobs] | None = None
+    logprobs: list[ChatTokenLogprob] | None = None
     token_ids: list[int] = field(default_factory=list)
     finish_reason: str = ""
     stop_reason: int | str | None = None
@@ -88,12 +96,12 @@ class WholeSample:
     def take(self, delta: ChatDelta) -> None:
         """Add a delta. Raises ApiError for an end that the API has no finish reason for."""
         check_end(delta.finish_reason, delta.error)
-        for found in delta.events:
-            self._take_event(found)
+        for parsed in delta.events:
+            self._take_event(parsed)
         self.token_ids += delta.token_ids
-        if delta.logprobs is not None:
-            self.positions = self.positions if self.positions is not None else []
-            self.positions += delta.logprobs
+        if (found := self.style.logprobs(delta.logprobs)) is not None:
+            self.logprobs = self.logprobs if self.logprobs is not None else []
+            self.logprobs += map(written, found.content)
         self.finish_reason = delta.finish_reason or self.finish_reason
         self.stop_reason = delta.stop_reason if delta.finish_reason else self.stop_reason
 
@@ -108,26 +116,26 @@ class WholeSample:
             case ToolCallArguments(text=text):
                 self.calls[-1][1].append(text)
 
-    def choice(self, index: int, style: ChatStyle) -> ChatChoice:
+    def choice(self, index: int) -> ChatChoice:
         """Return the sample as the API writes it."""
         calls = [ToolCall(new_call_id(), FunctionCall(name, "".join(pieces))) for name, pieces in self.calls]
         text, reasoning = "".join(self.text), "".join(self.reasoning)
         message = ChatMessage(
             content=None if not text.strip() and (calls or reasoning) else text,
-            reasoning_content=reasoning if reasoning and style.with_reasoning else UNSET,
+            reasoning_content=reasoning if reasoning and self.style.with_reasoning else UNSET,
             tool_calls=calls or UNSET,
         )
         return ChatChoice(
             index=index,
             message=message,
             finish_reason=self.finish_reason,
-            logprobs=style.logprobs(self.positions),
+            logprobs=None if self.logprobs is None else ChatLogprobs(self.logprobs),
             stop_reason=UNSET if self.stop_reason is None else self.stop_reason,
-            token_ids=self.token_ids if style.with_token_ids else UNSET,
+            token_ids=self.token_ids if self.style.with_token_ids else UNSET,
         )
 
 
-def completion_of(answer: ChatAnswer, samples: Sequence[WholeSample], style: ChatStyle) -> ChatCompletion:
+async def completion_of(answer: ChatAnswer, samples: Sequence[WholeSample], style: ChatStyle) -> ChatCompletion:
     """Return the whole answer."""
     origin, positions = style.origin, answer.prompt_logprobs
     return ChatCompletion(
@@ -135,10 +143,10 @@ def completion_of(answer: ChatAnswer, samples: Sequence[WholeSample], style: Cha
         created=origin.created,
         model=origin.model,
         system_fingerprint=origin.system_fingerprint,
-        choices=[sample.choice(index, style) for index, sample in enumerate(samples)],
+        choices=[sample.choice(index) for index, sample in enumerate(samples)],
         usage=chat_usage(answer),
         service_tier=style.service_tier,
-        prompt_logprobs=UNSET if positions is None else prompt_logprobs(positions),
+        prompt_logprobs=UNSET if positions is None else await prompt_logprobs(positions),
         prompt_token_ids=answer.prompt_token_ids if style.with_token_ids else UNSET,
     )
 

@@ -78,8 +78,16 @@ def check_completion(body: CompletionRequest) -> None:
         raise invalid("'prompt_logprobs' is not streamed; use echo with logprobs, or no stream", "prompt_logprobs")
 
 
-async def prompts_of(body: CompletionRequest, prompts: Prompts) -> list[TextOrTokens]:
-    """Return the prompts as tokens. Raises ApiError or RequestError for what is no prompt."""
+def is_text(prompt: object) -> bool:
+    """Say whether a prompt, or one of several, is text."""
+    return isinstance(prompt, str) or (isinstance(prompt, list) and any(isinstance(entry, str) for entry in prompt))
+
+
+async def prompts_of(body: CompletionRequest, prompts: Prompts | None) -> list[TextOrTokens]:
+    """Return the prompts as tokens. `prompts` may be None for those that are tokens already.
+
+    Raises ApiError or RequestError for what is no prompt.
+    """
     given = body.prompt
     entries: list[Any] = [given] if isinstance(given, str) or _is_ids(given) else list(given)
     kinds = {type(entry) for entry in entries}
@@ -104,9 +112,10 @@ def _is_ids(given: object) -> bool:
     return isinstance(given, list) and all(type(entry) is int for entry in given)
 
 
-async def _tokens(entry: str | list[int], body: CompletionRequest, prompts: Prompts) -> TextOrTokens:
+async def _tokens(entry: str | list[int], body: CompletionRequest, prompts: Prompts | None) -> TextOrTokens:
     text = entry if isinstance(entry, str) else None
     if isinstance(entry, str):
+        assert prompts is not None, "text needs a tokenizer, which was looked for"
         token_ids = await prompts.encode(entry, add_special_tokens=body.add_special_tokens is not False)
     else:
         token_ids = entry

@@ -8,7 +8,14 @@ from msgspec import UNSET, UnsetType
 from zif.serving.answers import AnswerDelta, PositionLogprobs, SampleDelta
 from zif.serving.openai.completion_answer import Completion, CompletionChoice
 from zif.serving.openai.completion_request import CompletionRequest
-from zif.serving.openai.logprobs import CompletionLogprobs, CompletionLogprobsWriter, TokenNames, prompt_logprobs
+from zif.serving.openai.logprobs import (
+    CompletionLogprobs,
+    CompletionLogprobsWriter,
+    TokenNames,
+    joined_logprobs,
+    prompt_logprobs,
+    sliced,
+)
 from zif.serving.openai.samples import check_end
 from zif.serving.openai.usage import Origin, Usage
 
@@ -76,6 +83,8 @@ class PromptAnswer:
         self._first_token = first_token
         self._style = style
         self._prompt_logprobs: list[PositionLogprobs | None] | None = None
+        self._echoed_logprobs: CompletionLogprobs | None = None
+        self._echoed_end = 0
         self._writers: dict[int, CompletionLogprobsWriter] = {}
 
     def new_cached_tokens(self, delta: AnswerDelta) -> int:
@@ -84,17 +93,25 @@ class PromptAnswer:
         self.num_cached_tokens = delta.num_cached_tokens
         return new
 
-    def take(self, delta: AnswerDelta) -> list[CompletionChoice]:
+    async def take(self, delta: AnswerDelta) -> list[CompletionChoice]:
         """Return the pieces of choices that a delta becomes. Raises ApiError for a sample that ended by a fault."""
         if delta.prompt_logprobs is not None:
             self._prompt_logprobs = delta.prompt_logprobs
+            if self._echoed is not None and self._style.num_top_logprobs is not None:
+                self._echoed_logprobs = await self._of_prompt(delta.prompt_logprobs, self._style.num_top_logprobs)
         return [self._piece(sample) for sample in delta.samples]
 
-    def complete(self, choices: Sequence[CompletionChoice]) -> None:
-        """Add to the prompt's first choice what is said of a prompt once."""
-        first = next((choice for choice in choices if choice.index == self._first_index), None)
-        if first is not None and self._style.with_prompt_logprobs and self._prompt_logprobs is not None:
-            first.prompt_logprobs = prompt_logprobs(self._prompt_logprobs)
+    async def complete(self, choice: CompletionChoice) -> None:
+        """Add to a whole choice, if it is the prompt's first, what is said of a prompt once."""
+        is_first = choice.index == self._first_index
+        if is_first and self._style.with_prompt_logprobs and self._prompt_logprobs is not None:
+            choice.prompt_logprobs = await prompt_logprobs(self._prompt_logprobs)
+
+    async def _of_prompt(self, positions: Sequence[PositionLogprobs | None], num_top: int) -> CompletionLogprobs:
+        writer = CompletionLogprobsWriter(num_top, self._style.names)
+        pieces = [writer.write(some, self._first_token) async for some in sliced(positions)]
+        self._echoed_end = writer.offset
+        return joined_logprobs(pieces)
 
     def _piece(self, sample: SampleDelta) -> CompletionChoice:
         check_end(sample.finish_reason, sample.error)
@@ -116,19 +133,16 @@ class PromptAnswer:
         return choice
 
     def _logprobs(self, sample: SampleDelta) -> CompletionLogprobs | None:
-        style, writer = self._style, self._writers.get(sample.index)
+        style, echoed = self._style, self._echoed_logprobs
+        writer = self._writers.get(sample.index)
         begins = writer is None
         if writer is None:
-            writer = CompletionLogprobsWriter(style.num_top_logprobs or 0, style.names)
+            writer = CompletionLogprobsWriter(style.num_top_logprobs or 0, style.names, self._echoed_end)
             self._writers[sample.index] = writer
         if style.num_top_logprobs is None:
             return None
-        positions: list[PositionLogprobs | None] = []
-        if begins and self._echoed is not None:
-            positions += self._prompt_logprobs or ()
-        if style.shows_tokens:
-            positions += sample.logprobs or ()
-        return writer.write(positions, self._first_token)
+        found = writer.write((sample.logprobs or ()) if style.shows_tokens else ())
+        return joined_logprobs([echoed, found]) if begins and echoed is not None else found
 
 
 def joined(pieces: Sequence[CompletionChoice]) -> CompletionChoice:
@@ -137,7 +151,7 @@ def joined(pieces: Sequence[CompletionChoice]) -> CompletionChoice:
     return CompletionChoice(
         index=first.index,
         text="".join(piece.text for piece in pieces),
-        logprobs=_joined_logprobs([piece.logprobs for piece in pieces if piece.logprobs is not None]),
+        logprobs=_all_logprobs(pieces),
         finish_reason=last.finish_reason,
         stop_reason=last.stop_reason,
         prompt_token_ids=first.prompt_token_ids,
@@ -151,12 +165,6 @@ def _joined_ids(pieces: Sequence[CompletionChoice]) -> list[int] | UnsetType:
     return [token_id for piece in pieces if piece.token_ids is not UNSET for token_id in piece.token_ids]
 
 
-def _joined_logprobs(pieces: Sequence[CompletionLogprobs]) -> CompletionLogprobs | None:
-    if not pieces:
-        return None
-    return CompletionLogprobs(
-        text_offset=[offset for piece in pieces for offset in piece.text_offset],
-        token_logprobs=[logprob for piece in pieces for logprob in piece.token_logprobs],
-        tokens=[token for piece in pieces for token in piece.tokens],
-        top_logprobs=[top for piece in pieces for top in piece.top_logprobs],
-    )
+def _all_logprobs(pieces: Sequence[CompletionChoice]) -> CompletionLogprobs | None:
+    found = [piece.logprobs for piece in pieces if piece.logprobs is not None]
+    return joined_logprobs(found) if found else None

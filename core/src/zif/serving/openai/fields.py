@@ -31,6 +31,38 @@ Bias = Annotated[float, Meta(ge=-100, le=100)]
 Metadata = Annotated[dict[Name, Annotated[str, Meta(max_length=512)]], Meta(max_length=16)]
 Identity = Annotated[str, Meta(max_length=1024)]
 
+_TEXT = {"type": "string", "maxLength": 2**24}
+_PART = {
+    "type": "object",
+    "properties": {"type": {"const": "text"}, "text": _TEXT},
+    "required": ["type", "text"],
+}
+_MESSAGE = {
+    "properties": {
+        "role": {"enum": ["system", "developer", "user", "assistant", "tool"]},
+        "content": {"anyOf": [_TEXT, {"type": "array", "items": _PART, "minItems": 1, "maxItems": 1024}]},
+    },
+    "required": ["role", "content"],
+}
+_FUNCTION = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "pattern": "^[a-zA-Z0-9_.-]{1,64}$", "maxLength": 64},
+        "parameters": {"type": "object"},
+    },
+    "required": ["name"],
+}
+_TOOL = {
+    "properties": {"type": {"const": "function"}, "function": _FUNCTION},
+    "required": ["type", "function"],
+}
+
+ChatMessage = Annotated[dict[str, Any], Meta(extra_json_schema=_MESSAGE)]
+"""A message of a chat. `zif.serving.openai.messages` checks it; what the document says here is the usual form."""
+
+ChatTool = Annotated[dict[str, Any], Meta(extra_json_schema=_TOOL)]
+"""A tool of a chat, in the same way."""
+
 
 class StreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a stream holds besides the answer. `continuous_usage_stats` puts the usage so far into every chunk."""

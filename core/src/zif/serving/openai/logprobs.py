@@ -1,8 +1,14 @@
-"""Log-probabilities as the two APIs write them: parallel lists for completions, a list of objects for chats."""
+"""Log-probabilities as the two APIs write them: parallel lists for completions, a list of objects for chats.
 
+A long answer has hundreds of thousands of them. What belongs to a position is encoded when it comes, and a prompt's in
+slices: encoding everything at the end would hold up everybody else for as long as that takes.
+"""
+
+import asyncio
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from functools import lru_cache
+from typing import TypeVar, cast
 
 import msgspec
 
@@ -13,6 +19,13 @@ _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 REPLACEMENT = "\ufffd"
 LOWEST_LOGPROB = -9999.0
 """What OpenAI's API writes for a token that cannot come; JSON has no minus infinity."""
+
+POSITIONS_PER_TURN = 256
+"""Written in some milliseconds, with twenty candidates each."""
+
+_encode = msgspec.json.Encoder().encode
+
+T = TypeVar("T")
 
 Spelling = Callable[[int], str | None]
 """Gives a token as the vocabulary spells it, None for an id without a token."""
@@ -116,6 +129,18 @@ def byte_alphabet() -> dict[str, int]:
     return {chr(byte): byte for byte in printing} | {chr(0x100 + k): byte for k, byte in enumerate(others)}
 
 
+def written(value: T) -> T:
+    """Return a value as JSON, which stands for it in whatever is encoded later."""
+    return cast("T", msgspec.Raw(_encode(value)))
+
+
+async def sliced(positions: Sequence[T]) -> AsyncGenerator[Sequence[T], None]:
+    """Give positions slice by slice, with a turn for others after each."""
+    for begin in range(0, len(positions), POSITIONS_PER_TURN):
+        yield positions[begin : begin + POSITIONS_PER_TURN]
+        await asyncio.sleep(0)
+
+
 def chat_logprobs(positions: Sequence[PositionLogprobs], num_top: int, names: TokenNames) -> ChatLogprobs:
     """Return the log-probabilities of a piece of a chat's answer, with the `num_top` most likely tokens of each."""
     return ChatLogprobs([_chat_position(position, num_top, names) for position in positions])
@@ -135,10 +160,10 @@ def _chat_position(position: PositionLogprobs, num_top: int, names: TokenNames) 
 class CompletionLogprobsWriter:
     """Writes one sample's positions as they come; `text_offset` counts on from piece to piece."""
 
-    def __init__(self, num_top: int, names: TokenNames) -> None:
+    def __init__(self, num_top: int, names: TokenNames, offset: int = 0) -> None:
+        self.offset = offset
         self._num_top = num_top
         self._names = names
-        self._offset = 0
 
     def write(self, positions: Sequence[PositionLogprobs | None], first: str = "") -> CompletionLogprobs:
         """Return the lists for more positions. A position of None is a prompt's first, whose token is `first`."""
@@ -147,9 +172,9 @@ class CompletionLogprobsWriter:
             token = first if position is None else self._names.completion_text(position[0])
             tokens.append(token)
             chosen.append(None if position is None else finite(position[0].logprob))
-            tops.append(None if position is None or not self._num_top else self._top(position))
-            offsets.append(self._offset)
-            self._offset += len(first if position is None else position[0].text or "")
+            tops.append(None if position is None or not self._num_top else written(self._top(position)))
+            offsets.append(self.offset)
+            self.offset += len(first if position is None else position[0].text or "")
         return CompletionLogprobs(offsets, chosen, tokens, tops)
 
     def _top(self, position: PositionLogprobs) -> dict[str, float]:
@@ -160,9 +185,22 @@ class CompletionLogprobsWriter:
         return top
 
 
-def prompt_logprobs(positions: Sequence[PositionLogprobs | None]) -> PromptLogprobs:
+def joined_logprobs(pieces: Sequence[CompletionLogprobs]) -> CompletionLogprobs:
+    """Return the lists of pieces that follow one another."""
+    return CompletionLogprobs(
+        text_offset=[offset for piece in pieces for offset in piece.text_offset],
+        token_logprobs=[logprob for piece in pieces for logprob in piece.token_logprobs],
+        tokens=[token for piece in pieces for token in piece.tokens],
+        top_logprobs=[top for piece in pieces for top in piece.top_logprobs],
+    )
+
+
+async def prompt_logprobs(positions: Sequence[PositionLogprobs | None]) -> PromptLogprobs:
     """Return a prompt's log-probabilities by token id."""
-    return [None if position is None else _by_id(position) for position in positions]
+    by_id: PromptLogprobs = []
+    async for some in sliced(positions):
+        by_id += [None if position is None else written(_by_id(position)) for position in some]
+    return by_id
 
 
 def _by_id(position: PositionLogprobs) -> dict[int, PromptLogprob]:

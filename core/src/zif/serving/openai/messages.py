@@ -1,6 +1,7 @@
 """Messages, tools and the choice of tools of the chat API: checked, and brought into the form of chat templates.
 
-Keys that the API does not have are left in messages: templates of some models read keys of their own.
+Keys that the API does not have are left in messages and in the calls within: templates of some models read keys of
+their own. Everywhere else they are refused.
 """
 
 import re
@@ -16,6 +17,16 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 MAX_PARTS = 1024
 MAX_CALLS = 128
 MAX_DESCRIPTION_CHARACTERS = 2**16
+
+PART_MARKS = ("prompt_cache_breakpoint", "cache_control")
+"""Keys of parts that say where a prefix to be kept ends."""
+
+FORMAT_KEYS: Mapping[str, Sequence[str]] = {
+    "text": ("type",),
+    "json_object": ("type", "schema"),
+    "json_schema": ("type", "json_schema"),
+}
+"""The types of `response_format` with their keys. A schema for any object is what other servers take there."""
 
 _NAME = re.compile(r"[a-zA-Z0-9_.-]{1,64}")
 
@@ -71,6 +82,7 @@ def _check_part(where: str, part: Any) -> None:
     if kind not in ("text", "refusal"):
         raise _unsupported(where, f"the part's type is {_shown(kind)}, and this model takes text parts only")
     _check_text(f"{where}.{kind}", part.get(kind), None, required=True)
+    _check_keys(where, part, ("type", kind, *PART_MARKS))
     if kind == "refusal":
         part["type"], part["text"] = "text", part.pop("refusal")
 
@@ -104,11 +116,8 @@ def _checked_tool(where: str, tool: Mapping[str, Any]) -> dict[str, Any]:
     function = tool.get("function")
     if not isinstance(function, dict):
         raise invalid(f"{where}.function must be an object with name and parameters", f"{where}.function")
-    unknown = sorted(set(function) - {"name", "description", "parameters", "strict"})
-    if unknown:
-        raise _unsupported(
-            f"{where}.function.{unknown[0][:64]}", "functions have name, description, parameters, strict"
-        )
+    _check_keys(where, tool, ("type", "function"))
+    _check_keys(f"{where}.function", function, ("name", "description", "parameters", "strict"))
     check_name(f"{where}.function.name", function.get("name"))
     _check_text(f"{where}.function.description", function.get("description"), MAX_DESCRIPTION_CHARACTERS)
     parameters = function.get("parameters")
@@ -118,6 +127,11 @@ def _checked_tool(where: str, tool: Mapping[str, Any]) -> dict[str, Any]:
         raise invalid(f"{where}.function.strict must be true or false", f"{where}.function.strict")
     shown = {key: value for key, value in function.items() if key != "strict" and value is not None}
     return {"type": "function", "function": shown}
+
+
+def strict_names(tools: Sequence[Mapping[str, Any]]) -> frozenset[str]:
+    """Return the names of checked tools whose calls must keep their schema."""
+    return frozenset(tool["function"]["name"] for tool in tools if tool["function"].get("strict"))
 
 
 def chosen_tools(
@@ -133,10 +147,13 @@ def chosen_tools(
             )
         return tools, ToolChoice(ToolMode(choice), parallel=parallel)
     if choice.get("type") == "allowed_tools":
+        _check_keys("tool_choice", choice, ("type", "allowed_tools"))
         return _allowed_tools(tools, choice.get("allowed_tools"), parallel)
     if choice.get("type") != "function" or not isinstance(choice.get("function"), dict):
         raise invalid("'tool_choice' must name a function: {'type': 'function', 'function': {'name'}}", "tool_choice")
     name = choice["function"].get("name")
+    _check_keys("tool_choice", choice, ("type", "function"))
+    _check_keys("tool_choice.function", choice["function"], ("name",))
     check_name("tool_choice.function.name", name)
     return tools, ToolChoice(ToolMode.NAMED, name, parallel)
 
@@ -152,11 +169,8 @@ def _allowed_tools(
         or allowed.get("mode") not in ("auto", "required")
     ):
         raise invalid(f"{where} must have mode 'auto' or 'required' and a list of tools", where)
-    names: set[str] = set()
-    for entry in entries:
-        function = entry.get("function") if isinstance(entry, dict) and entry.get("type") == "function" else None
-        name = function.get("name") if isinstance(function, dict) else None
-        names.add(check_name(f"{where}.tools", name))
+    _check_keys(where, allowed, ("mode", "tools"))
+    names = {_allowed_name(f"{where}.tools[{index}]", entry) for index, entry in enumerate(entries)}
     known = {tool["function"]["name"] for tool in tools}
     if names - known:
         raise invalid(f"{where}.tools names {_shown(min(names - known))}, which is none of the tools", f"{where}.tools")
@@ -164,25 +178,36 @@ def _allowed_tools(
     return kept, ToolChoice(ToolMode(allowed["mode"]), parallel=parallel)
 
 
+def _allowed_name(where: str, entry: Any) -> str:
+    function = entry.get("function") if isinstance(entry, dict) and entry.get("type") == "function" else None
+    if not isinstance(function, dict):
+        raise invalid(f"{where} must name a function: {{'type': 'function', 'function': {{'name'}}}}", where)
+    _check_keys(where, entry, ("type", "function"))
+    _check_keys(f"{where}.function", function, ("name",))
+    return check_name(f"{where}.function.name", function.get("name"))
+
+
 def response_form(response_format: Mapping[str, Any] | None) -> StructuredOutput | None:
     """Return the form that `response_format` asks for. Raises ApiError or RequestError."""
-    kind = "text" if response_format is None else response_format.get("type")
-    if response_format is None or kind == "text":
+    if response_format is None:
+        return None
+    kind = response_format.get("type")
+    if not isinstance(kind, str) or kind not in FORMAT_KEYS:
+        raise invalid(
+            f"'response_format.type' is {_shown(kind)}; it must be {', '.join(FORMAT_KEYS)}", "response_format.type"
+        )
+    _check_keys("response_format", response_format, FORMAT_KEYS[kind])
+    if kind == "text":
         return None
     if kind == "json_object":
-        return StructuredOutput(json_object=True)
-    if kind != "json_schema":
-        raise invalid(
-            f"'response_format.type' is {_shown(kind)}; it must be text, json_object or json_schema",
-            "response_format.type",
-        )
+        schema = response_format.get("schema")
+        if not isinstance(schema, dict | None):
+            raise invalid("'response_format.schema' must be a JSON schema", "response_format.schema")
+        return StructuredOutput(json_object=True) if schema is None else StructuredOutput(json=schema)
     given = response_format.get("json_schema")
     if not isinstance(given, dict) or not isinstance(given.get("schema"), dict):
         raise invalid("'response_format.json_schema.schema' must be a JSON schema", "response_format.json_schema")
-    unknown = sorted(set(given) - {"name", "description", "schema", "strict"})
-    if unknown:
-        where = f"response_format.json_schema.{unknown[0][:64]}"
-        raise _unsupported(where, "it has name, description, schema, strict")
+    _check_keys("response_format.json_schema", given, ("name", "description", "schema", "strict"))
     check_name("response_format.json_schema.name", given.get("name", "schema"))
     return StructuredOutput(json=given["schema"])
 
@@ -192,6 +217,13 @@ def check_name(where: str, name: Any) -> str:
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise invalid(f"{where} is {_shown(name)}; it must be 1 to 64 of letters, digits, '_', '-', '.'", where)
     return name
+
+
+def _check_keys(where: str, given: Mapping[str, Any], known: Sequence[str]) -> None:
+    """Refuse keys that would be dropped. One without a value asks for nothing."""
+    unknown = sorted(key for key, value in given.items() if value is not None and key not in known)
+    if unknown:
+        raise _unsupported(f"{where}.{unknown[0][:64]}", f"{where} has {', '.join(known)}")
 
 
 def _check_text(where: str, text: Any, limit: int | None, required: bool = False) -> None:

@@ -52,8 +52,22 @@ class ModelsApi:
     def routes(self) -> list[Route]:
         """Return the routes."""
         return [
-            Route("/v1/models", "GET", AuthScope.INFERENCE, self.list_models, summary="List the models"),
-            Route("/v1/models/{model}", "GET", AuthScope.INFERENCE, self.model, summary="Describe a model"),
+            Route(
+                "/v1/models",
+                "GET",
+                AuthScope.INFERENCE,
+                self.list_models,
+                summary="List the models",
+                answer_type=ModelList,
+            ),
+            Route(
+                "/v1/models/{model}",
+                "GET",
+                AuthScope.INFERENCE,
+                self.model,
+                summary="Describe a model",
+                answer_type=Model,
+            ),
         ]
 
     async def list_models(self, request: Request[None], context: ServerContext) -> Response:

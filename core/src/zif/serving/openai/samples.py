@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from zif.contract import NO_TOKEN_LEFT
 from zif.serving.http.errors import ApiError, FailureKind
 
 T = TypeVar("T")
@@ -15,11 +16,16 @@ _INTERNALS = re.compile(r"0x[0-9a-fA-F]{6,}|(^|[\s'\"(])/[\w.-]+/")
 
 
 def check_end(finish_reason: str | None, error: str | None) -> None:
-    """Raise ApiError when a sample ended by a fault or its time limit, which the API has no finish reason for."""
+    """Raise ApiError when a sample ended by a fault or its time limit, which the API has no finish reason for.
+
+    Options that left a sample no token are the caller's mistake, though it may show only after some tokens.
+    """
     if finish_reason == "abort":
         raise ApiError(
             FailureKind.TIMEOUT, f"the answer was ended before its end: {_told(error)}", code="generation_aborted"
         )
+    if finish_reason == "error" and error is not None and error.startswith(NO_TOKEN_LEFT):
+        raise ApiError(FailureKind.INVALID, error, code="no_token_left")
     if finish_reason == "error":
         raise ApiError(FailureKind.INTERNAL, f"the answer failed: {_told(error)}", code="generation_failed")
 

@@ -8,7 +8,7 @@ from msgspec import Meta
 
 from zif.contract import SamplingParams
 from zif.serving.chat_turn import MAX_MESSAGES, MAX_TOOLS
-from zif.serving.openai.fields import Name, TokenId
+from zif.serving.openai.fields import ChatMessage, ChatTool, Name, TokenId
 from zif.serving.prompts import MAX_DECODED_TOKENS
 
 
@@ -17,8 +17,8 @@ class TokenizeRequest(msgspec.Struct, kw_only=True):
 
     model: Name | None = None
     prompt: str | None = None
-    messages: Annotated[list[dict[str, Any]], Meta(min_length=1, max_length=MAX_MESSAGES)] | None = None
-    tools: Annotated[list[dict[str, Any]], Meta(max_length=MAX_TOOLS)] | None = None
+    messages: Annotated[list[ChatMessage], Meta(min_length=1, max_length=MAX_MESSAGES)] | None = None
+    tools: Annotated[list[ChatTool], Meta(max_length=MAX_TOOLS)] | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None

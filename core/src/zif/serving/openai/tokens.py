@@ -34,6 +34,7 @@ class TokensApi:
                 self.tokenize,
                 TokenizeRequest,
                 summary="Return the tokens of a prompt or a chat",
+                answer_type=TokenizeAnswer,
             ),
             Route(
                 "/detokenize",
@@ -42,6 +43,7 @@ class TokensApi:
                 self.detokenize,
                 DetokenizeRequest,
                 summary="Return the text of tokens",
+                answer_type=DetokenizeAnswer,
             ),
         ]
 

@@ -6,7 +6,7 @@ theirs, arguments of calls have deltas of their own. Source: the API reference o
 
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 import msgspec
 
@@ -22,6 +22,38 @@ DONE = event(b"[DONE]")
 
 ID_KINDS = {PartKind.TEXT: "msg", PartKind.REASONING: "rs", PartKind.CALL: "fc"}
 FAILURE_CODES = {FailureKind.OVERLOADED: "rate_limit_exceeded", FailureKind.INVALID: "invalid_prompt"}
+
+
+class ResponseUsage(TypedDict):
+    """Counts of tokens."""
+
+    input_tokens: int
+    input_tokens_details: dict[str, int]
+    output_tokens: int
+    output_tokens_details: dict[str, int]
+    total_tokens: int
+
+
+class ResponseAnswer(TypedDict):
+    """A response, whole or so far, without the options that it repeats of its request."""
+
+    id: str
+    object: Literal["response"]
+    created_at: int
+    completed_at: int | None
+    status: Literal["in_progress", "completed", "incomplete", "failed"]
+    error: dict[str, str] | None
+    incomplete_details: dict[str, str] | None
+    output: list[dict[str, Any]]
+    usage: ResponseUsage | None
+    model: str
+
+
+class InputTokens(TypedDict):
+    """How long a prompt is."""
+
+    object: Literal["response.input_tokens"]
+    input_tokens: int
 
 
 class ResponseWriter:
@@ -163,7 +195,7 @@ class ResponseWriter:
     def _item_id(self, part: Part) -> str:
         return self._ids.setdefault(part.index, new_id(ID_KINDS[part.kind]))
 
-    def _usage(self) -> dict[str, Any]:
+    def _usage(self) -> ResponseUsage:
         num_input, num_output = self._answer.num_prompt_tokens, self._answer.num_completion_tokens
         return {
             "input_tokens": num_input,

@@ -7,14 +7,14 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
 from zif.errors import RequestError
+from zif.serving.answer_events import event_frames, read_whole
 from zif.serving.answers import EngineUnavailableError, OverloadedError
 from zif.serving.chat_service import ChatAnswer, ChatService
 from zif.serving.http.errors import ApiError, failure_of
 from zif.serving.http.exchange import AuthScope, Request, RequestRecord, Response, Stream, json_response
 from zif.serving.http.registry import Route, ServerContext
 from zif.serving.openai.models import served_model
-from zif.serving.openai.samples import check_end
-from zif.serving.responses.answers import ResponseWriter
+from zif.serving.responses.answers import InputTokens, ResponseAnswer, ResponseWriter
 from zif.serving.responses.chats import chat_of, tools_of
 from zif.serving.responses.echo import echo_of
 from zif.serving.responses.requests import NO_EFFECT, NO_EFFECT_CREATE, CountInputTokens, CreateResponse
@@ -36,7 +36,9 @@ class ResponsesApi:
                 self.create,
                 CreateResponse,
                 no_effect=NO_EFFECT_CREATE,
+                asks_engine=True,
                 summary="Answer items with the next items",
+                answer_type=ResponseAnswer,
             ),
             Route(
                 "/v1/responses/input_tokens",
@@ -46,6 +48,7 @@ class ResponsesApi:
                 CountInputTokens,
                 no_effect=NO_EFFECT,
                 summary="Count the tokens of the prompt that items become",
+                answer_type=InputTokens,
             ),
         ]
 
@@ -58,10 +61,7 @@ class ResponsesApi:
         writer = ResponseWriter(answer, echo_of(body, model, turn.sampling, tools_of(body).tools))
         if body.stream:
             return Stream(_frames(answer, writer, request.record))
-        async with aclosing(answer.deltas()) as deltas:
-            async for delta in deltas:
-                check_end(delta.finish_reason, delta.error)
-                writer.take(delta)
+        await read_whole(answer, writer)
         return json_response(writer.response())
 
     async def count(self, request: Request[CountInputTokens], context: ServerContext) -> Response:
@@ -72,23 +72,16 @@ class ResponsesApi:
 
 
 async def _frames(answer: ChatAnswer, writer: ResponseWriter, record: RequestRecord) -> AsyncGenerator[bytes, None]:
-    """Write an answer's events. The first waits for the engine, so that a refusal still becomes a status."""
+    """Write an answer's events. A stream that has begun ends with the response's own failure: clients wait for it."""
     begun = False
     try:
-        async with aclosing(answer.deltas()) as deltas:
-            async for delta in deltas:
-                check_end(delta.finish_reason, delta.error)
-                opening = b"" if begun else writer.begin()
+        async with aclosing(event_frames(answer, writer)) as events:
+            async for frames in events:
                 begun = True
-                frames = opening + writer.frames(writer.take(delta))
-                if frames:
-                    yield frames
+                yield frames
     except (ApiError, RequestError, OverloadedError, EngineUnavailableError) as error:
         if not begun:
             raise
-        # A stream that has begun ends with the response's own failure, which its clients wait for.
         failure = failure_of(error, record.request_id)
         record.failure = failure.kind.value
         yield writer.fail(failure)
-        return
-    yield writer.end()

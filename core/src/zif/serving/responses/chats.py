@@ -60,6 +60,7 @@ def chat_of(body: CountInputTokens, default_sampling: SamplingParams) -> ChatTur
         sampling=_sampling(body, default_sampling),
         tools=[_as_templates_take_it(tool) for tool in asked.allowed],
         tool_choice=asked.choice,
+        strict_tools=frozenset(tool.name for tool in asked.allowed if tool.strict),
         reasoning=_reasoning(body, asked.choice),
         variables=_variables(body),
         cache_salt=(body.cache_salt or "") if isinstance(body, CreateResponse) else "",
@@ -138,6 +139,8 @@ def _add(conversation: Conversation, raw: Mapping[str, Any], place: str) -> None
             speaker = "system" if role == "developer" else role
             for text in _texts(content, place):
                 conversation.add_text(speaker, text)
+        case FunctionCallItem(async_=True):
+            raise invalid(f"'{place}.async' is not supported: no tools are run here", f"{place}.async")
         case FunctionCallItem() as call:
             conversation.add_tool_call(call.call_id, call.name, call.arguments)
         case FunctionCallOutputItem() as result:
@@ -180,7 +183,7 @@ def _tool(index: int, raw: Mapping[str, Any]) -> FunctionTool:
     tool = _convert(raw, FunctionTool, place)
     refused = {"defer_loading": tool.defer_loading, "output_schema": tool.output_schema, "async": tool.async_}
     for name, value in refused.items():
-        if value:
+        if value is not None and value is not False:
             raise invalid(f"'{place}.{name}' is not supported: no tools are loaded or run here", f"{place}.{name}")
     return tool
 

@@ -248,12 +248,18 @@ class CreateResponse(CountInputTokens, kw_only=True):
 
 
 NO_EFFECT: Mapping[str, str] = {
+    "input.id": "no item is kept to be found again",
+    "input.status": "what was cut off is sent as it is",
+    "input.phase": "chat templates have no place for it",
+    "input.annotations": "the text has what it says",
+    "input.logprobs": "they say nothing to a model",
     "input.prompt_cache_breakpoint": "computed prefixes are found again without marks",
     "reasoning.effort": "it is for chat templates that take an effort; others have none",
     "reasoning.summary": "reasoning is given whole",
     "reasoning.generate_summary": "reasoning is given whole",
+    "text.format.name": "the schema alone says what the answer is",
+    "text.format.description": "the schema alone says what the answer is",
     "text.format.strict": "the answer follows the schema with or without it",
-    "tools.strict": "arguments follow the schema when tool_choice forces calls, with or without it",
 }
 """Fields that are accepted and change nothing."""
 

@@ -1,4 +1,4 @@
-"""Writes log lines from a thread of its own, so that a reader of the log who stands still stops nobody else.
+"""Writes log lines, and lines for people, from a thread of its own: a reader who stands still stops nobody else.
 
 A bounded number of lines waits. Those that find no place are counted, and the count is a line as soon as there is room.
 """
@@ -32,11 +32,16 @@ class LineWriter(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Put a line in the queue, or count it as lost."""
         try:
-            self._waiting.put_nowait(self.format(record))
-        except queue.Full:
-            self._num_lost += 1
+            self.write(self.format(record) + "\n")
         except Exception:  # as every handler: a line that cannot be formatted is reported, not raised
             self.handleError(record)
+
+    def write(self, text: str) -> None:
+        """Put text in the queue as it is, with the ends of its lines, or count it as lost."""
+        try:
+            self._waiting.put_nowait(text)
+        except queue.Full:
+            self._num_lost += 1
 
     def close(self) -> None:
         """Write what waits, for two seconds at most. Idempotent."""
@@ -46,12 +51,12 @@ class LineWriter(logging.Handler):
         super().close()
 
     def _write(self) -> None:
-        while (line := self._waiting.get()) is not None:
+        while (text := self._waiting.get()) is not None:
             num_lost, self._num_lost = self._num_lost, 0
             if num_lost:
-                line += "\n" + json.dumps({"level": "warning", "message": "log lines were lost", "lost": num_lost})
+                text += json.dumps({"level": "warning", "message": "log lines were lost", "lost": num_lost}) + "\n"
             # Nobody reads any more, or the disk is full: there is nowhere left to say so.
             with contextlib.suppress(OSError, ValueError):
-                self._stream.write(line + "\n")
+                self._stream.write(text)
                 if self._waiting.empty():
                     self._stream.flush()

@@ -51,11 +51,20 @@ class MeteredEngine:
     def problem(self) -> str | None:
         return self._engine.problem()
 
+    def check_room(self) -> None:
+        try:
+            self._engine.check_room()
+        except OverloadedError:
+            # Whoever asks has a request in hand, and turns it away.
+            self._metrics.rejections.add("queue_full")
+            raise
+
     async def generate(
         self, prompt: EnginePrompt, sampling: SamplingParams, priority: int = 0
     ) -> AsyncGenerator[AnswerDelta, None]:
         watch = AnswerWatch(self._metrics, self._clock(), len(prompt.token_ids))
-        watch.asked(sampling)
+        if prompt.pooling is None:
+            watch.asked(sampling)
         try:
             async with aclosing(self._engine.generate(prompt, sampling, priority)) as deltas:
                 async for delta in deltas:

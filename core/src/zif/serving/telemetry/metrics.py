@@ -39,7 +39,11 @@ class WatchedEngine(Protocol):
 
     @property
     def stats(self) -> EngineStats | None:
-        """Return the last counts that the engine sent."""
+        """Return the last counts that the engine sent, those of its earlier processes included."""
+        ...
+
+    def problem(self) -> str | None:
+        """Return why the engine is not ready to answer, None when it is."""
         ...
 
 
@@ -108,9 +112,7 @@ class ServerMetrics:
         self._engine = engine
         self._phases = phases
         self._with_aliases = with_aliases
-        self._seen: EngineStats | None = None
         self._totals = dict.fromkeys(names.FROM_ENGINE, 0)
-        self._num_restarts = 0
         distributions = {name: Distribution(name.bounds) for name in names.HISTOGRAMS}
         self._distributions = distributions
         self._counters = {name: LabelledCounter() for name in names.COUNTED_BY_LABEL}
@@ -147,16 +149,10 @@ class ServerMetrics:
                     yield family
 
     def _follow_engine(self) -> None:
-        """Add what the engine did since the last scrape; after a restart its counts begin anew, these go on."""
-        now, before = self._engine.stats, self._seen
-        if now is None or now is before:
-            return
-        if before is not None and _began_anew(before, now):
-            self._num_restarts += 1
-            before = None
-        for name, stat in names.FROM_ENGINE.items():
-            self._totals[name] += getattr(now, stat) - (getattr(before, stat) if before else 0)
-        self._seen = now
+        """Take over the engine's counts. While it is down there are none, and the last ones stand."""
+        stats = self._engine.stats
+        if stats is not None:
+            self._totals = {name: getattr(stats, stat) for name, stat in names.FROM_ENGINE.items()}
 
     def _shared_labels(self) -> tuple[str, ...]:
         info = self._info()
@@ -193,21 +189,19 @@ class ServerMetrics:
         return {
             names.NUM_RUNNING: [((), float(stats.num_running if stats else 0))],
             names.NUM_WAITING: [((), float(stats.num_waiting if stats else 0))],
+            names.WAITING_BY_REASON: [(("capacity",), float(stats.num_waiting if stats else 0)), (("deferred",), 0.0)],
             names.KV_USAGE: [((), stats.kv_usage if stats else 0.0)],
             names.LAST_STEP_S: [((), stats.last_step_s if stats else 0.0)],
             names.CACHE_CONFIG: config,
             names.STARTUP_S: [((phase,), seconds) for phase, seconds in self._phases().items()],
+            names.ENGINE_HUNG: [((), float(state is EngineState.READY and self._engine.problem() is not None))],
             names.ENGINE_STATE: [((known.value,), float(known is state)) for known in EngineState],
         }
 
     def _counts(self) -> "dict[Name, Iterable[tuple[tuple[str, ...], int]]]":
         from_engine = {name: [((), total)] for name, total in self._totals.items()}
         by_label = {name: counter.items() for name, counter in self._counters.items()}
-        return {**from_engine, names.RESTARTS: [((), self._num_restarts)], **by_label}
-
-
-def _began_anew(before: EngineStats, now: EngineStats) -> bool:
-    return any(getattr(now, stat) < getattr(before, stat) for stat in names.FROM_ENGINE.values())
+        return {**from_engine, **by_label}
 
 
 def _bound_text(bound: float) -> str:

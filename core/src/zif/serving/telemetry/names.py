@@ -61,11 +61,15 @@ def _own(name: str, kind: Kind, help_text: str, *labels: str) -> Name:
 
 NUM_RUNNING: Final = Name("num_requests_running", Kind.GAUGE, "Requests in the running batch")
 NUM_WAITING: Final = Name("num_requests_waiting", Kind.GAUGE, "Requests that wait to be computed")
+WAITING_BY_REASON: Final = Name(
+    "num_requests_waiting_by_reason", Kind.GAUGE, "Requests that wait, all of them for places or memory", ("reason",)
+)
 KV_USAGE: Final = Name("kv_cache_usage_perc", Kind.GAUGE, "Part of the KV blocks in use; 1 means all")
 CACHE_CONFIG: Final = Name(
     "cache_config_info", Kind.GAUGE, "How KV memory is cut; always 1", ("block_size", "num_gpu_blocks")
 )
 ENGINE_STATE: Final = _own("engine_state", Kind.GAUGE, "1 for the state that the engine is in", "state")
+ENGINE_HUNG: Final = _own("engine_hung", Kind.GAUGE, "1 while an engine that is up makes no progress")
 LAST_STEP_S: Final = _own("last_step_seconds", Kind.GAUGE, "How long the engine's last step took")
 STARTUP_S: Final = _own(
     "startup_phase_seconds", Kind.GAUGE, "How long a phase of the engine's last start took", "phase"
@@ -80,7 +84,7 @@ PREEMPTIONS: Final = Name("num_preemptions", Kind.COUNTER, "Requests that lost t
 DRAFTED: Final = Name("spec_decode_num_draft_tokens", Kind.COUNTER, "Guessed tokens that were checked")
 ACCEPTED: Final = Name("spec_decode_num_accepted_tokens", Kind.COUNTER, "Guessed tokens that were right")
 STEPS: Final = _own("engine_steps", Kind.COUNTER, "Steps of the engine")
-RESTARTS: Final = _own("engine_restarts", Kind.COUNTER, "Times that the engine's counts began anew")
+RESTARTS: Final = _own("engine_restarts", Kind.COUNTER, "Times that the engine's process was started again")
 SUCCESSES: Final = Name(
     "request_success", Kind.COUNTER, "Requests that ended, by why their last sample ended", ("finished_reason",)
 )
@@ -116,6 +120,7 @@ FROM_ENGINE: Final = {
     DRAFTED: "num_drafted_tokens",
     ACCEPTED: "num_accepted_tokens",
     STEPS: "num_steps",
+    RESTARTS: "num_restarts",
 }
 """Counters of the engine's process, and the fields of `EngineStats` that they add up."""
 

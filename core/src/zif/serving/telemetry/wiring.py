@@ -44,7 +44,14 @@ class Telemetry:
     def routes(self) -> list[Route]:
         """Return the route of the metrics."""
         return [
-            Route(METRICS_ROUTE, "GET", AuthScope.METRICS, self._answer, summary="Metrics, as Prometheus reads them")
+            Route(
+                METRICS_ROUTE,
+                "GET",
+                AuthScope.METRICS,
+                self._answer,
+                summary="Metrics, as Prometheus reads them",
+                content_type=CONTENT_TYPE,
+            )
         ]
 
     async def _answer(self, request: Request[None], context: ServerContext) -> Response:

@@ -42,7 +42,7 @@ class WorkerSetup(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Task(msgspec.Struct, frozen=True, array_like=True):
-    """One call. `payload` is the msgpack of what the task takes."""
+    """One call. `payload` is the JSON of what the task takes: callers' integers may have more than 64 bits."""
 
     name: TaskName
     payload: bytes

@@ -139,6 +139,7 @@ class WorkerPool:
         `EngineUnavailableError` when there is no worker.
         """
         task = Task(name, _encoded(name, payload))
+        await asyncio.sleep(0)  # a long one took a while, and takes as long again to be written
         worker = await self._take()
         try:
             async with asyncio.timeout(self._limits.time_s):
@@ -235,7 +236,7 @@ class WorkerPool:
 
 def _encoded(name: TaskName, payload: msgspec.Struct) -> bytes:
     try:
-        encoded = msgspec.msgpack.encode(payload)
+        encoded = msgspec.json.encode(payload)
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
         raise RequestError(f"{name.value} cannot take this request: {type(error).__name__}: {error}") from error
     if len(encoded) > MAX_TASK_BYTES:
