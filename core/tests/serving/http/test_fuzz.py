@@ -15,7 +15,7 @@ from zif.serving.openai.api import openai_routes
 from zif.serving.responses.api import ResponsesApi
 
 
-@pytest.mark.parametrize(("num_requests", "seed"), [(400, 1), pytest.param(20_000, 2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("num_requests", "seed"), [(400, 1), pytest.param(8_000, 2, marks=pytest.mark.slow)])
 def test_random_requests(num_requests, seed):
     async def run():
         engine = FakeEngine()

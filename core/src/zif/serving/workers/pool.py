@@ -25,6 +25,7 @@ from zif.serving.workers.messages import (
     Task,
     TaskName,
     WorkerSetup,
+    encoded,
 )
 from zif.serving.workers.worker import Worker, WorkerLostError, start_worker
 from zif.text.chat import ChatOptions, ChatTemplates
@@ -236,12 +237,12 @@ class WorkerPool:
 
 def _encoded(name: TaskName, payload: msgspec.Struct) -> bytes:
     try:
-        encoded = msgspec.json.encode(payload)
+        data = encoded(payload)
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
         raise RequestError(f"{name.value} cannot take this request: {type(error).__name__}: {error}") from error
-    if len(encoded) > MAX_TASK_BYTES:
-        raise RequestError(f"{name.value}: the request has {len(encoded)} bytes; the limit is {MAX_TASK_BYTES}")
-    return encoded
+    if len(data) > MAX_TASK_BYTES:
+        raise RequestError(f"{name.value}: the request has {len(data)} bytes; the limit is {MAX_TASK_BYTES}")
+    return data
 
 
 def _result(name: TaskName, outcome: Outcome, result: type[R]) -> R:

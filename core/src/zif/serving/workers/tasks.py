@@ -7,13 +7,13 @@ from pathlib import Path
 import msgspec
 
 from zif.errors import RequestError, ZifError
-from zif.serving.workers.messages import GrammarCost, GrammarTask, RenderTask, TaskName, WorkerSetup
+from zif.serving.workers.messages import GrammarCost, GrammarTask, RenderTask, TaskName, WorkerSetup, decoded
 from zif.structured import GrammarCompiler, TokenVocabulary
 from zif.text.chat import ChatOptions, ChatTemplates, render_chat
 from zif.text.tokenizer import load_tokenizer
 
 TaskFunction = Callable[[bytes], bytes]
-"""From the JSON of what a task takes to the msgpack of its result. Raises RequestError for a request that is wrong."""
+"""From what a task takes, encoded, to the msgpack of its result. Raises RequestError for a request that is wrong."""
 
 
 def load_tasks(setup: WorkerSetup) -> Mapping[TaskName, TaskFunction]:
@@ -39,7 +39,7 @@ def _compiler(setup: WorkerSetup) -> GrammarCompiler:
 
 def _checker(compiler: GrammarCompiler) -> TaskFunction:
     def check_grammar(payload: bytes) -> bytes:
-        task = msgspec.json.decode(payload, type=GrammarTask)
+        task = decoded(payload, GrammarTask)
         began = time.process_time()
         compiler.check(task.form)
         return msgspec.msgpack.encode(GrammarCost(time.process_time() - began))
@@ -55,7 +55,7 @@ def _refuser(reason: str) -> TaskFunction:
 
 
 def _render(payload: bytes) -> bytes:
-    task = msgspec.json.decode(payload, type=RenderTask)
+    task = decoded(payload, RenderTask)
     options = ChatOptions(task.add_generation_prompt, task.continue_final_message, task.tools, task.variables)
     text = render_chat(ChatTemplates(task.sources, task.special_tokens), task.messages, options)
     return msgspec.msgpack.encode(text)
