@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from support.checkpoints import build_checkpoint
+from support.control_plane import new_request
+from support.embedded_model import MODEL
 from zif import LLM, SamplingParams
 from zif.contract import StepFuture, StepPlan
 from zif.engine.generation import Generation
@@ -97,6 +99,23 @@ def hold(llm: LLM, generations: list[Generation], poison: int) -> None:
             assert output.finish_reason == "length"
 
 
+def fail_next(monkeypatch: pytest.MonkeyPatch, fits: Callable[[StepPlan], bool] = lambda step: True) -> list[int]:
+    """Let the next step that computes something and `fits` raise before anything else. Returns its number, once it did.
+
+    One that is under way behind it raises too: the runner was never told of the requests.
+    """
+    submit, raised = NullRunner.submit, list[int]()
+
+    def once(runner: NullRunner, step: StepPlan) -> StepFuture:
+        if step.request_ids and not raised and fits(step):
+            raised.append(step.step)
+            raise ValueError("a bit fell over")
+        return submit(runner, step)
+
+    monkeypatch.setattr(NullRunner, "submit", once)
+    return raised
+
+
 @pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("after", [0, 9, 12])
 @pytest.mark.parametrize("num_prompts", [1, 2, 7, 30])
@@ -151,6 +170,56 @@ def test_a_step_that_raises_once_is_nobodys_fault(llm: LLM, monkeypatch: pytest.
     generations = begin(llm, [[i, 1, 2] for i in range(20, 30)])
     finish(llm)
     hold(llm, generations, poison=99)
+
+
+def test_a_step_that_raises_once_says_nothing_of_memory(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What admission has learned stays, and nobody counts as preempted."""
+    admission = llm.engine._scheduler._requests.admission  # type: ignore[attr-defined]
+    generations = begin(llm, [[i, 1, 2] for i in range(20, 28)])
+    llm.engine.step()
+    yet_to_come = new_request(900, [1], max_total_tokens=1001)
+    before = admission.num_expected(yet_to_come)
+    fail_next(monkeypatch)
+    while not any(generation.samples[0].request.num_recoveries for generation in generations):
+        llm.engine.step()
+    assert admission.num_expected(yet_to_come) == before
+    finish(llm)
+    hold(llm, generations, poison=99)
+    metrics = [llm.engine.output(generation).metrics for generation in generations]
+    assert [m and (m.num_preemptions, m.num_recoveries) for m in metrics] == [(0, 1)] * len(generations)
+
+
+def test_room_in_host_memory_is_made_though_the_step_that_should_make_it_raised(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It raises before any copy. The index counts on what its drops give back, in the store as well."""
+    chance = random.Random(0)
+    with LLM(model, platform="null", max_model_len=48, max_num_seqs=4, kv_bytes=4096, host_kv_bytes=1024) as llm:
+        llm.engine.outlive_failed_steps()
+        raised = fail_next(
+            monkeypatch, lambda step: len(step.request_ids) > 1 and bool(step.transfers and step.transfers.drops)
+        )
+        generations = []
+        for _ in range(20):
+            generations += begin(llm, [[chance.randrange(20, 90)] * 40 for _ in range(4)])
+            finish(llm)
+            llm.engine.check_integrity()
+        assert raised
+        hold(llm, generations, poison=99)
+
+
+def test_text_that_was_held_back_is_shown_when_its_request_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    with LLM(MODEL, platform="null", max_model_len=64, max_num_seqs=4) as llm:
+        engine, prompt = llm.engine, {"prompt_token_ids": [99, 10, 11]}
+        engine.outlive_failed_steps()
+        sampling = SamplingParams(max_tokens=LENGTH, ignore_eos=True)
+        said = llm.generate(prompt, sampling, use_tqdm=False)[0].outputs[0].text
+        waiting = SamplingParams(max_tokens=50, ignore_eos=True, stop=[f"{said}\0"])
+        FaultyDevice(monkeypatch, poison=99, after=3 + LENGTH - 1)
+        generation = engine.submit(engine.check(prompt, waiting), waiting)
+        finish(llm)
+        output = engine.output(generation).outputs[0]
+        assert (output.text, output.error) == (said, CAUSE)
 
 
 def test_an_engine_whose_steps_all_raise_ends(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,7 +67,7 @@ def test_a_restart_finds_prefixes_on_disk_and_a_corrupt_file_costs_time_only(mod
     with LLM(model, **LIMITS, **tiers) as llm:
         output = ask(llm, PROMPTS[0])[0]
         assert output.metrics is not None
-        assert output.metrics.num_preemptions == 1
+        assert (output.metrics.num_preemptions, output.metrics.num_recoveries) == (0, 1)
         assert ask(llm, PROMPTS[0])[0].cached_tokens_by_tier == {"device": 32, "disk": 0}
 
 

@@ -8,9 +8,9 @@ import pytest
 
 from support.embedded_model import MODEL
 from zif import LLM, SamplingParams
-from zif.contract import Request, RequestStatus
+from zif.contract import BlockManager, Request, RequestStatus, StepFuture, StepPlan
 from zif.engine.pooling import PoolingParams
-from zif.errors import ModelError, RequestError
+from zif.errors import EngineError, ModelError, RequestError
 from zif.kv import PagedBlockManager
 from zif.null.runner import NullRunner, expected_visible, hidden_state
 from zif.scheduling import TokenBudgetScheduler
@@ -147,6 +147,32 @@ def test_parts_that_serve_no_hidden_states_are_named(part: type, monkeypatch: py
         assert llm.generate({"prompt_token_ids": [5]}, use_tqdm=False)[0].finished
 
 
+def test_a_block_manager_that_may_share_every_prefix_serves_the_last_hidden_state_only(
+    mean_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(PagedBlockManager, "serves_hidden", BlockManager.serves_hidden)
+    with LLM(MODEL, **OPTIONS) as llm:
+        assert len(embeddings(llm, [[5, 6]])) == 1
+    with LLM(mean_model, **OPTIONS) as llm, pytest.raises(RequestError, match="PagedBlockManager does not"):
+        embeddings(llm, [[5, 6]])
+
+
+def test_what_was_computed_before_the_engine_failed_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    with LLM(MODEL, max_num_batched_tokens=8, **OPTIONS) as llm:
+        submit = NullRunner.submit
+
+        def failing(self: NullRunner, step: StepPlan) -> StepFuture:
+            if any(step.num_computed):
+                raise ValueError("a bit fell over")
+            return submit(self, step)
+
+        monkeypatch.setattr(NullRunner, "submit", failing)
+        with pytest.raises(EngineError, match=r"a bit fell over.*in \.outputs") as caught:
+            llm.score("a", ["b", "c" * 40], use_tqdm=False)
+        assert [output.error is None for output in caught.value.outputs] == [True, False]
+        assert caught.value.outputs[1].outputs is None
+
+
 def test_a_model_that_only_pools_is_refused_where_nothing_can_be_pooled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -163,6 +189,28 @@ def test_a_model_that_only_pools_is_refused_where_nothing_can_be_pooled(
     monkeypatch.setattr(NullRunner, "reports_hidden", property(lambda self: False))
     with pytest.raises(ModelError, match="generates no text, and cannot be pooled: NullRunner"):
         LLM(tmp_path, **OPTIONS)
+
+
+def test_layers_that_do_not_fit_the_hidden_states_refuse_what_needs_them(mean_model: Path) -> None:
+    from safetensors.numpy import save_file
+
+    num_channels = json.loads((MODEL / "config.json").read_text())["hidden_size"]
+    modules = json.loads((mean_model / "modules.json").read_text())
+    modules[2] = {"path": "2_Dense", "type": "sentence_transformers.models.Dense"}
+    (mean_model / "modules.json").write_text(json.dumps(modules))
+    (mean_model / "2_Dense").mkdir()
+    for num_inputs, fits in ((num_channels, True), (num_channels + 1, False)):
+        config = {"in_features": num_inputs, "out_features": 2, "bias": False}
+        (mean_model / "2_Dense" / "config.json").write_text(json.dumps(config))
+        weight = np.ones((2, num_inputs), dtype=np.float32)
+        save_file({"linear.weight": weight}, mean_model / "2_Dense" / "model.safetensors")
+        with LLM(mean_model, **OPTIONS) as llm:
+            assert llm.generate({"prompt_token_ids": [5]}, use_tqdm=False)[0].finished
+            if fits:
+                assert embeddings(llm, [[5, 6]]).shape == (1, 2)
+                continue
+            with pytest.raises(RequestError, match="the log has the reason"):
+                llm.embed({"prompt_token_ids": [5]}, use_tqdm=False)
 
 
 def test_rows_that_never_came_are_a_fault_of_the_request_only(

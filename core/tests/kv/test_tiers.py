@@ -113,7 +113,7 @@ def test_lost_copies_are_computed_again_and_never_indexed():
         run_one(engine, request_id, prompt)
     engine.host.pop_all()
     victim = run_one(engine, 10, PROMPTS[0])
-    assert victim.num_preemptions == 1
+    assert (victim.num_preemptions, victim.num_recoveries) == (0, 1)
     assert by_tier(victim)["host"] == 16
     assert run_one(engine, 11, PROMPTS[0]).num_cached_tokens == 16
 
@@ -233,13 +233,13 @@ def test_a_remote_that_loses_or_damages_blocks_costs_time_only():
     for name, entry in remote.entries.items():
         remote.entries[name] = entry[:-1] + bytes([entry[-1] ^ 1])
     second = TieredEngine(ARENAS["full"], host_bytes=4 * 32, remote=remote)
-    assert run_one(second, 10, PROMPTS[0]).num_preemptions == 1
+    assert run_one(second, 10, PROMPTS[0]).num_recoveries == 1
     second.now_s = 11.0
     remote.contains = lambda names, timeout_s: [True] * len(names)
-    assert run_one(second, 11, PROMPTS[1]).num_preemptions == 1
+    assert run_one(second, 11, PROMPTS[1]).num_recoveries == 1
     remote.entries.clear()
     second.now_s = 22.0
-    assert run_one(second, 12, PROMPTS[2]).num_preemptions == 1
+    assert run_one(second, 12, PROMPTS[2]).num_recoveries == 1
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -6,12 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from support.checkpoints import FAMILIES, build_checkpoint, build_tied_checkpoint, edit_config
 from support.native_models import describe_native
 from zif.contract import Feature, FullAttentionSpec, SlidingWindowSpec
-from zif.errors import ConfigError, ModelError, UnknownArchitectureError
+from zif.errors import CheckpointError, ConfigError, ModelError, UnknownArchitectureError
 from zif.models.description import ModelSource, describe_model
 from zif.models.families import BUILDERS
 
@@ -28,6 +28,23 @@ def test_tied_output_matrix_counts_once(tmp_path: Path) -> None:
     folder = build_tied_checkpoint("llama3", tmp_path / "tied")
     untied = build_checkpoint("llama3", tmp_path / "untied")
     assert describe_native(untied).weight_bytes - describe_native(folder).weight_bytes == 288 * 48 * 4
+
+
+@pytest.mark.parametrize("named_for", ["decoder", "language model"])
+def test_an_output_matrix_that_was_left_out_on_purpose_is_not_missed(named_for: str, tmp_path: Path) -> None:
+    folder = build_checkpoint("qwen3_moe", tmp_path)
+    whole = describe_native(folder)
+    tensors = load_file(folder / "model.safetensors")
+    output_bytes = tensors.pop("lm_head.weight").nbytes
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"1 missing: lm_head\.weight"):
+        describe_native(folder)
+    if named_for == "decoder":
+        save_file({n.removeprefix("model."): tensor for n, tensor in tensors.items()}, folder / "model.safetensors")
+    else:
+        (folder / "modules.json").write_text("[]")
+    bare = describe_native(folder)
+    assert bare == replace(whole, architecture="Qwen3MoeModel", weight_bytes=whole.weight_bytes - output_bytes)
 
 
 def test_uniform_layers_are_one_group(tmp_path: Path) -> None:

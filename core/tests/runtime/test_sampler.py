@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.generation.logits_process import (
     MinNewTokensLengthLogitsProcessor,
     NoBadWordsLogitsProcessor,
@@ -15,9 +16,11 @@ from transformers.generation.logits_process import (
 )
 
 from support.sampling import SampledBatch, SampledRequest, sample_one
-from zif.contract.sampling import SamplingParams
+from zif.contract.sampling import SamplingParams, StructuredOutput
 from zif.errors import RequestError
+from zif.runtime.logit_rules import MinTokens
 from zif.runtime.logprobs import prompt_logprobs
+from zif.runtime.tokens import SamplePositions, TokenTable
 
 V = 40
 GREEDY = {"temperature": 0.0}
@@ -41,6 +44,18 @@ def assert_same_preferences(request, logits, expected):
     finite = int(expected.isfinite().sum())
     count = min(finite, 12)
     assert ranking(request, logits, count) == expected.argsort(descending=True)[:count].tolist()
+
+
+class LargestResult(TorchDispatchMode):
+    """Watch how many elements the largest tensor has that any operator gives."""
+
+    num_elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.num_elements = max(self.num_elements, result.numel())
+        return result
 
 
 class TestGreedy:
@@ -117,6 +132,21 @@ class TestSingleLogits:
         params = SamplingParams(min_tokens=3, **GREEDY)
         request = SampledRequest(params, prompt=prompt, output=output, stop_ids=stop_ids)
         assert_same_preferences(request, logits[0], expected)
+
+    def test_min_tokens_keeps_ends_that_a_form_leaves_alone_and_copies_a_row_once(self):
+        stop_ids, positions = range(15), SamplePositions(TokenTable(3, capacity=4), np.arange(3), np.zeros(3, int))
+        rule = MinTokens(3, V)
+        for row, form in enumerate((StructuredOutput(regex="a"), StructuredOutput(regex="a"), None)):
+            params = SamplingParams(min_tokens=3, structured=form)
+            rule.add(row, SampledRequest(params, stop_ids=frozenset(stop_ids)).start(row))
+        logits = random_logits(3)
+        logits[[0, 2], 15:] = -torch.inf
+        expected = logits.clone()
+        expected[1:, :15] = -torch.inf
+        with LargestResult() as watched:
+            rule.apply(logits, positions)
+        assert torch.equal(logits, expected)
+        assert watched.num_elements <= logits.numel()
 
     @pytest.mark.parametrize("option", [{"logit_bias": {V: 1.0}}, {"allowed_token_ids": [0, V]}])
     def test_a_token_outside_the_vocabulary_is_an_error_of_the_request(self, option):

@@ -1,6 +1,8 @@
 """Grammars of answers that may call tools: in every family they take what its parser reads, and nothing else."""
 
+import contextlib
 import json
+import time
 
 import pytest
 from llguidance import LLMatcher, LLTokenizer
@@ -14,6 +16,7 @@ from zif.parsing.parser import Parser
 from zif.parsing.writing import WrittenCall, write_answer
 from zif.serving.call_grammar import CallableTools, CallGrammar
 from zif.serving.form_or_calls import FormOrCalls
+from zif.serving.tool_constraints import required_calls_form
 from zif.structured.notation import grammar_text
 
 CITY = {
@@ -213,9 +216,85 @@ def test_a_family_without_calls_is_refused_beside_a_form():
         ({"properties": {"a>": {}}}, "'a>', a name"),
         ({"anyOf": [{"properties": {"a": {}}}]}, "'anyOf'"),
         ({"properties": {"a": {"$ref": "#/$defs/b"}}}, "leads to no definition"),
+        ({"properties": ["a"]}, "'f' is strict.* 'properties', which must be"),
+        ({"$defs": 5}, r"'f' is strict.* '\$defs', which must be"),
+        ({"required": 5}, "'f' is strict.* 'required', which must be"),
+        ({"required": [1]}, "'f' is strict.* 'required', which must be"),
+        ({"properties": {"a": 5}}, "'f' is strict.* 'a' is or refers to '5'"),
+        ({"properties": {"a": {"$ref": 5}}}, "'f' is strict.* 'a': the reference '5'"),
+        ({"properties": {"a": {"$ref": "#/$defs/x"}}, "$defs": {"x": None}}, "'f' is strict.* 'a' is or refers to"),
+        ({"properties": {"a": {"$ref": "#/$defs/x"}}, "$defs": {"x": {"$ref": "#/$defs/x"}}}, "'a' refers to .* end"),
+        ({"properties": {"a": {"type": "string", "anyOf": 5}}}, "'f' is strict.* 'a' has an anyOf"),
+        (
+            {"properties": {"a": {"type": "string", "enum": ["x", "y"], "anyOf": [{"const": "x"}]}}},
+            "const, enum cannot",
+        ),
+        ({"properties": {"a": {"type": "string", "anyOf": [{"pattern": "x"}] * 129}}}, "'a' has more than 128"),
+        ({"properties": {f"a{n}": {} for n in range(257)}}, "'f' is strict.* are 257; at most 256"),
     ],
 )
 def test_what_parameters_one_by_one_cannot_keep_is_refused_by_name(schema, complaint):
     tools = CallableTools([{"name": "f", "parameters": schema}], frozenset({"f"}))
     with pytest.raises(RequestError, match=complaint):
         CallGrammar(load_format("qwen3_coder"), lambda text: None, frozenset({0})).among_text(tools, False)
+
+
+def test_parameters_that_refer_to_the_same_are_held_to_it_each():
+    schema = {
+        "type": "object",
+        "properties": {
+            "first": {"$ref": "#/$defs/node"},
+            "second": {"$ref": "#/$defs/node"},
+            "all": {"type": "array", "items": {"$ref": "#/properties/first"}},
+            "any": True,
+        },
+        "required": ["first", "second", "all", "undeclared", "undeclared"],
+        "$defs": {"node": {"type": "array", "items": {"$ref": "#/$defs/node"}}, "not_needed": {"type": "integer"}},
+    }
+    function = {"name": "f", "parameters": schema}
+    form, vocabulary = load_format("qwen3_coder"), Vocabulary([])
+    text = CallGrammar(form, {}.get, frozenset({0})).among_text(CallableTools([function], frozenset({"f"})), False)
+    assert text.count("not_needed") == 1, "what only one parameter needs stands for that one"
+    grammar = LLMatcher.grammar_from_lark(text)
+    good = {"first": [[]], "second": [], "all": [[], [[]]], "any": "x", "undeclared": "y"}
+    for arguments in [good, *({**good, key: value} for key in ("first", "second", "all") for value in (1, [2]))]:
+        answer = written(form, [("f", json.dumps(arguments))])
+        assert vocabulary.takes(grammar, vocabulary.tokens(answer)) == (arguments == good), answer
+
+
+REFERRED = {f"k{n}": {"$ref": "#/$defs/a"} for n in range(2000)}
+DISTINCT = {f"k{n}": {"$ref": "#/$defs/a", "minimum": n} for n in range(256)}
+LONG_TEXTS = {"type": "string", "enum": ["x"] * 10_000}
+MANY_ALTERNATIVES = {"type": "string", "anyOf": [{"$ref": "#/$defs/b", "maximum": n} for n in range(60)]}
+
+
+@pytest.mark.parametrize(
+    ("properties", "definitions"),
+    [
+        (REFERRED, {"a": {"type": "integer"}}),
+        (DISTINCT, {"a": LONG_TEXTS}),
+        (DISTINCT, {"a": {"enum": list(range(10_000))}}),
+        (DISTINCT, {"a": MANY_ALTERNATIVES, "b": {"type": "string"} | {f"x{n}": 0 for n in range(5000)}}),
+        ({f"k{n}": {"type": "integer"} for n in range(100_000)}, {}),
+        ({"k": {"enum": [0] * 1_000_000}}, {}),
+    ],
+)
+@pytest.mark.parametrize("name", ["hermes", "llama3", "qwen3_coder", "glm"])
+def test_no_schema_takes_long(name, properties, definitions):
+    function = {"name": "f", "parameters": {"type": "object", "properties": properties, "$defs": definitions}}
+    tools, syntax = CallableTools([function], frozenset({"f"})), CallGrammar(load_format(name), {}.get, frozenset({0}))
+
+    def seconds(make):
+        began = time.process_time()
+        with contextlib.suppress(RequestError):
+            make()
+        return time.process_time() - began
+
+    forms = [
+        lambda: syntax.among_text(tools, False),
+        lambda: syntax.only_calls(tools, ""),
+        lambda: required_calls_form([function], True),
+    ]
+    # All other requests wait meanwhile. The least of a few, as other processes take caches away.
+    for make in forms:
+        assert min(seconds(make) for _ in range(3)) < 0.05

@@ -81,6 +81,10 @@ class TestCampaign:
         assert str(repeated.value) == str(caught.value)
         run_campaign(Campaign(again.seed, again.num_steps - 1, again.faults))
 
+    @pytest.mark.parametrize(("seed", "num_steps"), [(13, 83), (2000140, 44)])
+    def test_requests_that_end_or_start_over_with_steps_under_way_are_counted_once(self, seed, num_steps):
+        run_campaign(Campaign(seed, num_steps))
+
     def test_totals_add_up(self):
         assert Totals(1, 2) + Totals(3, 4) == Totals(4, 6)
 
@@ -117,7 +121,7 @@ def test_a_fault_at_any_call_fails_its_request_at_most_and_leaks_nothing(point):
         struck = [number for number, (_, reason) in ends.items() if reason in (FinishReason.ERROR, FinishReason.ABORT)]
         if point is FaultPoint.CRASH:
             assert changed <= {FinishReason.ERROR}
-        elif point in (FaultPoint.STEP, FaultPoint.ABORT):
+        elif point in (FaultPoint.STEP, FaultPoint.NONSENSE, FaultPoint.RAISE, FaultPoint.ABORT):
             assert len(struck) <= 1
             assert changed <= {FinishReason.ERROR, FinishReason.ABORT}
         else:

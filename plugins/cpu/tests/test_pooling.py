@@ -144,10 +144,12 @@ def test_logits_of_score_heads_are_those_of_transformers(family: str, num_labels
     assert torch.allclose(probs, expected.sigmoid() if num_labels == 1 else expected.softmax(-1), atol=1e-5)
 
 
-def test_a_decoder_saved_without_a_head_gives_embeddings_and_no_text(tmp_path: Path) -> None:
+@pytest.mark.parametrize("architecture", ["MistralModel", "MistralForCausalLM"])
+def test_a_decoder_saved_without_a_head_gives_embeddings_and_no_text(architecture: str, tmp_path: Path) -> None:
     whole = build_checkpoint("mistral", tmp_path / "whole")
     bare = build_checkpoint("mistral", tmp_path / "bare")
     AutoModel.from_pretrained(whole, dtype=torch.float32).save_pretrained(bare)
+    edit_config(bare, architectures=[architecture])
     with opened(whole) as llm:
         expected = embedded(llm, prompts())
     with opened(bare) as llm:

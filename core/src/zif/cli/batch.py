@@ -19,7 +19,7 @@ from zif.serving.http.settings import (
     ResolvedServeSettings,
     ServeSettings,
     format_serve_settings,
-    resolve_serve_settings,
+    resolve_api_settings,
     serve_setting_fields,
 )
 from zif.settings import EngineSettings, format_settings
@@ -40,9 +40,6 @@ _API_SETTINGS = (
     "hang_after_s",
     "kill_hung_after_s",
 )
-_WITHOUT_SOCKET = {"host": "127.0.0.1", "uds": "auto", "api_key_file": "auto", "allowed_hosts": "*"}
-"""Nobody connects, so nothing that guards a socket is looked at."""
-
 _STANDARD_STREAM = "-"
 _EXIT_FAILED, _EXIT_INTERRUPTED, _EXIT_TERMINATED = 1, 130, 143
 _MAX_CRASHES, _CRASH_WINDOW_S = 9, 3600.0
@@ -92,7 +89,7 @@ def _api_setting_fields() -> "list[Field[Any]]":
 
 def _serving_of(arguments: argparse.Namespace) -> ResolvedServeSettings:
     given = {name: value for name, value in vars(arguments).items() if name in _API_SETTINGS}
-    return resolve_serve_settings({**given, **_WITHOUT_SOCKET}, toml_path=arguments.config)
+    return resolve_api_settings(given, toml_path=arguments.config)
 
 
 class _Command:

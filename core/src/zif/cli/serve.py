@@ -2,12 +2,9 @@
 
 import argparse
 import asyncio
-import io
 import logging
-import os
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 from zif.cli.setting_options import add_declared_options, add_setting_options, resolved_settings_of
 from zif.cli.terminal import StartProgress, warn
@@ -79,10 +76,10 @@ def _require_model(model: str) -> None:
 
 
 def _serve(engine: EngineSettings, serving: ResolvedServeSettings) -> int:
-    from zif.serving.telemetry.line_writer import LineWriter
+    from zif.serving.telemetry.line_writer import LineWriter, unlocked_stderr
 
     _require_model(engine.model)
-    lines = LineWriter(_unlocked_stderr())
+    lines = LineWriter(unlocked_stderr())
     # At the root, so that what libraries warn of does not wait for its reader either.
     logging.getLogger().addHandler(lines)
     logging.getLogger("zif").setLevel(logging.INFO)
@@ -93,17 +90,6 @@ def _serve(engine: EngineSettings, serving: ResolvedServeSettings) -> int:
     finally:
         logging.getLogger().removeHandler(lines)
         lines.close()
-
-
-def _unlocked_stderr() -> TextIO:
-    """Return standard error without a buffer.
-
-    The lock of a buffer is held while somebody waits for its reader; the interpreter, when it exits, would wait too.
-    """
-    if sys.stderr is None:  # closed before the start: its number may be another file's by now
-        return Path(os.devnull).open("w", encoding="utf-8")
-    raw = io.FileIO(sys.stderr.fileno(), "w", closefd=False)
-    return io.TextIOWrapper(raw, "utf-8", "backslashreplace", write_through=True)
 
 
 async def _run(engine: EngineSettings, serving: ResolvedServeSettings, lines: "LineWriter") -> int:

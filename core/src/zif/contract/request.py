@@ -109,7 +109,8 @@ class Request:
     the engine drew. `stop_ids` end the request when sampled (end of sequence, unless ignored, and the stop token ids).
     `max_total_tokens` is prompt plus output at most. `siblings` are the parallel samples of one prompt, this one
     included; they share the prompt's blocks. `num_cached_tokens` is what was found computed at first admission. Of
-    `num_drafted_tokens` guesses that were computed `num_accepted_tokens` were right.
+    `num_drafted_tokens` guesses that were computed `num_accepted_tokens` were right. `num_preemptions` counts how often
+    the request gave its blocks to others, `num_recoveries` how often it started over after a fault.
 
     `num_planned_tokens` are the computed tokens and those that steps under way compute; `num_pending_tokens` tokens
     will be known when those steps end. `draft_token_ids` are guesses of the next tokens, made after the last step.
@@ -160,6 +161,7 @@ class Request:
     first_step: int = 0
     num_cached_tokens: int = 0
     num_preemptions: int = 0
+    num_recoveries: int = 0
     num_drafted_tokens: int = 0
     num_accepted_tokens: int = 0
     finish_reason: FinishReason | None = None

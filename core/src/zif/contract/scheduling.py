@@ -34,10 +34,15 @@ class BlockManager(ABC):
         """Give a request without blocks a share of the longest computed prefix that every group can serve.
 
         The prefix is found in the prefix index, or in the blocks of `source`, a running request with the same prompt.
-        At least one known token is left to compute. A request that wants every hidden state (`HiddenRows.ALL`) gets no
-        more than it has computed itself. Sets `block_ids`, `capacity`, `next_commit` and
+        At least one known token is left to compute. Where `serves_hidden`, a request that wants every hidden state
+        (`HiddenRows.ALL`) gets no more than it has computed itself. Sets `block_ids`, `capacity`, `next_commit` and
         `num_computed_tokens`.
         """
+
+    @property
+    def serves_hidden(self) -> bool:
+        """Say whether `begin` keeps its promise to requests that want every hidden state; others never come."""
+        return False
 
     @abstractmethod
     def reserve(self, request: Request, num_tokens: int) -> bool:
@@ -170,7 +175,9 @@ class Scheduler(ABC):
         """Hear that the first of `plans` raised, and that these, all that were under way, will never give a result.
 
         Nothing writes any more. Requests go on from what is known of them; the one that makes steps raise ends with
-        `error`, once it is found. Returns what ended; None when there is no going on, as always by default.
+        `error`, once it is found. Whether the transfers of `plans` were made is not known: their drops and demotions
+        come first among those of the next plan, their saves and loads not again. Returns what ended; None when there is
+        no going on, as always by default.
         """
         return None
 

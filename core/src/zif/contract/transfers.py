@@ -57,6 +57,7 @@ class Transfers:
 
     `drops` are handles that are never asked for again, `demotions` handles that move one tier down. What is saved or
     loaded here is neither dropped nor demoted here, so room is made before it is taken and no tier exceeds its bounds.
+    After a step that raised, its drops and demotions come again, before those of the next plan (`Scheduler.abandon`).
     """
 
     saves: list[BlockSave] = field(default_factory=list)
@@ -73,7 +74,8 @@ class KVStore(ABC):
 
     A store may fail to keep anything: a full disk, a checksum that does not fit, a remote that is gone. It then says so
     by `load` returning None, and the tokens are computed again. It never returns bytes that differ from those saved.
-    A handle that it does not know, because it lost it, is no error.
+    A handle that it does not know, because it lost it, or because a plan is carried out again, is no error. A copy that
+    is demoted once more than was meant may be lost.
     """
 
     def kept(self) -> Sequence[KeptBlock]:

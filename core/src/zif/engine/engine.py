@@ -28,7 +28,7 @@ from zif.engine.generation import Generation, OutputProcessor, Sample
 from zif.engine.inputs import InputProcessor, Prompt, PromptInput, eos_token_ids
 from zif.engine.kv_tiers import KVTiers
 from zif.engine.outputs import CompletionOutput, RequestOutput
-from zif.engine.parts import EngineExtras, EngineParts, wire_parts
+from zif.engine.parts import EngineExtras, EngineParts, open_pooler, wire_parts
 from zif.engine.planning import PlannedModel
 from zif.engine.pooling import POOLED_SAMPLING, Pooler, PoolingParams
 from zif.engine.proposers import make_proposer, set_drafts
@@ -239,6 +239,9 @@ class Engine:
         updates = self._scheduler.abandon([plan, *(each for each, _ in later)], step_error(error))
         if updates is None:
             raise error
+        for update in updates:
+            # No token follows: text that was held back for a stop string or the rest of a character is shown.
+            self._outputs.append(self._samples[update.request.request_id], [], [])
         logger.error("a step of %d requests raised, %d ended", len(plan.request_ids), len(updates), exc_info=error)
         return self._settle_all(self._generations[update.request.request_id] for update in updates)
 
@@ -358,7 +361,7 @@ def start_engine(
     try:
         tiers = KVTiers(planned, extras.remote_kv)
         parts = wire_parts(planned, device, tiers, extras.journal)
-        pooler = Pooler.open(planned.model, parts.hidden_problem())
+        pooler = open_pooler(planned.model, parts)
         for note in pooler.notes:
             logger.warning(note)
         parts.runner.load(planned.model, lambda done, total: on_phase("loading weights", done, total))

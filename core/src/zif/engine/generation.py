@@ -200,6 +200,7 @@ class OutputProcessor:
                 num_preemptions=sum(request.num_preemptions for request in requests),
                 num_drafted_tokens=sum(request.num_drafted_tokens for request in requests),
                 num_accepted_tokens=sum(request.num_accepted_tokens for request in requests),
+                num_recoveries=sum(request.num_recoveries for request in requests),
             ),
         )
 

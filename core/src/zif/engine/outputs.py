@@ -46,7 +46,8 @@ class CompletionOutput:
 class RequestMetrics:
     """Times in seconds on one monotonic clock; None for what did not happen.
 
-    Of `num_drafted_tokens` guesses that were checked `num_accepted_tokens` were right, each of which saved a step.
+    Of `num_drafted_tokens` guesses that were checked `num_accepted_tokens` were right, each of which saved a step. The
+    samples gave their blocks to others `num_preemptions` times, and started over after a fault `num_recoveries` times.
     """
 
     arrival_s: float
@@ -55,6 +56,7 @@ class RequestMetrics:
     num_preemptions: int
     num_drafted_tokens: int = 0
     num_accepted_tokens: int = 0
+    num_recoveries: int = 0
 
     @property
     def time_to_first_token_s(self) -> float | None:

@@ -4,11 +4,13 @@ import time
 from dataclasses import dataclass
 from functools import partial
 
-from zif.contract import BlockManager, Device, KVStore, ModelRunner, RemoteTier, Scheduler
+from zif.contract import BlockManager, Device, HiddenRows, KVStore, ModelDescription, ModelRunner, RemoteTier, Scheduler
 from zif.engine.kv_tiers import KVTiers
 from zif.engine.planning import PlannedModel
+from zif.engine.pooling import Pooler
 from zif.errors import EngineError
 from zif.kv.journal import BlockJournal
+from zif.models.pooling import PoolingMode
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,12 +23,15 @@ class EngineParts:
     scheduler: Scheduler
     store: KVStore | None = None
 
-    def hidden_problem(self) -> str | None:
-        """Say which part keeps prompts from being pooled; None when each serves hidden states."""
+    def hidden_problem(self, rows: HiddenRows) -> str | None:
+        """Say which part keeps prompts from being pooled over `rows`; None when each serves such requests."""
         if not self.runner.reports_hidden:
             return f"{type(self.runner).__name__} reports no hidden states; choose another platform"
         if not self.scheduler.serves_hidden:
             return f"{type(self.scheduler).__name__} plans no requests for hidden states; use zif's own scheduler"
+        if rows is HiddenRows.ALL and not self.block_manager.serves_hidden:
+            name = type(self.block_manager).__name__
+            return f"{name} does not have every token of a prompt computed; use zif's own block manager"
         return None
 
 
@@ -67,3 +72,15 @@ def wire_parts(planned: PlannedModel, device: Device, tiers: KVTiers, journal: B
 
         runner = TorchRunner(config, device)
     return EngineParts(device, runner, block_manager, scheduler, tiers.store)
+
+
+def open_pooler(model: ModelDescription, parts: EngineParts) -> Pooler:
+    """Read how the model pools. Its `abilities` say which of the parts does not serve that, if one does not.
+
+    Raises `ModelError` when the model pools and does nothing else, and cannot.
+    """
+    pooler = Pooler.open(model, parts.hidden_problem(HiddenRows.LAST))
+    if pooler.mode is PoolingMode.LAST:
+        return pooler
+    problem = parts.hidden_problem(HiddenRows.ALL)
+    return pooler if problem is None else Pooler.open(model, problem)

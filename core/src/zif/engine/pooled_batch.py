@@ -15,7 +15,7 @@ from zif.engine.inputs import PromptInput
 from zif.engine.interaction import deferred_interrupt, progress_bar
 from zif.engine.outputs import ClassificationOutput, EmbeddingOutput, PooledOutput, ScoringOutput
 from zif.engine.pooling import Float32, PoolingParams, PoolingTask, cosine
-from zif.errors import RequestError
+from zif.errors import EngineError, RequestError
 
 T = TypeVar("T")
 
@@ -34,16 +34,26 @@ def embed_all(
     engine: Engine, prompts: Sequence[PromptInput], dimensions: int | None, options: BatchOptions
 ) -> list[PooledOutput[EmbeddingOutput]]:
     """Return the embedding of each prompt, in their order."""
-    found = _pool_all(engine, prompts, PoolingParams(dimensions=dimensions), options)
-    return [_output(each, lambda vector: EmbeddingOutput(vector.tolist())) for each in found]
+    return _pool_all(
+        engine,
+        prompts,
+        PoolingParams(dimensions=dimensions),
+        options,
+        lambda found: [_output(each, lambda vector: EmbeddingOutput(vector.tolist())) for each in found],
+    )
 
 
 def classify_all(
     engine: Engine, prompts: Sequence[PromptInput], options: BatchOptions
 ) -> list[PooledOutput[ClassificationOutput]]:
     """Return the logits and probabilities of the labels of each prompt, in their order."""
-    found = _pool_all(engine, prompts, _CLASSIFY, options)
-    return [_output(each, lambda logits: _classification(engine, logits)) for each in found]
+    return _pool_all(
+        engine,
+        prompts,
+        _CLASSIFY,
+        options,
+        lambda found: [_output(each, lambda logits: _classification(engine, logits)) for each in found],
+    )
 
 
 def score_all(
@@ -54,19 +64,33 @@ def score_all(
     abilities.require_score()
     if abilities.labels:
         pairs = [{"prompt_token_ids": engine.vocabulary.encode_pair(*p)} for p in zip(queries, documents, strict=True)]
-        return [
-            _output(each, lambda logits: ScoringOutput(abilities.score(logits)))
-            for each in _pool_all(engine, pairs, _CLASSIFY, options)
-        ]
+        return _pool_all(
+            engine,
+            pairs,
+            _CLASSIFY,
+            options,
+            lambda found: [_output(each, lambda logits: ScoringOutput(abilities.score(logits))) for each in found],
+        )
     texts = list(dict.fromkeys((*queries, *documents)))
-    embedded = dict(zip(texts, _pool_all(engine, texts, PoolingParams(), options), strict=True))
-    return [_cosine_output(embedded[q], embedded[d]) for q, d in zip(queries, documents, strict=True)]
+
+    def compared(found: list[Generation]) -> list[PooledOutput[ScoringOutput]]:
+        embedded = dict(zip(texts, found, strict=True))
+        return [_cosine_output(embedded[q], embedded[d]) for q, d in zip(queries, documents, strict=True)]
+
+    return _pool_all(engine, texts, PoolingParams(), options, compared)
 
 
 def _pool_all(
-    engine: Engine, given: Sequence[PromptInput], params: PoolingParams, options: BatchOptions
-) -> list[Generation]:
-    """Check all prompts, then compute them; Ctrl-C ends the batch early."""
+    engine: Engine,
+    given: Sequence[PromptInput],
+    params: PoolingParams,
+    options: BatchOptions,
+    outputs_of: Callable[[list[Generation]], list[PooledOutput[T]]],
+) -> list[PooledOutput[T]]:
+    """Check all prompts, then compute them, and make outputs of what was found; Ctrl-C ends the batch early.
+
+    Raises `EngineError` with the outputs so far when the engine fails.
+    """
     prompts = []
     for index, prompt in enumerate(given):
         try:
@@ -76,14 +100,18 @@ def _pool_all(
     with progress_bar(len(prompts), options.use_tqdm) as advance, deferred_interrupt() as interrupted:
         generations = [engine.submit_pooled(prompt, params, options.priority) for prompt in prompts]
         unfinished = set(generations)
-        while unfinished and not interrupted.is_set():
-            for generation in unfinished.intersection(engine.step()):
-                if generation.finished:
-                    unfinished.remove(generation)
-                    advance(len(generation.prompt.token_ids))
-        for generation in generations:
-            engine.abort(generation)
-    return generations
+        try:
+            while unfinished and not interrupted.is_set():
+                for generation in unfinished.intersection(engine.step()):
+                    if generation.finished:
+                        unfinished.remove(generation)
+                        advance(len(generation.prompt.token_ids))
+            for generation in generations:
+                engine.abort(generation)
+        except Exception as error:
+            message = f"the engine failed: {error!r}; what was computed is in .outputs"
+            raise EngineError(message, outputs_of(generations)) from error
+    return outputs_of(generations)
 
 
 def _output(generation: Generation, made_of: Callable[[Float32], T]) -> PooledOutput[T]:

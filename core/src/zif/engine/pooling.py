@@ -165,14 +165,14 @@ class Pooler:
         head = split_architecture(model.architecture).head
         spec, weights = PoolingSpec(), None
         try:
-            spec = read_pooling(model.path, model.architecture, model.config)
+            spec = read_pooling(model.path, model.architecture, model.config, model.max_model_len)
             weights = None if problem else _weights(model, spec)
         except ModelError as error:
             if head is not Head.TOKENS:
                 raise
             # Its words have paths; callers of a server read the problem.
             logger.warning("this model's prompts cannot be pooled: %s", error)
-            problem = problem or "how this model's files want prompts pooled is not implemented; the log says what is"
+            problem = problem or "prompts cannot be pooled the way this model's files say; the log has the reason"
         if problem is not None and head is not Head.TOKENS:
             raise ModelError(f"{model.architecture!r} generates no text, and cannot be pooled: {problem}")
         return cls(spec, weights, _abilities(model, spec, problem))
@@ -216,19 +216,23 @@ def _weights(model: ModelDescription, spec: PoolingSpec) -> "PoolingWeights | No
         return None
     from zif.models.pooling_weights import load_pooling
 
-    return load_pooling(model.path, spec)
+    return load_pooling(model.path, spec, _hidden_size(model))
 
 
 def _abilities(model: ModelDescription, spec: PoolingSpec, problem: str | None) -> PoolingAbilities:
-    text_config = model.config.get("text_config") or {}
-    num_dimensions = model.config.get("hidden_size", text_config.get("hidden_size"))
-    if spec.dense:
-        num_dimensions = spec.dense[-1].num_outputs
+    num_dimensions = spec.dense[-1].num_outputs if spec.dense else _hidden_size(model)
     return PoolingAbilities(
         generates=split_architecture(model.architecture).head is Head.TOKENS,
         labels=spec.labels,
-        num_dimensions=num_dimensions if type(num_dimensions) is int and not spec.labels else None,
+        num_dimensions=None if spec.labels else num_dimensions,
         shorter_dimensions=spec.shorter_dimensions,
         applies_sigmoid=spec.score_activation is Activation.SIGMOID,
         problem=problem,
     )
+
+
+def _hidden_size(model: ModelDescription) -> int | None:
+    """Return the channels of hidden states, None where the configuration has another word for them."""
+    text_config = model.config.get("text_config") or {}
+    size = model.config.get("hidden_size", text_config.get("hidden_size"))
+    return size if type(size) is int else None

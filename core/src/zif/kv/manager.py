@@ -87,6 +87,10 @@ class PagedBlockManager(BlockManager):
         self._drafts = DraftSlots(self._specs, self._pools)
         self._keeps_checkpoints = enable_prefix_caching and any(spec.keeps_checkpoints for spec in self._specs)
 
+    @property
+    def serves_hidden(self) -> bool:
+        return True
+
     def begin(self, request: Request, source: Request | None = None) -> None:
         assert not request.block_ids, f"request {request.request_id} already holds blocks"
         if source is not None and source in self._loads:
@@ -103,7 +107,7 @@ class PagedBlockManager(BlockManager):
             self._return_blocks(request)
             prefix = self._longest_prefix(request, source, self._device_finder)
             self._share(request, prefix)
-        if not request.num_preemptions:
+        if not (request.num_preemptions or request.num_recoveries):
             request.prefix = prefix.report
         request.num_computed_tokens = request.capacity = request.num_indexed_tokens = prefix.num_tokens
         self._aim(request, prefix.junction)

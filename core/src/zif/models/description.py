@@ -4,7 +4,7 @@ No weight is read and, for native models, no array library is imported. Called b
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
@@ -14,9 +14,10 @@ from zif.errors import ConfigError, ModelError, UnknownArchitectureError
 from zif.models.checkpoint import Checkpoint, open_decoder_checkpoint
 from zif.models.config import load_config
 from zif.models.families import BUILDERS, decoder_spec
-from zif.models.heads import Head, split_architecture
+from zif.models.heads import Head, bare_architecture, split_architecture
 from zif.models.held import Layout
-from zif.models.layout import plan_layout
+from zif.models.layout import LM_HEAD, plan_layout
+from zif.models.pooling import MODULES_FILE
 from zif.models.quantization.plan import ROUNDINGS, read_quantization
 from zif.models.spec import AttentionSpec, DecoderSpec, LayerSpec, MoeSpec
 
@@ -111,6 +112,9 @@ def _describe_native(source: ModelSource, config: dict[str, Any], architecture: 
     spec = decoder_spec(architecture, config)
     quantization = read_quantization(config, source.quantization, spec)
     checkpoint = open_decoder_checkpoint(source.path)
+    if _leaves_out_the_output_matrix(spec, checkpoint):
+        # Known ones name the class that they were trained as. Loading and pooling go by the description's name.
+        architecture, spec = bare_architecture(architecture), replace(spec, head=Head.NONE)
     layout = plan_layout(spec, checkpoint, quantization)
     dtype = resolve_dtype(source, config, checkpoint)
     element_bytes = MODEL_DTYPES[dtype]
@@ -130,6 +134,19 @@ def _describe_native(source: ModelSource, config: dict[str, Any], architecture: 
         quantization=source.quantization,
         weight_schemes=tuple(dict.fromkeys(scheme.name for scheme in layout.schemes)),
     )
+
+
+def _leaves_out_the_output_matrix(spec: DecoderSpec, checkpoint: Checkpoint) -> bool:
+    """Say whether a language model was saved without it on purpose, as embedding models are.
+
+    Its tensors have the names of a decoder alone, or the folder is one of sentence-transformers. A checkpoint that
+    lacks it and is neither is incomplete.
+    """
+    module = LM_HEAD.removesuffix("weight")
+    if spec.head is not Head.TOKENS or spec.tied_embeddings or any(n.startswith(module) for n in checkpoint.tensors):
+        return False
+    is_bare = any(tensor.name != name for name, tensor in checkpoint.tensors.items())
+    return is_bare or (checkpoint.folder / MODULES_FILE).is_file()
 
 
 def _describe_generic(source: ModelSource, config: dict[str, Any], architecture: str) -> ModelDescription:

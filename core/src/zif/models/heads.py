@@ -37,6 +37,11 @@ def split_architecture(name: str) -> HeadedArchitecture:
     return HeadedArchitecture(name, Head.TOKENS)
 
 
+def bare_architecture(name: str) -> str:
+    """Return the class of the decoder alone: of `Qwen3ForCausalLM` it is `Qwen3Model`."""
+    return split_architecture(name).family.removesuffix(_CAUSAL) + _BARE
+
+
 def _family(stem: str) -> str:
     # Families that also see images name the classes of their text model apart.
     return stem.removesuffix("Text") + _CAUSAL

@@ -101,12 +101,18 @@ _ACTIVATIONS: Mapping[str, Activation] = MappingProxyType(
     }
 )
 
-_MODULES = "modules.json"
+MODULES_FILE = "modules.json"
+"""Lists the steps of a model of sentence-transformers."""
+
+_TEXTS = "sentence_bert_config.json"
 _PROMPTS = "config_sentence_transformers.json"
 
 
-def read_pooling(folder: Path, architecture: str, config: Mapping[str, Any]) -> PoolingSpec:
-    """Read how the checkpoint in `folder` pools. Raises `ModelError` that names what is not implemented."""
+def read_pooling(folder: Path, architecture: str, config: Mapping[str, Any], max_model_len: int) -> PoolingSpec:
+    """Read how the checkpoint in `folder` pools texts of up to `max_model_len` tokens.
+
+    Raises `ModelError` that names what is not implemented.
+    """
     reader = ConfigReader(config, f"config.json ({architecture})")
     if split_architecture(architecture).head is Head.CLASSES:
         return PoolingSpec(
@@ -115,33 +121,34 @@ def read_pooling(folder: Path, architecture: str, config: Mapping[str, Any]) -> 
     shorter = tuple(reader.entries("matryoshka_dimensions") or ())
     if not all(type(size) is int and size > 0 for size in shorter):
         raise reader.wrong("matryoshka_dimensions", "a list of positive integers")
-    if not (folder / _MODULES).is_file():
+    if not (folder / MODULES_FILE).is_file():
         return PoolingSpec(shorter_dimensions=shorter)
-    return _of_modules(folder, shorter)
+    return _of_modules(folder, shorter, max_model_len)
 
 
-def _of_modules(folder: Path, shorter: tuple[int, ...]) -> PoolingSpec:
+def _of_modules(folder: Path, shorter: tuple[int, ...], max_model_len: int) -> PoolingSpec:
     """Read the steps of a model of sentence-transformers: the decoder, pooling, dense layers, normalization."""
-    modules = _read_json(folder / _MODULES)
+    modules = _read_json(folder / MODULES_FILE)
     if not isinstance(modules, list) or not all(isinstance(module, dict) for module in modules):
-        raise ModelError(f"{_MODULES} of {str(folder)!r} must hold a list of modules; download it again")
+        raise ModelError(f"{MODULES_FILE} of {str(folder)!r} must hold a list of modules; download it again")
     kinds = [str(module.get("type", "")).rpartition(".")[2] for module in modules]
     if kinds[:2] != ["Transformer", "Pooling"] or set(kinds[2:]) - {"Dense", "Normalize"}:
         raise ModelError(
-            f"{_MODULES} of {str(folder)!r} lists the modules {', '.join(kinds)}; served are Transformer and Pooling, "
-            "then Dense and Normalize"
+            f"{MODULES_FILE} of {str(folder)!r} lists the modules {', '.join(kinds)}; served are Transformer and "
+            "Pooling, then Dense and Normalize"
         )
     if "Normalize" in kinds[:-1]:
-        raise ModelError(f"{_MODULES} of {str(folder)!r} normalizes before its end, which is not implemented")
+        raise ModelError(f"{MODULES_FILE} of {str(folder)!r} normalizes before its end, which is not implemented")
     folders = [_module_folder(folder, module) for module in modules]
     dense = tuple(_dense(path) for path, kind in zip(folders, kinds, strict=True) if kind == "Dense")
-    return PoolingSpec(_mode(folders[1]), dense, "Normalize" in kinds, shorter_dimensions=shorter, notes=_notes(folder))
+    notes = (*_text_notes(folders[0], max_model_len), *_prompt_notes(folder))
+    return PoolingSpec(_mode(folders[1]), dense, "Normalize" in kinds, shorter_dimensions=shorter, notes=notes)
 
 
 def _module_folder(folder: Path, module: Mapping[str, Any]) -> Path:
     path = module.get("path")
     if not isinstance(path, str) or (path and (Path(path).name != path or path == "..")):
-        raise ModelError(f"{_MODULES} of {str(folder)!r} names {path!r}, which is no folder in it; correct it")
+        raise ModelError(f"{MODULES_FILE} of {str(folder)!r} names {path!r}, which is no folder in it; correct it")
     return folder / path
 
 
@@ -165,12 +172,12 @@ def _dense(folder: Path) -> DenseSpec:
     return DenseSpec(folder, *sizes, bias=reader.flag("bias", True), activation=activation)
 
 
-def _config_of(folder: Path) -> ConfigReader:
-    path = folder / "config.json"
+def _config_of(folder: Path, name: str = "config.json") -> ConfigReader:
+    path = folder / name
     values = _read_json(path)
     if not isinstance(values, dict):
         raise ModelError(f"{str(path)!r} must hold an object; download it again")
-    return ConfigReader(values, f"{folder.name}/config.json")
+    return ConfigReader(values, f"{folder.name}/{name}")
 
 
 def _activation(reader: ConfigReader, key: str, default: Activation) -> Activation:
@@ -207,7 +214,28 @@ def _pad_token_id(reader: ConfigReader) -> int | None:
     return value
 
 
-def _notes(folder: Path) -> tuple[str, ...]:
+def _text_notes(folder: Path, max_model_len: int) -> tuple[str, ...]:
+    """Read what sentence-transformers does to texts before they are encoded, of which zif does nothing.
+
+    Raises `ModelError` for what changes every vector; says that texts are not cut where they would be.
+    """
+    if not (folder / _TEXTS).is_file():
+        return ()
+    reader = _config_of(folder, _TEXTS)
+    if reader.flag("do_lower_case", False):
+        raise ModelError(
+            f"{reader.owner}: do_lower_case=true is not implemented; send texts in lower case and set it to false"
+        )
+    longest = reader.optional_count("max_seq_length")
+    if longest is None or longest >= max_model_len:
+        return ()
+    return (
+        f"{_TEXTS} cuts texts after {longest} tokens; zif embeds texts of up to {max_model_len} whole: "
+        f"max_model_len={longest} refuses longer ones",
+    )
+
+
+def _prompt_notes(folder: Path) -> tuple[str, ...]:
     """Say that texts are embedded as they come where sentence-transformers would put a prompt before them."""
     path = folder / _PROMPTS
     values = _read_json(path) if path.is_file() else {}

@@ -53,8 +53,11 @@ def activate(values: Float32, activation: Activation) -> Float32:
     return result
 
 
-def load_pooling(folder: Path, spec: PoolingSpec) -> PoolingWeights:
-    """Read what `spec` names. Raises `CheckpointError`, which names the file or the tensor."""
+def load_pooling(folder: Path, spec: PoolingSpec, hidden_size: int | None) -> PoolingWeights:
+    """Read what `spec` names, behind hidden states of `hidden_size` channels (None: not known).
+
+    Raises `CheckpointError`, which names the file or the tensor.
+    """
     if spec.labels:
         checkpoint = open_checkpoint(folder)
         weight = _matrix(checkpoint, SCORE_HEAD)
@@ -63,8 +66,21 @@ def load_pooling(folder: Path, spec: PoolingSpec) -> PoolingWeights:
                 f"{SCORE_HEAD!r} of {str(folder)!r} has the shape {list(weight.shape)}, and config.json names "
                 f"{len(spec.labels)} labels; use the config.json that belongs to these weights"
             )
+        _check_inputs(f"{SCORE_HEAD!r} of {str(folder)!r}", weight.shape[1], hidden_size)
         return PoolingWeights(score=DenseLayer(weight))
+    num_channels = hidden_size
+    for layer in spec.dense:
+        _check_inputs(f"the layer in {str(layer.folder)!r}", layer.num_inputs, num_channels)
+        num_channels = layer.num_outputs
     return PoolingWeights(tuple(_dense(layer) for layer in spec.dense))
+
+
+def _check_inputs(layer: str, num_inputs: int, num_channels: int | None) -> None:
+    if num_channels is not None and num_inputs != num_channels:
+        raise CheckpointError(
+            f"{layer} takes {num_inputs} channels, and what comes before it gives {num_channels}; use files that "
+            "belong together"
+        )
 
 
 def _dense(spec: DenseSpec) -> DenseLayer:

@@ -64,6 +64,7 @@ def parameter_types(schema: object, key: str) -> frozenset[str]:
 
 def _types(schema: Mapping[str, Any], root: Mapping[str, Any]) -> Iterator[str]:
     waiting: list[object] = [schema]
+    seen: set[int] = set()
     # Schemas come with requests: alternatives that refer to each other would never end.
     for _ in range(_MAX_SCHEMAS):
         if not waiting:
@@ -73,10 +74,14 @@ def _types(schema: Mapping[str, Any], root: Mapping[str, Any]) -> Iterator[str]:
             continue
         if isinstance(found.get("$ref"), str):
             found = _resolved(found["$ref"], root)
+        if id(found) in seen:
+            continue
+        seen.add(id(found))
         declared = found.get("type")
         yield from (name for name in (declared if isinstance(declared, list) else [declared]) if isinstance(name, str))
         if declared is None:
-            yield from (name for value in _list(found.get("enum")) for name in _type_of(json.dumps(value)))
+            values = (type(one)() if isinstance(one, dict | list | str) else one for one in _list(found.get("enum")))
+            yield from (name for value in values for name in _type_of(json.dumps(value)))
         waiting += _list(found.get("anyOf")) + _list(found.get("oneOf"))
 
 

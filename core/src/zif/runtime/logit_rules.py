@@ -146,11 +146,16 @@ class MinTokens(LogitRule[_Minimum]):
     def apply(self, logits: torch.Tensor, positions: SamplePositions) -> None:
         num_output = positions.num_output_tokens()
         held = [(index, one) for index, one in self.held_by(positions.rows) if num_output[index] < one.num_tokens]
-        formed = _positions(logits, [(index, one.stop_ids) for index, one in held if one.has_form])
+        with_form = [(index, one.stop_ids) for index, one in held if one.has_form]
+        formed = _positions(logits, with_form)
         ends = logits[formed]
         logits[_positions(logits, [(index, one.stop_ids) for index, one in held])] = -torch.inf
-        if len(ends):
-            logits[formed] = ends.where(logits[formed[0]].amax(dim=1) == -torch.inf, -torch.inf)
+        if with_form:
+            # A vocabulary a row, not one for each stop id, of which a request may have a thousand.
+            rows = torch.tensor([index for index, _ in with_form], device=logits.device)
+            nothing_else = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
+            nothing_else[rows] = logits[rows].amax(dim=1) == -torch.inf
+            logits[formed] = ends.where(nothing_else[formed[0]], -torch.inf)
 
 
 def _positions(logits: torch.Tensor, chosen: Sequence[tuple[int, Sequence[int]]]) -> tuple[torch.Tensor, ...]:

@@ -79,13 +79,21 @@ class Lifecycle:
     def preempt(self, request: Request) -> None:
         """Take blocks and place from a running request without steps under way; it goes on from what can be kept."""
         assert not self.in_flight, "blocks are taken while a step is under way"
+        self.num_preemptions += 1
+        request.num_preemptions += 1
         self._leave(request)
+        self.admission.preempt()
         self._blocks.suspend(request)
         self._wait_again(request)
 
     def start_over(self, request: Request) -> None:
-        """Take blocks and place from a running request whose blocks hold nothing that is right."""
+        """Take blocks and place from a running request whose blocks hold nothing that is right.
+
+        No preemption: this says nothing of how many were admitted.
+        """
+        request.num_recoveries += 1
         self._leave(request)
+        self.admission.give_back()
         if self.in_flight:
             self._held.append((self.in_flight[-1], request))
         else:
@@ -172,11 +180,8 @@ class Lifecycle:
         self.running.remove(request)
         self.borrowers.discard(request.request_id)
         self.released.append(request.request_id)
-        self.num_preemptions += 1
         request.status = RequestStatus.PREEMPTED
-        request.num_preemptions += 1
         request.draft_token_ids = []
-        self.admission.preempt()
 
     def _wait_again(self, request: Request) -> None:
         request.num_computed_tokens = request.num_planned_tokens = request.num_pending_tokens = 0

@@ -26,6 +26,7 @@ from zif.contract import (
     StepPlan,
     StepResult,
     TokenUpdate,
+    Transfers,
 )
 from zif.errors import ContractError
 from zif.scheduling.lifecycle import Lifecycle
@@ -47,6 +48,7 @@ class TokenBudgetScheduler(Scheduler):
         self._requests = Lifecycle(config, block_manager, clock)
         self._planner = StepPlanner(step_limits(config, constraints), self._requests, block_manager)
         self._step = 0
+        self._owed: Transfers | None = None
 
     def add(self, request: Request) -> None:
         self._requests.add(request)
@@ -69,7 +71,7 @@ class TokenBudgetScheduler(Scheduler):
         if not plan.request_ids and not requests.released and not (requests.ended_early and not requests.in_flight):
             return None
         plan.released, requests.released = requests.released, []
-        plan.transfers = self._blocks.take_transfers()
+        plan.transfers = self._take_transfers()
         requests.in_flight.append(self._step)
         self._step += 1
         return plan
@@ -120,6 +122,7 @@ class TokenBudgetScheduler(Scheduler):
             requests.start_over(request)
         # How far the runner came with a plan is unknown, and telling it twice is harmless.
         requests.released = [*chain.from_iterable(plan.released for plan in plans), *requests.released]
+        self._owed = _room_made(plans)
         requests.loner = None
         requests.admission.unsettle()
         updates, requests.ended_early = requests.ended_early, []
@@ -157,6 +160,15 @@ class TokenBudgetScheduler(Scheduler):
     def forget_steps(self) -> None:
         """Hear that no step under way will ever give a result: nothing writes any more, their rows are void."""
         self._requests.forget_steps()
+
+    def _take_transfers(self) -> Transfers | None:
+        """Return the copies that precede the next plan; what abandoned plans owe the store comes first."""
+        owed, self._owed = self._owed, None
+        transfers = self._blocks.take_transfers()
+        if owed is None or transfers is None:
+            return owed or transfers
+        demotions, drops = owed.demotions + transfers.demotions, owed.drops + transfers.drops
+        return Transfers(transfers.saves, transfers.loads, demotions, drops)
 
     def _is_due(self, plan: StepPlan, result: StepResult) -> bool:
         """Take a step off those under way. False when it was applied before."""
@@ -249,3 +261,16 @@ class TokenBudgetScheduler(Scheduler):
             if num_tokens + count >= request.max_total_tokens:
                 return sampled[:count], FinishReason.LENGTH
         return sampled, None
+
+
+def _room_made(plans: Sequence[StepPlan]) -> Transfers | None:
+    """Return the demotions and drops of plans that may not have been carried out; None when there are none.
+
+    The block manager counts on the room that they make. Saves and loads are not repeated: the blocks have other owners
+    by now, and a copy that was not made is found to be lost when it is loaded.
+    """
+    made = [plan.transfers for plan in plans if plan.transfers]
+    owed = Transfers(
+        demotions=[h for each in made for h in each.demotions], drops=[h for each in made for h in each.drops]
+    )
+    return owed or None

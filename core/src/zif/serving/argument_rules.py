@@ -7,24 +7,18 @@ from typing import Any
 
 from zif.errors import RequestError
 from zif.parsing.formats import Format, Reads
-from zif.parsing.parameters import parameter_types
+from zif.serving.declared_parameters import DeclaredParameters, SchemaSteps
 from zif.serving.lark_rules import LarkRules
-from zif.serving.tool_constraints import ANY_OBJECT, SPACING, parameters_of, with_references
+from zif.serving.tool_constraints import SPACING
+from zif.serving.tool_schemas import ANY_OBJECT, ToolSchemas
 
 _RAW = (frozenset({"string"}), frozenset({"string", "null"}))
 """Types of parameters that are written without quotes: whatever text stands there is a value of them."""
 
-_OBJECT_KEYS = frozenset(
-    {"type", "properties", "required", "additionalProperties", "$defs", "definitions", "$schema", "$id"}
-)
-"""What a schema of parameters may say where they are written one by one."""
-
-_BINDING = frozenset(
-    {"enum", "const", "pattern", "format", "minLength", "maxLength", "not", "allOf", "if", "contentEncoding"}
-)
-"""Keys that a text must be checked for."""
-
 _KEY = r"/[^<>\n]{1,128}/"
+
+_MAX_INLINE = 256
+"""Characters of a value's expression that may stand more than once; a longer one is a rule."""
 
 
 class ArgumentRules:
@@ -33,52 +27,48 @@ class ArgumentRules:
     def __init__(self, form: Format, rules: LarkRules) -> None:
         self._form = form
         self._rules = rules
+        self._schemas = ToolSchemas()
+        self._steps = SchemaSteps()
 
     def of(self, function: Mapping[str, Any], strict: bool) -> str:
         """Return the expression of a function's arguments: of its schema where `strict`, else any.
 
-        Raises RequestError for a strict schema that the family's way of writing cannot be held to.
+        Raises RequestError for a strict schema that the family's way of writing cannot be held to, or that is longer
+        than a grammar.
         """
         if self._form.written.parameter is None:
-            return _json(parameters_of(function) if strict else ANY_OBJECT)
+            return _json(self._schemas.parameters(function) if strict else ANY_OBJECT)
         return self._declared(function) if strict else self._any()
 
     def _declared(self, function: Mapping[str, Any]) -> str:
         """Return all parameters of a schema, in its order; those that are not required may be missing."""
-        schema, where = parameters_of(function), f"tools: {function['name']!r} is strict, and its parameters"
-        unknown = sorted(set(schema) - _OBJECT_KEYS)
-        if unknown or schema.get("type") != "object":
-            said = unknown[0] if unknown else "type"
-            raise RequestError(
-                f"{where} have {said!r}, which cannot be kept in the way this model writes calls; leave it or strict"
-                " out"
-            )
-        required = schema.get("required") or []
-        declared = schema.get("properties") or {}
+        declared = DeclaredParameters(function["name"], self._schemas.parameters(function), self._steps)
+        before, between, after = self._pieces()
+        values: dict[str, str] = {}
         written = []
-        for key in [*declared, *(key for key in required if key not in declared)]:
+        for key in declared.keys:
             if not self._can_be_written(key):
-                raise RequestError(f"{where} have {key[:64]!r}, a name that this model's calls cannot have; rename it")
-            one = self._parameter(schema, key, f"{where} {key!r}")
-            written.append(one if key in required else f"({one})?")
+                raise RequestError(
+                    f"{declared.where(key)}, a name that this model's calls cannot have, must be renamed"
+                )
+            # Parameters that are declared alike share their value: a reference may stand for all of a long schema.
+            if (text := declared.text(key)) not in values:
+                values[text] = self._rules.short(self._value(declared, key, after), _MAX_INLINE)
+            one = f"{self._rules.literal(before + key + between)} {values[text]}"
+            written.append(one if key in declared.required else f"({one})?")
         return " ".join(written)
 
-    def _parameter(self, schema: Mapping[str, Any], key: str, where: str) -> str:
-        before, between, after = self._pieces()
-        return f"{self._rules.literal(before + key + between)} {self._value(schema, key, after, where)}"
-
-    def _value(self, schema: Mapping[str, Any], key: str, after: str, where: str) -> str:
-        types = parameter_types(schema, key)
-        binding, found = _binding(schema, key)
-        if types in _RAW and not binding:
+    def _value(self, declared: DeclaredParameters, key: str, after: str) -> str:
+        restricting, types = declared.restrictions(key), declared.types(key)
+        if types in _RAW and not restricting.keys:
             return self._up_to_end(after)
         if types != _RAW[0]:
-            return f"{_json(_part(schema, key))} {self._rules.literal(after)}"
-        choices = found.get("enum", [found["const"]] if "const" in found else None)
-        if binding - {"enum", "const"} or not isinstance(choices, list) or not all(map(self._is_plain, choices)):
+            return f"{_json(declared.part(key))} {self._rules.literal(after)}"
+        choices = restricting.choices
+        if restricting.keys - {"enum", "const"} or not choices or not all(map(self._is_plain, choices)):
             raise RequestError(
-                f"{where}: {', '.join(sorted(binding))} cannot be kept in the way this model writes texts; leave it or"
-                " strict out"
+                f"{declared.where(key)}: {', '.join(sorted(restricting.keys))} cannot be kept in the way this model"
+                " writes texts; leave it or strict out"
             )
         return f"({' | '.join(map(json.dumps, choices))}) {self._rules.literal(after)}"
 
@@ -110,47 +100,3 @@ class ArgumentRules:
 
 def _json(schema: Mapping[str, Any]) -> str:
     return "%json " + json.dumps({**schema, "x-guidance": SPACING})
-
-
-def _part(schema: Mapping[str, Any], key: str) -> dict[str, Any]:
-    """Return the schema of one property, by itself: what it refers to comes with it."""
-    found = (schema.get("properties") or {}).get(key)
-    if not isinstance(found, Mapping):
-        return {}
-    if '"$ref"' not in json.dumps(found):
-        return dict(found)
-    pointer = key.replace("~", "~0").replace("/", "~1")
-    return {"$defs": {"all": with_references(schema, "#/$defs/all")}, "$ref": f"#/$defs/all/properties/{pointer}"}
-
-
-def _binding(schema: Mapping[str, Any], key: str) -> tuple[frozenset[str], Mapping[str, Any]]:
-    """Return the keys by which a property's schema, or a part of it, restricts texts, and the schema itself."""
-    found = (schema.get("properties") or {}).get(key)
-    found = _referred(found, schema)
-    keys: set[str] = set()
-    waiting, num_seen = [found], 0
-    while waiting and num_seen < _MAX_PARTS:
-        num_seen += 1
-        part = _referred(waiting.pop(), schema)
-        keys |= set(part) & _BINDING
-        waiting += [entry for name in ("anyOf", "oneOf") if isinstance(part.get(name), list) for entry in part[name]]
-    return frozenset(keys), found
-
-
-_MAX_PARTS = 256
-
-
-def _referred(found: object, schema: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Follow references to definitions of the same schema. Raises RequestError for one that leads nowhere."""
-    for _ in range(_MAX_PARTS):
-        if not isinstance(found, Mapping):
-            return {}
-        reference = found.get("$ref")
-        if not isinstance(reference, str):
-            return found
-        marks = reference.split("/")
-        definitions = schema.get(marks[1]) if len(marks) == 3 and marks[0] == "#" else None
-        if not isinstance(definitions, Mapping) or marks[2] not in definitions:
-            raise RequestError(f"tools: the reference {reference[:128]!r} leads to no definition of its schema")
-        found = {**definitions[marks[2]], **{name: value for name, value in found.items() if name != "$ref"}}
-    raise RequestError("tools: a schema refers to itself without end")

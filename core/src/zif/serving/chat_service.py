@@ -286,6 +286,7 @@ class ChatService:
         delta.
         """
         prompt = await self.render(turn)
+        self._check_length(len(prompt.token_ids), "messages")
         plan = self._plan(turn, prompt.text)
         samples = [
             ChatSample(plan.parser(), plan.in_reasoning, turn.tool_choice.parallel) for _ in range(plan.sampling.n)
@@ -296,7 +297,7 @@ class ChatService:
             tenant=caller.tenant,
             timeout_s=turn.timeout_s,
         )
-        await self._check_plan(len(prompt.token_ids), plan)
+        await self._check_plan(plan)
         note_prompt(record, len(prompt.token_ids), plan.sampling)
         return ChatAnswer(prompt, samples, self._engine.generate(engine_prompt, plan.sampling, turn.priority), record)
 
@@ -306,9 +307,9 @@ class ChatService:
         grammar = self._format.call_grammar(self._prompts.tokenizer.token_id, self._engine.info.eos_token_ids)
         return plan_answer(turn, self._format, grammar, prompt)
 
-    async def _check_plan(self, num_prompt_tokens: int, plan: AnswerPlan) -> None:
+    async def _check_plan(self, plan: AnswerPlan) -> None:
         try:
-            await self.check(num_prompt_tokens, plan.sampling, "messages")
+            await self._check_structured(plan.sampling)
         except RequestError as error:
             if not plan.is_strict:
                 raise
@@ -319,6 +320,10 @@ class ChatService:
 
         `field` is the request's field that holds the prompt.
         """
+        self._check_length(num_prompt_tokens, field)
+        await self._check_structured(sampling)
+
+    def _check_length(self, num_prompt_tokens: int, field: str) -> None:
         limit = self._engine.info.max_model_len
         if num_prompt_tokens >= limit:
             raise ApiError(
@@ -328,5 +333,7 @@ class ChatService:
                 param=field,
                 code="context_length_exceeded",
             )
+
+    async def _check_structured(self, sampling: SamplingParams) -> None:
         if sampling.structured is not None and self._check_form is not None:
             await self._check_form(sampling.structured)

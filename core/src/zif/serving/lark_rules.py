@@ -9,6 +9,9 @@ import json
 import re
 from collections.abc import Callable
 
+from zif.contract.structured import MAX_GRAMMAR_CHARACTERS
+from zif.errors import RequestError
+
 _TOKEN_LIKE = re.compile(r"(<[^<>\s]+>|\[[A-Z_/]+\])")
 """How markers are spelled: `<tool_call>`, `<|channel|>`, `[ARGS]`."""
 
@@ -25,8 +28,10 @@ class LarkRules:
 
     def __init__(self, token_id: Callable[[str], int | None], free_text: str = ANY_TEXT) -> None:
         self._token_id = token_id
-        self._lines = [f"TEXT: {free_text}"]
+        self._lines: list[str] = []
+        self._num_left = MAX_GRAMMAR_CHARACTERS
         self._reached: dict[str, str] = {}
+        self.add("TEXT", free_text)
 
     @property
     def text(self) -> str:
@@ -34,9 +39,20 @@ class LarkRules:
         return "\n".join(self._lines)
 
     def add(self, name: str, body: str) -> str:
-        """Add a rule; return its name."""
-        self._lines.append(f"{name}: {body}")
+        """Add a rule; return its name. Raises RequestError once the grammar is longer than one may be."""
+        line = f"{name}: {body}"
+        self._num_left -= len(line) + 1
+        if self._num_left < 0:
+            raise RequestError(
+                f"tools: their calls need too long a grammar, of more than {MAX_GRAMMAR_CHARACTERS} characters; make"
+                " fewer tools strict, or simplify their schemas"
+            )
+        self._lines.append(line)
         return name
+
+    def short(self, body: str, max_characters: int) -> str:
+        """Return an expression that may stand more than once: `body` where it is short, else a rule of it."""
+        return body if len(body) <= max_characters else self.add(f"part{len(self._lines)}", body)
 
     def literal(self, text: str) -> str:
         """Return the expression of a fixed text, with the model's own tokens for the markers in it."""

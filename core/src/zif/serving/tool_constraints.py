@@ -10,6 +10,7 @@ from typing import Any
 
 from zif.contract import StructuredOutput
 from zif.parsing.events import ParseEvent, ToolCallArguments, ToolCallBegin, ToolCallEnd
+from zif.serving.tool_schemas import ANY_OBJECT, ToolSchemas, with_references
 
 MAX_CALLS = 128
 MAX_HEAD_CHARACTERS = 4096
@@ -18,20 +19,20 @@ MAX_HEAD_CHARACTERS = 4096
 SPACING: Mapping[str, Any] = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """Told to llguidance: nobody reads these blanks, and a weak model that may write blanks writes nothing else."""
 
-ANY_OBJECT: Mapping[str, Any] = {"type": "object"}
-
-_NOTES = frozenset({"description", "title", "examples", "default", "$comment"})
-_BY_NAME = frozenset({"properties", "patternProperties", "$defs", "definitions"})
-"""Keys of a schema whose values are schemas by names, which may be anything."""
-
 
 def named_call_form(functions: Sequence[Mapping[str, Any]], name: str) -> StructuredOutput:
-    """Return the form of an answer that is the arguments of the function `name`."""
-    return _form(parameters_of(next(function for function in functions if function["name"] == name)))
+    """Return the form of an answer that is the arguments of the function `name`.
+
+    Raises RequestError for a schema that is longer than a grammar.
+    """
+    return _form(ToolSchemas().parameters(next(function for function in functions if function["name"] == name)))
 
 
 def required_calls_form(functions: Sequence[Mapping[str, Any]], parallel: bool) -> StructuredOutput:
-    """Return the form of an answer that is a list of at least one call, of exactly one unless `parallel`."""
+    """Return the form of an answer that is a list of at least one call, of exactly one unless `parallel`.
+
+    Raises RequestError for schemas that are longer than a grammar.
+    """
     return _form(required_calls_schema(functions, parallel))
 
 
@@ -56,61 +57,30 @@ def required_calls_schema(functions: Sequence[Mapping[str, Any]], parallel: bool
 
 
 def calls_schema(functions: Sequence[Mapping[str, Any]], strict: Container[str]) -> dict[str, Any]:
-    """Return the schema of one call; the arguments of functions that are not `strict` are any object."""
+    """Return the schema of one call; the arguments of functions that are not `strict` are any object.
+
+    Raises RequestError for schemas that are longer than a grammar.
+    """
     definitions: dict[str, Any] = {}
-    calls = [
-        _call(index, function if function["name"] in strict else {**function, "parameters": ANY_OBJECT}, definitions)
-        for index, function in enumerate(functions)
-    ]
+    schemas, calls = ToolSchemas(), []
+    for index, function in enumerate(functions):
+        parameters = schemas.parameters(function) if function["name"] in strict else {**ANY_OBJECT}
+        calls.append(_call(function["name"], parameters, f"tool{index}", definitions))
     return {"anyOf": calls} | ({"$defs": definitions} if definitions else {})
 
 
-def _call(index: int, function: Mapping[str, Any], definitions: dict[str, Any]) -> dict[str, Any]:
-    parameters = parameters_of(function)
-    root = f"tool{index}"
+def _call(name: str, parameters: dict[str, Any], root: str, definitions: dict[str, Any]) -> dict[str, Any]:
+    """Return the schema of one call. Where parameters refer to their own parts, they become the definition `root`."""
     moved = with_references(parameters, f"#/$defs/{root}")
     if moved != parameters:
         definitions[root] = moved
         parameters = {"$ref": f"#/$defs/{root}"}
     return {
         "type": "object",
-        "properties": {"name": {"const": function["name"]}, "parameters": parameters},
+        "properties": {"name": {"const": name}, "parameters": parameters},
         "required": ["name", "parameters"],
         "additionalProperties": False,
     }
-
-
-def parameters_of(function: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a function's schema without what only explains; one without parameters takes an empty object."""
-    parameters = function.get("parameters")
-    return {**ANY_OBJECT, **_without_notes(parameters)} if parameters else {**ANY_OBJECT, "additionalProperties": False}
-
-
-def _without_notes(schema: Any) -> Any:
-    """Return a schema without the notes in it, which are most of its characters and nothing to a grammar."""
-    if isinstance(schema, list):
-        return [_without_notes(entry) for entry in schema]
-    if not isinstance(schema, Mapping):
-        return schema
-    kept: dict[str, Any] = {}
-    for key, value in schema.items():
-        if key in _BY_NAME and isinstance(value, Mapping):
-            kept[key] = {name: _without_notes(entry) for name, entry in value.items()}
-        elif key not in _NOTES:
-            kept[key] = value if key in ("const", "enum") else _without_notes(value)
-    return kept
-
-
-def with_references(value: Any, root: str) -> Any:
-    """Return a schema whose references to itself and its parts lead to `root`."""
-    if isinstance(value, Mapping):
-        return {
-            key: root + entry[1:]
-            if key == "$ref" and isinstance(entry, str) and entry.startswith("#")
-            else with_references(entry, root)
-            for key, entry in value.items()
-        }
-    return [with_references(entry, root) for entry in value] if isinstance(value, list) else value
 
 
 class NamedCall:

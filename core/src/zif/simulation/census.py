@@ -40,14 +40,13 @@ class Census:
         self._under_way: dict[int, list[dict[int, int]]] = {}
 
     def count(self, holders: Collection[Request]) -> None:
-        """Count the hands of all requests that may hold blocks."""
-        known, num_holding = self._tables, 0
+        """Count the hands of all requests that may hold blocks; one may be named twice."""
+        known, holding = self._tables, {request.request_id for request in holders if request.block_ids}
         for request in holders:
-            num_holding += bool(request.block_ids)
             if known.get(request.request_id, ()) != request.block_ids:
                 self._recount(request.request_id, request.block_ids)
-        if len(known) > num_holding:
-            for number in known.keys() - {request.request_id for request in holders}:
+        if len(known) > len(holding):
+            for number in known.keys() - holding:
                 self._recount(number, ())
 
     def check_writes(self, plan: StepPlan, live: dict[int, Request]) -> None:

@@ -8,9 +8,20 @@ import random
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
+from enum import Enum, auto
 
 from zif.contract import Request, StepPlan
 from zif.simulation.runner import SimulatedRunner
+from zif.simulation.store import SimulatedStore
+
+
+class _Extent(Enum):
+    """How much of a plan is carried out when its step raises."""
+
+    ALL = auto()
+    NO_ROWS = auto()
+    NO_COPIES = auto()
+    NOTHING = auto()
 
 
 def spoil(request: Request, holders: Iterable[Request], runner: SimulatedRunner, chance: random.Random) -> None:
@@ -21,9 +32,16 @@ def spoil(request: Request, holders: Iterable[Request], runner: SimulatedRunner,
             runner.write_block(group, block, chance.randbytes(len(runner.read_block(group, block))))
 
 
-def without_rows(plan: StepPlan) -> StepPlan:
-    """Return what a runner has carried out of a plan when its computation raises at once."""
-    return replace(plan, request_ids=[], num_computed=[], num_tokens=[], samples=[], drafts={}, total_tokens=0)
+def carry_out_in_part(plan: StepPlan, runner: SimulatedRunner, store: SimulatedStore, chance: random.Random) -> None:
+    """Let a runner do with a plan what it does before it raises: all of it, all but the rows, no copies, or nothing."""
+    extent = chance.choice([*_Extent])
+    if extent is not _Extent.ALL:
+        plan = replace(plan, request_ids=[], num_computed=[], num_tokens=[], samples=[], drafts={}, total_tokens=0)
+    if extent in (_Extent.NO_COPIES, _Extent.NOTHING) and plan.transfers is not None:
+        store.lose(save.handle for save in plan.transfers.saves)
+        plan = replace(plan, transfers=None)
+    if extent is not _Extent.NOTHING:
+        runner.submit(plan).result()
 
 
 def _hands(request: Request) -> list[tuple[int, int]]:

@@ -17,7 +17,7 @@ from zif.simulation.census import Census
 from zif.simulation.clock import SimulatedClock
 from zif.simulation.faults import FaultInjector, FaultPoint, FaultSchedule
 from zif.simulation.invariants import Invariants
-from zif.simulation.nonsense import spoil, without_rows
+from zif.simulation.nonsense import carry_out_in_part, spoil
 from zif.simulation.runner import SimulatedRunner
 from zif.simulation.scenario import VOCAB_SIZE, Scenario
 from zif.simulation.store import SimulatedStore
@@ -28,7 +28,7 @@ from zif.simulation.words import Words
 _STEP_S = 0.01
 _JUMP_S = 86_400.0
 _FATAL_ALLOCATIONS = 2
-_GUESS_SHARE = _HALF = 0.5
+_GUESS_SHARE = 0.5
 
 
 class _FaultyBlocks(PagedBlockManager):
@@ -184,12 +184,12 @@ class Simulation:
 
     def _check_census(self) -> None:
         """Check hands and counts against the tables of all requests that may hold blocks, and the drafts under way."""
-        holders = self._scheduler.holders()
+        known, running = [*self._live.values(), *self._scheduler.holders()], RequestStatus.RUNNING
         if self._drafts:
             under_way = {number for plan, _ in self._in_flight for number in plan.drafts}
-            under_way.update(request.request_id for request in holders)
+            under_way.update(r.request_id for r in known if r.block_ids and r.status is not running)
             self._drafts = {number: draft for number, draft in self._drafts.items() if number in under_way}
-        self._census.count([*self._live.values(), *holders])
+        self._census.count(known)
         self._census.check_needs(self._live.values(), len(self._in_flight))
         usage = self._blocks.usage()
         self._census.check_owned(usage, self._drafts.values())
@@ -230,7 +230,7 @@ class Simulation:
         if plan.request_ids and self.faults.strikes(FaultPoint.RAISE):
             self._poisonous.add(self._random.choice(plan.request_ids))
         if not self._poisonous.isdisjoint(plan.request_ids):
-            self._runner.submit(plan if self._random.random() < _HALF else without_rows(plan)).result()
+            carry_out_in_part(plan, self._runner, self._store, self._random)
             raise _PoisonError("injected: a request that cannot be computed")
         num_running = len(self._running())
         result = self._runner.submit(plan).result()

@@ -1,5 +1,7 @@
 """Where simulated copies of blocks are kept: in this process, in two bounded tiers, and lost when a fault says so."""
 
+from collections.abc import Iterable
+
 from zif.contract import BlockBytes, BlockLoad, BlockSave, KVStore
 from zif.simulation.faults import FaultInjector, FaultPoint
 
@@ -21,6 +23,10 @@ class SimulatedStore(KVStore):
     def handles(self) -> set[int]:
         """The handles under which something is kept."""
         return {*self._tiers[0], *self._tiers[1]}
+
+    def lose(self, handles: Iterable[int]) -> None:
+        """Hear that copies were asked for and never made."""
+        self._lost.update(handles)
 
     def save(self, save: BlockSave, data: BlockBytes) -> None:
         assert save.handle > self._newest, f"handle {save.handle} is used twice"

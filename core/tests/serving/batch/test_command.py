@@ -145,6 +145,13 @@ def test_requests_come_from_a_pipe_and_answers_go_to_one(files, capfdbinary, mon
     assert sorted(json.loads(line)["custom_id"] for line in lines) == ["r0", "r1"]
 
 
+def test_nothing_that_guards_a_socket_is_looked_at(files, capsys, monkeypatch):
+    monkeypatch.setenv("ZIF_SERVE_API_KEY", " ")
+    monkeypatch.setenv("ZIF_SERVE_HOST", "0.0.0.0")
+    assert batch(files, "--print-config") == 0
+    assert "# API keys: 0" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("options", "text"),
     [

@@ -47,6 +47,13 @@ def test_a_line_that_is_no_request_says_so(content, code, custom_id):
     assert (request.fault.code, request.custom_id, request.fault.line) == (code, custom_id, 4)
 
 
+def test_a_faulty_line_that_has_moved_is_the_same_request_where_it_has_a_name():
+    named, nameless = line(method="GET"), b"[]"
+    assert parse_request(named, 4).digest == parse_request(named, 5).digest
+    assert parse_request(named, 4).digest != parse_request(line(method="PUT"), 4).digest
+    assert parse_request(nameless, 4).digest != parse_request(nameless, 5).digest
+
+
 def test_a_long_line_is_passed_over_and_the_next_ones_are_read():
     long = line(custom_id="long", body={"text": "x" * 3 * (LIMIT + SPARE_LINE_BYTES)})
     found = read(line(custom_id="a"), long, b"", b"  \r", line(custom_id="b") + b"\r", long[:-1])

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from support.embedded_model import MODEL
 from zif import LLM, SamplingParams
+from zif.engine.pooling import POOLED_SAMPLING, Pooler, PoolingParams
 from zif.serving.answers import EnginePrompt
 from zif.serving.engine.admission import Admission, Capacity
 from zif.serving.engine.loop import EngineLoop
@@ -185,6 +186,36 @@ def test_a_wrong_request_is_refused_alone(loop, end, llm):
     assert [refused.id for refused in end.said(Refused)] == [1, 2, 3, 4, 5]
     assert all(len(refused.message) > 20 for refused in end.said(Refused))
     assert answers(end)[9, 0][2] == "length"
+
+
+def test_a_prompt_that_cannot_be_pooled_fails_alone(loop, end, llm, monkeypatch):
+    begin = Pooler.begin
+
+    def unfit(vector):
+        raise ValueError("matmul: mismatch in its core dimension 0")
+
+    def begun(self, params, num_tokens):
+        prompt = begin(self, params, num_tokens)
+        if params.dimensions == 3:
+            prompt.vector = unfit.__get__(prompt)
+        elif params.dimensions == 4:
+            prompt.take = lambda data, start, num_tokens: None
+        return prompt
+
+    monkeypatch.setattr(Pooler, "begin", begun)
+    for dimensions in (2, 3, 4):
+        prompt = EnginePrompt([5, 6, 7], pooling=PoolingParams(dimensions=dimensions))
+        end.inbox.append(Submit(dimensions, prompt, POOLED_SAMPLING, 0))
+    run_dry(loop, llm)
+    said = {request_id: delta for message in end.said(Deltas) for request_id, delta in message.batch if delta.finished}
+    ends = {request_id: delta.samples[-1] for request_id, delta in said.items()}
+    assert [(len(said[i].pooled or b""), ends[i].finish_reason) for i in (2, 3, 4)] == [
+        (8, "stop"),
+        (0, "error"),
+        (0, "error"),
+    ]
+    assert "the log of the engine has the cause" in ends[3].error
+    assert "hidden states of 0 tokens came" in ends[4].error
 
 
 def test_more_than_the_queue_holds_is_turned_away(loop, end, llm):

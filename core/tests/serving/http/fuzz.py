@@ -48,6 +48,13 @@ _FUNCTION = {
     "description": "d",
     "parameters": {"type": "object", "properties": {"x": {"type": "integer"}}},
 }
+_STRICT_PARAMETERS = {
+    "type": "object",
+    "properties": {"x": {"$ref": "#/$defs/n"}, "y": {"enum": ["a"]}, "z": {"anyOf": [{"type": "string"}]}},
+    "required": ["x"],
+    "$defs": {"n": {"type": "integer"}},
+}
+_STRICT = {"name": "f", "strict": True, "parameters": _STRICT_PARAMETERS}
 _CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
 _EXAMPLES = {
     "messages": [
@@ -61,8 +68,9 @@ _EXAMPLES = {
     ],
     "tools": [
         [{"type": "function", "function": _FUNCTION}],
+        [{"type": "function", "function": _STRICT}],
         [{"name": "f", "input_schema": _FUNCTION["parameters"]}],
-        [{"type": "function", **_FUNCTION}],
+        [{"type": "function", **_STRICT}],
     ],
     "tool_choice": ["auto", "required", {"type": "function", "function": {"name": "f"}}],
     "response_format": [
@@ -333,8 +341,7 @@ async def _fuzz_engine(app, engine, generator, options):
     """Send all requests of a run, look at the processes, and print what was seen."""
     departures, pids = Departures(), {"server": os.getpid(), "engine": engine.pid}
     app.observers.append(departures.observe)
-    begin_s, statuses, memory = time.monotonic(), Counter(), {}
-    step = max(1, options.requests // 20)
+    begin_s, statuses, memory, step = time.monotonic(), Counter(), {}, max(1, options.requests // 20)
     for first in range(0, options.requests, step):
         statuses += await fuzz(app, generator, range(first, min(first + step, options.requests)), options.at_once)
         await settled(engine)
@@ -370,8 +377,9 @@ async def _main(options):
     sse.WATCH_AFTER_S = 0.0
     async with ProcessEngine(EngineSettings(str(CHECKPOINT), platform="null", max_model_len=MAX_MODEL_LEN)) as engine:
         await engine.wait_ready()
-        async with open_apis(engine, ServeSettings()) as routes:
-            app = build_app(engine, ServeSettings(), routes)
+        settings = ServeSettings(answer_format=options.answer_format)
+        async with open_apis(engine, settings) as routes:
+            app = build_app(engine, settings, routes)
             generator = Generator(openapi_document(app.context.registry), options.seed, (engine.info.name,))
             if options.only is None:
                 await _fuzz_engine(app, engine, generator, options)
@@ -386,5 +394,6 @@ if __name__ == "__main__":
     parser.add_argument("--requests", type=int, default=100_000)
     parser.add_argument("--at-once", type=int, default=AT_ONCE)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--answer-format", help="how the model is taken to write calls, as `zif serve` takes it")
     parser.add_argument("--only", type=int, metavar="NUMBER", help="send that request and print its answer")
     asyncio.run(_main(parser.parse_args()))

@@ -71,11 +71,16 @@ class TestWithoutKeys:
     def test_public_routes_and_the_page_are_guarded_like_the_rest(self):
         async def look():
             async with running() as server:
-                for path in ("/", "/openapi.json", "/metrics", "/livez", "/things/x"):
+                for path in ("/", "/openapi.json", "/metrics", "/version", "/things/x"):
                     request = f"GET {path} HTTP/1.1\r\nhost: evil.example\r\n\r\n".encode()
                     assert (await exchange(server, request))[0] == 421, path
 
         asyncio.run(look())
+
+    @pytest.mark.parametrize(("path", "method"), [("/nothing", "GET"), ("/ask", "GET"), ("/livez", "POST")])
+    def test_they_are_not_told_what_there_is_not_either(self, path, method):
+        answer = asyncio.run(call(make_app(FakeEngine()), path, method=method, headers={"host": "evil.example"}))
+        assert (answer.status, "allow" in answer.headers) == (421, False)
 
     def test_nothing_of_a_refused_request_is_read(self):
         api = AskApi()
@@ -109,6 +114,13 @@ class TestSettings:
     @pytest.mark.parametrize(("keys", "settings"), [(KEYS, {}), (None, {"uds": "/run/s"})])
     def test_a_list_holds_everywhere(self, keys, settings):
         assert ask("evil.example", keys=keys, allowed_hosts="llm.example.org", **settings).status == 421
+
+    @pytest.mark.parametrize("keys", [KEYS, None])
+    def test_probes_ask_for_an_address_that_no_list_knows_and_nobody_else_may(self, keys):
+        app = make_app(FakeEngine(), keys=keys, allowed_hosts="llm.example.org")
+        expected = {"/livez": 200, "/readyz": 200, "/health": 200, "/version": 421, "/load": 421}
+        headers = {"host": "10.1.2.3:8000", "x-api-key": "some-key-1"}
+        assert {path: asyncio.run(call(app, path, headers=headers)).status for path in expected} == expected
 
     @pytest.mark.parametrize("listed", ["a,,b", ",", "https://a", "a:80", "[::1]", "a b", "*.example.org"])
     def test_what_is_no_name_is_refused_at_the_start(self, listed):

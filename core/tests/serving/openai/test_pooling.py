@@ -112,6 +112,11 @@ class TestEmbeddings:
                 serve(pooling=abilities).ask(lambda c: c.embeddings.create(model="embedded", input="x"))
             assert caught.value.code == "unsupported_by_model"
 
+    @pytest.mark.parametrize(("abilities", "param"), [(EMBEDS, "dimensions"), (HEAD, None)])
+    def test_a_refusal_names_dimensions_only_where_they_are_the_reason(self, abilities, param):
+        answer = serve_embeddings(pooling=abilities).post("/v1/embeddings", {"input": "x", "dimensions": 3})
+        assert (answer.status, answer.json()["error"]["param"]) == (400, param)
+
 
 class TestEveryField:
     FIELDS: typing.ClassVar = set(typing.get_type_hints(embedding_create_params.EmbeddingCreateParams))

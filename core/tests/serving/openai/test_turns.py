@@ -12,6 +12,7 @@ from serving.http.calls import call
 from zif.serving.anthropic.api import AnthropicApi
 from zif.serving.chat_service import ChatService
 from zif.serving.http.app import build_app
+from zif.serving.http.exchange import Headers
 from zif.serving.http.settings import ServeSettings
 from zif.serving.openai.api import openai_routes
 from zif.serving.openai.logprobs import POSITIONS_PER_TURN
@@ -101,7 +102,7 @@ def test_an_answer_has_the_type_that_the_document_tells(path):
             app = build_app(engine, ServeSettings(), routes)
             answer = await call(app, path, ASKED[path])
             assert answer.status == 200, answer.body
-            route = app.find(path, "GET" if ASKED[path] is None else "POST").route
+            route = app.find(path, "GET" if ASKED[path] is None else "POST", Headers([])).route
             assert msgspec.json.decode(answer.body, type=route.answer_type)
             wrong = await call(app, path, {"model": 1}, method="POST")
             if ASKED[path] is not None:

@@ -111,12 +111,13 @@ def _faulty(content: bytes, line: int, error: Exception) -> BatchRequest:
     what = "the line is no request" if is_json else "the line is no valid JSON"
     message = f"{what}: {str(error)[:_MAX_MESSAGE_CHARS].replace('`', chr(39))}"
     fault = Fault("invalid_request" if is_json else "invalid_json", message, line)
-    digest = _digest(b"%d" % line, content)
     try:
         custom_id = _named_decoder.decode(content).custom_id
     except _FAULTS_OF_JSON:
+        # Nothing but its place tells it from another such line with the same content.
+        digest = _digest(b"%d" % line, content)
         return BatchRequest(line, digest, digest, fault=fault)
-    return BatchRequest(line, key_of(custom_id), digest, custom_id, fault=fault)
+    return BatchRequest(line, key_of(custom_id), _digest(content), custom_id, fault=fault)
 
 
 def _too_long(file: BinaryIO, begin: bytes, line: int, max_bytes: int) -> BatchRequest:

@@ -1,10 +1,19 @@
 """From what the engine gives out of an answer to what crosses the channel."""
 
+import logging
+
+import msgspec
+
+from zif.contract import FinishReason
 from zif.engine.engine import Engine
 from zif.engine.generation import Generation
 from zif.engine.outputs import CompletionOutput
 from zif.engine.outputs import PositionLogprobs as EnginePosition
 from zif.serving.answers import AnswerDelta, PositionLogprobs, SampleDelta, TokenLogprob
+
+logger = logging.getLogger(__name__)
+
+_NOT_POOLED = "what its hidden states become could not be computed; the log of the engine has the cause"
 
 
 class LiveRequest:
@@ -32,6 +41,9 @@ class LiveRequest:
         if self.owes_queue_s and generation.started_s is not None:
             self.owes_queue_s = False
             queue_s = generation.started_s - generation.arrival_s
+        pooled, error = _pooled(generation)
+        if error is not None:
+            samples = [msgspec.structs.replace(sample, finish_reason="error", error=error) for sample in samples]
         return AnswerDelta(
             samples,
             generation.finished,
@@ -39,15 +51,22 @@ class LiveRequest:
             generation.num_cached_tokens,
             prompt_logprobs,
             queue_s,
-            _vector(generation),
+            pooled,
         )
 
 
-def _vector(generation: Generation) -> bytes | None:
-    """Return what a prompt that is pooled became, once it has."""
-    if generation.pooled is None or not generation.finished or generation.pooling_error is not None:
-        return None
-    return generation.pooled.vector().astype("<f4", copy=False).tobytes()
+def _pooled(generation: Generation) -> tuple[bytes | None, str | None]:
+    """Return what a prompt that is pooled became, once it has, or why it became nothing although it was computed."""
+    if generation.pooled is None or generation.samples[0].request.finish_reason is not FinishReason.STOP:
+        return None, None
+    error = generation.pooling_error
+    if error is not None:
+        return None, error
+    try:
+        return generation.pooled.vector().astype("<f4", copy=False).tobytes(), None
+    except Exception:  # a process border: what one checkpoint or platform makes of a prompt ends no other's answer
+        logger.exception("a prompt of %d tokens could not be pooled", len(generation.prompt.token_ids))
+        return None, _NOT_POOLED
 
 
 def _sample(output: CompletionOutput) -> SampleDelta:

@@ -30,6 +30,7 @@ from zif.serving.engine.messages import (
     shortened,
 )
 from zif.serving.engine.phases import PhaseReports
+from zif.serving.telemetry.line_writer import LineWriter, unlocked_stderr
 from zif.settings import EngineSettings
 
 WELCOME_S = 60.0
@@ -52,8 +53,15 @@ def main() -> int:
     launch = msgspec.json.decode(line, type=Launch)
     folder = Path(launch.folder)
     end_with_pipe(sys.stdin.fileno(), lambda: remove_folder(folder))
-    log_format = "%(asctime)s %(levelname)s engine: %(message)s"
-    logging.basicConfig(level=launch.log_level, stream=sys.stderr, format=log_format)
+    # A reader of the log who stands still must not hold a step up: the engine would be taken for hung, and killed.
+    with contextlib.closing(LineWriter(unlocked_stderr())) as lines:
+        logging.basicConfig(level=launch.log_level, handlers=[lines])
+        logging.captureWarnings(True)
+        return work(launch, folder)
+
+
+def work(launch: Launch, folder: Path) -> int:
+    """Meet the client in its folder, and serve it until drained. Returns the exit status."""
     end = EngineEnd(folder)
     try:
         greet(end)

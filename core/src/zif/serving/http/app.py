@@ -105,11 +105,13 @@ class ServerApp:
         for exchange in list(self._exchanges):
             exchange.interrupt(ApiError(FailureKind.UNAVAILABLE, "the server shuts down", retry_after_s=_DRAIN_RETRY_S))
 
-    def find(self, path: str, method: str) -> Match:
+    def find(self, path: str, method: str, headers: Headers) -> Match:
         """Return the route of a request. Raises `ApiError` when there is none."""
         match = self._registry.find(path, method)
         if match is not None:
             return match
+        # Before anything is told of what there is: that, too, is not for pages of other sites.
+        self._hosts.check(headers)
         if not self.status.serving:
             raise ApiError(FailureKind.UNAVAILABLE, "the server is starting", retry_after_s=_DRAIN_RETRY_S)
         methods = self._registry.methods(path)
@@ -122,7 +124,8 @@ class ServerApp:
 
         Raises `OverloadedError` where the engine's queue is full: a body that is not read costs nothing.
         """
-        self._hosts.check(headers)
+        if not route.any_host:
+            self._hosts.check(headers)
         is_open = route.scope is AuthScope.METRICS and self._settings.public_metrics
         caller = Caller() if is_open else self._keys.authorize(headers, route.scope)
         if self.status.draining and route.scope is AuthScope.INFERENCE:
@@ -187,7 +190,7 @@ class Exchange:
         """Answer the request, whatever happens. Only a cancellation from outside leaves."""
         watch: Watch | None = None
         try:
-            match = self._app.find(self._scope["path"], self._scope["method"])
+            match = self._app.find(self._scope["path"], self._scope["method"], self._headers)
             route = match.route
             self._errors = route.errors
             self.record.route = route.path

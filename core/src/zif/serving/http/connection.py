@@ -1,7 +1,7 @@
 """One client's connection: what may come before a request reaches the application, in bytes and in seconds.
 
 Extends uvicorn's protocol over httptools with what it leaves open: the size of headers that are still coming, clients
-that never finish them, bodies nobody reads, and answers nobody takes.
+that never finish them, bodies nobody reads, answers nobody takes, and offers to go on with another protocol.
 """
 
 import asyncio
@@ -10,6 +10,7 @@ import socket
 import struct
 from typing import Any, cast
 
+import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from zif.serving.http.corked import CorkedTransport
@@ -57,6 +58,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self._write_timer: asyncio.TimerHandle | None = None
         self._num_taken_bytes = 0
         self._answering: RequestResponseCycle | None = None
+        self._head_without_offer: bytes | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         self._corked = CorkedTransport(transport, self.loop)
@@ -94,7 +96,7 @@ class LimitedProtocol(HttpToolsProtocol):
             self._num_head_bytes += len(data)
         elif self._answered():
             self._num_unread_bytes += len(data)
-        super().data_received(data)
+        self._parse(data)
         if self.transport is None or self.transport.is_closing():
             return
         if self._in_head and self._num_head_bytes > self.limits.max_header_bytes:
@@ -117,6 +119,10 @@ class LimitedProtocol(HttpToolsProtocol):
         if len(self.pipeline) >= _MAX_PIPELINED:
             self.transport.abort()
             raise TooManyPipelinedError
+        method = self.parser.get_method()
+        if self.parser.should_upgrade() and method != b"CONNECT":
+            self._head_without_offer = _head(method, self.url, self.parser.get_http_version(), self.headers)
+            return
         self._in_head = False
         self._num_unread_bytes = 0
         self._disarm()
@@ -128,6 +134,8 @@ class LimitedProtocol(HttpToolsProtocol):
             self.transport.abort()
 
     def on_message_complete(self) -> None:
+        if self._head_without_offer is not None:
+            return
         super().on_message_complete()
         self._in_head = True
         self._num_head_bytes = 0
@@ -158,6 +166,29 @@ class LimitedProtocol(HttpToolsProtocol):
         self.transport.write(head % (status, _REASONS[status], JSON.encode(), len(body)) + body)
         self.transport.close()
         self._watch_reading()
+
+    def _parse(self, data: bytes) -> None:
+        """Parse what came, and go on with HTTP/1.1 where a client offers another protocol (RFC 9110, 7.8).
+
+        The parser takes such an offer as the end of HTTP: it passes over the body, which would then be read as the next
+        request. A new one gets the same head without the field `upgrade`, and all that follows the head.
+        """
+        self._unset_keepalive_if_required()
+        while data:
+            try:
+                self.parser.feed_data(data)
+                return
+            except httptools.HttpParserUpgrade as offer:
+                assert self._head_without_offer is not None, "the parser ends HTTP after the headers of an offer only"
+                data = self._head_without_offer + data[offer.args[0] :]
+                self._head_without_offer = None
+                self.parser = httptools.HttpRequestParser(self)
+                # As uvicorn does: a request that comes after `connection: close` does not spoil the answer before it.
+                self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+            except httptools.HttpParserError:
+                self.logger.warning("a client sent what is no valid HTTP request, or too much of it")
+                self.send_400_response("")
+                return
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._answering = cycle
@@ -209,6 +240,13 @@ class LimitedProtocol(HttpToolsProtocol):
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+
+def _head(method: bytes, target: bytes, version: str, headers: list[tuple[bytes, bytes]]) -> bytes:
+    """Return the head of a request without the field `upgrade`."""
+    lines = [b"%s %s HTTP/%s" % (method, target, version.encode())]
+    lines += [b"%s: %s" % field for field in headers if field[0] != b"upgrade"]
+    return b"\r\n".join([*lines, b"", b""])
 
 
 def limited_protocol(settings: ServeSettings, max_connections: int) -> type[asyncio.Protocol]:

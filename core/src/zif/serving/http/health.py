@@ -10,7 +10,7 @@ from zif import __version__
 from zif.serving.answers import EngineState, ModelInfo
 from zif.serving.http.errors import ApiError, FailureKind
 from zif.serving.http.exchange import AuthScope, Request, Response, json_response
-from zif.serving.http.registry import Route, ServerContext
+from zif.serving.http.registry import Handler, Route, ServerContext
 
 _RETRY_AFTER_S = 1.0
 
@@ -35,9 +35,9 @@ class Load(msgspec.Struct, frozen=True):
 def health_routes() -> list[Route]:
     """Return the routes that every server has, whatever APIs it serves."""
     return [
-        Route("/livez", "GET", AuthScope.PUBLIC, livez, summary="Is the process alive", answer_type=Health),
-        Route("/readyz", "GET", AuthScope.PUBLIC, readyz, summary="Does the engine make progress", answer_type=Health),
-        Route("/health", "GET", AuthScope.PUBLIC, readyz, summary="The same as /readyz", answer_type=Health),
+        _probe("/livez", livez, "Is the process alive"),
+        _probe("/readyz", readyz, "Does the engine make progress"),
+        _probe("/health", readyz, "The same as /readyz"),
         Route("/version", "GET", AuthScope.PUBLIC, version, summary="The version of the server"),
         Route("/props", "GET", AuthScope.INFERENCE, props, summary="The model, the limits, and fields without effect"),
         Route("/load", "GET", AuthScope.INFERENCE, load, summary="How busy the server is", answer_type=Load),
@@ -122,6 +122,10 @@ async def reset_prefix_cache(request: Request[None], context: ServerContext) -> 
         raise ApiError(FailureKind.UNAVAILABLE, "the server shuts down", retry_after_s=_RETRY_AFTER_S)
     await context.engine.reset_prefix_cache()
     return json_response({"status": "reset"})
+
+
+def _probe(path: str, handler: Handler, summary: str) -> Route:
+    return Route(path, "GET", AuthScope.PUBLIC, handler, summary=summary, answer_type=Health, any_host=True)
 
 
 def _model(info: ModelInfo) -> dict[str, object]:

@@ -78,6 +78,8 @@ class Route:
     leaves a route out of the OpenAPI document. `asks_engine` says that the engine's queue takes every request of the
     route: while it is full they are refused before their bodies are read. `answer_type` is what its whole answers hold,
     for the document; None: some JSON object. A route whose request type has a field "stream" has streams, too.
+    `any_host` answers under every name, also where `allowed_hosts` lists some: orchestrators probe addresses, which no
+    list knows. Only for answers that a page of another site may read.
     """
 
     path: str
@@ -91,6 +93,7 @@ class Route:
     summary: str = ""
     hidden: bool = False
     asks_engine: bool = False
+    any_host: bool = False
     answer_type: Any = None
     content_type: str = JSON
 

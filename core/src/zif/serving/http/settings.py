@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 SERVE_PREFIX = f"{ENVIRONMENT_PREFIX}{SERVE_TABLE.upper()}_"
 KEY_VARIABLE = f"{SERVE_PREFIX}API_KEY"
 _MAX_KEY_FILE_BYTES = 2**20
+_WITHOUT_SOCKET = {"host": "127.0.0.1", "uds": "auto", "api_key_file": "auto", "allowed_hosts": "*"}
 _HOST_NAME = re.compile(r"[a-z0-9_][a-z0-9._-]{0,252}")
 
 
@@ -196,6 +197,18 @@ def resolve_serve_settings(
             "--api-key-file, listen on 127.0.0.1, or allow everybody with --insecure"
         )
     return ResolvedServeSettings(settings, keys, origins, _unknown_variables(variables))
+
+
+def resolve_api_settings(
+    cli: Mapping[str, object], environ: Mapping[str, str] | None = None, toml_path: Path | None = None
+) -> ResolvedServeSettings:
+    """Merge the settings as `resolve_serve_settings` does, for handlers that are called without a socket.
+
+    Nobody connects, so nothing that guards a socket is looked at: no keys are read, and there are none.
+    """
+    variables = os.environ if environ is None else environ
+    without_key = {name: value for name, value in variables.items() if name != KEY_VARIABLE}
+    return resolve_serve_settings({**cli, **_WITHOUT_SOCKET}, without_key, toml_path)
 
 
 def format_serve_settings(resolved: ResolvedServeSettings) -> str:

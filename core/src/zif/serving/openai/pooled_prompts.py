@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,10 +38,12 @@ class Asker:
 
     def require(self, params: PoolingParams) -> None:
         """Raise ApiError when the model cannot make this of a prompt."""
+        abilities, param = self.engine.info.pooling, None
         try:
-            self.engine.info.pooling.check(params)
+            abilities.check(replace(params, dimensions=None))
+            param = "dimensions"
+            abilities.check(params)
         except RequestError as error:
-            param = None if params.dimensions is None else "dimensions"
             raise invalid(str(error), param, "unsupported_by_model") from error
 
     async def vectors(self, prompts: Sequence[list[int]], params: PoolingParams) -> AsyncGenerator["Vector", None]:

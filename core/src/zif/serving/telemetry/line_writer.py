@@ -4,10 +4,14 @@ A bounded number of lines waits. Those that find no place are counted, and the c
 """
 
 import contextlib
+import io
 import json
 import logging
+import os
 import queue
+import sys
 import threading
+from pathlib import Path
 from typing import Final, TextIO
 
 from zif.serving.telemetry.access_log import JsonLines
@@ -15,6 +19,17 @@ from zif.serving.telemetry.access_log import JsonLines
 MAX_WAITING_LINES: Final = 10_000
 CLOSE_S: Final = 2.0
 """How long the end waits for lines to be written."""
+
+
+def unlocked_stderr() -> TextIO:
+    """Return standard error without a buffer.
+
+    The lock of a buffer is held while somebody waits for its reader; the interpreter, when it exits, would wait too.
+    """
+    if sys.stderr is None:  # closed before the start: its number may be another file's by now
+        return Path(os.devnull).open("w", encoding="utf-8")
+    raw = io.FileIO(sys.stderr.fileno(), "w", closefd=False)
+    return io.TextIOWrapper(raw, "utf-8", "backslashreplace", write_through=True)
 
 
 class LineWriter(logging.Handler):
