@@ -295,6 +295,6 @@ def test_no_schema_takes_long(name, properties, definitions):
         lambda: syntax.only_calls(tools, ""),
         lambda: required_calls_form([function], True),
     ]
-    # All other requests wait meanwhile: some 30 ms here. Work that grows with the square of these sizes takes many seconds.
+    # All other requests wait meanwhile: some 30 ms here. Work that grows with the square of these sizes takes seconds.
     for make in forms:
         assert min(seconds(make) for _ in range(3)) < 1
