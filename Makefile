@@ -3,7 +3,7 @@
 #   make run     build the environment, then generate from the model in examples/
 #   make serve   build the environment, then serve the model in examples/ at http://127.0.0.1:$(PORT)
 #   make test    all tests
-#   make check   format, lint, types, import contracts, house rules and fast tests: under a minute
+#   make check   format, lint, types, import contracts, house rules and fast tests: about a minute
 #   make simulate  two million steps of the control plane under random traffic and faults: some minutes
 #   make overload, hang, kills, slow-reader, fuzz, schemathesis, lm-eval  proofs of the server: docs/operations.md says what each one shows
 #   make prove-serving  all of these, one after another in short form
