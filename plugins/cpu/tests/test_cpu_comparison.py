@@ -209,10 +209,10 @@ def test_a_process_answers_and_is_measured(fake):
         assert process.wait_ready(60)["versions"] == {"fake": "1"}
         answered = process.ask(workloads()["eight"].requests, 60)
         assert [len(times) for times in answered["token_s"]] == [32] * 8
-        assert process.cpu_s() > 0
-        assert process.peak_bytes() > 2**20
-        assert len(process.processes()) == 1
-    assert process.processes() == []
+        assert process.session.cpu_s() > 0
+        assert process.session.peak_bytes() > 2**20
+        assert len(process.session.processes()) == 1
+    assert process.session.processes() == []
 
 
 @pytest.mark.parametrize(("behave", "said"), [("refuse", "ValueError: no such scheme"), ("die", "SIGILL")])
@@ -226,7 +226,7 @@ def test_a_process_that_hangs_is_given_up_and_ended(fake, monkeypatch):
         with pytest.raises(PeerError, match=r"no answer within 0\.2 s"):
             process.wait_ready(0.2)
         monkeypatch.setattr("cpu.process.END_S", 0.1)
-    assert process.processes() == []
+    assert process.session.processes() == []
 
 
 # Environments

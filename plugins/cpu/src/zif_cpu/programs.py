@@ -82,12 +82,19 @@ class Program:
         self._inputs.positions.copy_(inputs.positions)
         for step in self._steps:
             step.fill(prepared[step.group])
-        for part in self._parts:
-            if isinstance(part, ctypes.Array):
-                self._run(part, len(part))
-            else:
-                part()
-        return self._output.clone()
+        # What torch computes here is small. Its threads would wait for one another, and then for work, on processors
+        # where the library's threads wait for the next native call.
+        num_threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            for part in self._parts:
+                if isinstance(part, ctypes.Array):
+                    self._run(part, len(part))
+                else:
+                    part()
+            return self._output.clone()
+        finally:
+            torch.set_num_threads(num_threads)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ import gc
 import pytest
 import torch
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from zif.contract import Activation
 from zif_cpu.operators import NativeOps
@@ -51,6 +52,19 @@ class Forward:
 def inputs(num_tokens, seed):
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, 50, (num_tokens,), generator=generator), torch.arange(num_tokens) + seed
+
+
+class ThreadsOfCosine(TorchDispatchMode):
+    """Notes how many threads torch has when it computes a cosine."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        if function is torch.ops.aten.cos.default:
+            self.seen.append(torch.get_num_threads())
+        return function(*arguments, **(named or {}))
 
 
 @pytest.fixture
@@ -145,3 +159,19 @@ def test_a_pass_that_needs_too_much_memory_is_refused():
     recorder = Recorder(Slab(1 << 16))
     with pytest.raises(NotRecordableError, match="more than"), recorder:
         torch.empty(1 << 15)
+
+
+def test_torchs_part_of_a_program_has_one_thread(forward, library):
+    """Threads of two pools would wait for each other on the same processors."""
+    wrapped = StepPrograms(library, (forward.ops,)).wrap(forward)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for seed in range(2):
+            wrapped(*inputs(3, seed), Attend())
+        with ThreadsOfCosine() as cosines:
+            wrapped(*inputs(3, 2), Attend())
+        assert cosines.seen == [1]
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
