@@ -32,6 +32,14 @@ def test_the_device_uses_the_cores_it_may_and_puts_the_threads_back(plan):
     assert torch.get_num_threads() == before
 
 
+def test_a_step_leaves_torch_the_threads_that_it_had(plan):
+    device = HostDevice(plan, 0, 3)
+    with device.watch():
+        torch.set_num_threads(1)
+    assert torch.get_num_threads() == 3
+    device.close()
+
+
 def test_settings_go_before_the_cores(plan, monkeypatch):
     monkeypatch.setenv("ZIF_CPU_THREADS", "1")
     device = CpuPlatform().open(plan, 0)

@@ -18,6 +18,8 @@ from support.greedy_parity import (
     settings,
 )
 from zif import LLM, SamplingParams
+from zif_cpu.library import choose_kernels
+from zif_cpu.programs import Program
 
 IMPLEMENTATIONS = ("native", "transformers")
 
@@ -58,3 +60,16 @@ def test_second_identical_prompt_computes_one_block_and_one_token_at_most(
     assert cold.num_cached_tokens == 0
     assert len(warm.prompt_token_ids) - warm.num_cached_tokens <= block_size + 1
     assert warm.outputs[0].token_ids == cold.outputs[0].token_ids
+
+
+@pytest.mark.skipif(choose_kernels(None).isa is None, reason="no native kernels here: there is nothing to record")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_steps_of_few_tokens_are_recorded(family: str, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One operation that cannot be repeated makes all steps of a model run call by call, which nothing else shows."""
+    repeated = []
+    run = Program.__call__
+    monkeypatch.setattr(Program, "__call__", lambda *arguments: repeated.append(1) or run(*arguments))
+    greedy = SamplingParams(temperature=0.0, max_tokens=NUM_OUTPUT_TOKENS, ignore_eos=True)
+    with LLM.from_settings(settings(checkpoint(family, root), model_impl="native")) as llm:
+        llm.generate({"prompt_token_ids": list(prompts()[7])}, greedy, use_tqdm=False)
+    assert repeated

@@ -1,5 +1,7 @@
 """A device whose memory is the host's and whose computation is synchronous: the services of one worker process."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -59,6 +61,15 @@ class HostDevice(Device):
 
     def synchronize(self) -> None:
         """Return at once: every call of torch on a CPU has run when it returns."""
+
+    @contextmanager
+    def watch(self) -> Iterator[None]:
+        """Give torch its threads back at the end: graphs may leave it one."""
+        num_threads = torch.get_num_threads()
+        try:
+            yield
+        finally:
+            torch.set_num_threads(num_threads)
 
     def health(self, deadline_s: float) -> Health:
         if self._closed:

@@ -131,7 +131,7 @@ def _check_experts(expert_ids: torch.Tensor, num_experts: int) -> None:
 
 def _wide(x: torch.Tensor) -> torch.Tensor:
     """Return x as float32, or as it is where it is wider."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def _rotate_halves(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -67,7 +67,10 @@ class _StepRows:
 
 
 class Program:
-    """One recorded pass. Not for use by several threads at a time."""
+    """One recorded pass. Not for use by several threads at a time.
+
+    Leaves torch one thread; `HostDevice.watch`, in which every step runs, gives back what it had.
+    """
 
     def __init__(self, library: Library, recorder: Recorder, inputs: "_Inputs", output: torch.Tensor) -> None:
         self._run = library.raw.zif_cpu_run
@@ -82,19 +85,15 @@ class Program:
         self._inputs.positions.copy_(inputs.positions)
         for step in self._steps:
             step.fill(prepared[step.group])
-        # What torch computes here is small. Its threads would wait for one another, and then for work, on processors
-        # where the library's threads wait for the next native call.
-        num_threads = torch.get_num_threads()
+        # What torch computes here, and with the rows that are sampled, is small. Its threads would wait for one another
+        # on processors where the library's threads wait for the next native call.
         torch.set_num_threads(1)
-        try:
-            for part in self._parts:
-                if isinstance(part, ctypes.Array):
-                    self._run(part, len(part))
-                else:
-                    part()
-            return self._output.clone()
-        finally:
-            torch.set_num_threads(num_threads)
+        for part in self._parts:
+            if isinstance(part, ctypes.Array):
+                self._run(part, len(part))
+            else:
+                part()
+        return self._output.clone()
 
 
 @dataclass(frozen=True, slots=True)
