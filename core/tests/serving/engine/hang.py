@@ -90,12 +90,12 @@ class Verdict:
         print(f"{'ok    ' if right else 'WRONG '} {text}", flush=True)
 
 
-def wait(condition: Callable[[], bool]) -> float:
+def wait(condition: Callable[[], bool], patience_s: float = PATIENCE_S) -> float:
     """Wait until a condition holds; return after how many seconds. Raises `TimeoutError`."""
     begin_s = time.monotonic()
     while not condition():
-        if time.monotonic() > begin_s + PATIENCE_S:
-            raise TimeoutError(f"waited {PATIENCE_S:g} s in vain")
+        if time.monotonic() > begin_s + patience_s:
+            raise TimeoutError(f"waited {patience_s:g} s in vain")
         time.sleep(LOOK_S)
     return time.monotonic() - begin_s
 
@@ -159,7 +159,7 @@ def prove_hang(environment: dict[str, str], verdict: Verdict, kill_after_s: int)
             alive.append(server.ask("/livez")[0] == 200)
             return hung.ended_s is not None
 
-        ended_s = told_s + wait(has_ended)
+        ended_s = told_s + wait(has_ended, kill_after_s + PATIENCE_S)
         verdict.note(f"the hung request ends with {hung.result} after {ended_s:.1f} s", right=hung.result == 503)
         too_late_s = told_s + kill_after_s + AT_ONCE_S
         verdict.note(
