@@ -6,7 +6,6 @@ import pytest
 
 from zif import LLM, SamplingParams
 from zif.accelerator.faults import device_faults
-from zif.contract import Device
 from zif.errors import EngineError
 from zif.runtime.runner import TorchRunner
 
@@ -15,9 +14,9 @@ SMALL = {"max_num_seqs": 4, "max_model_len": 64, "kv_bytes": 1 << 24}
 
 
 def test_a_lost_device_ends_the_engine_and_is_closed(monkeypatch):
-    monkeypatch.setattr(Device, "watch", lambda device: device_faults(device.array_device))
     llm = LLM(MODEL, platform="cpu", **SMALL)
     device = llm._engine._parts.device
+    monkeypatch.setattr(type(device), "watch", lambda device: device_faults(device.array_device))
     llm.generate(["a"], SamplingParams(max_tokens=2), use_tqdm=False)
 
     def fail(*_):
