@@ -16,7 +16,7 @@ import openai
 
 from serving.fakes import CHECKPOINT, MODEL_INFO, FakeEngine
 from zif.serving.anthropic.api import AnthropicApi
-from zif.serving.chat_service import ChatService
+from zif.serving.chat.service import ChatService
 from zif.serving.http.app import build_app
 from zif.serving.http.settings import ServeSettings
 from zif.serving.responses.api import ResponsesApi

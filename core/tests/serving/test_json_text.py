@@ -15,7 +15,7 @@ from serving.hermes_model import PARAMETERS, replace_info, write_model
 from serving.http.calls import call
 from zif.serving.anthropic.api import AnthropicApi
 from zif.serving.anthropic.cut_json import readable_members
-from zif.serving.chat_service import ChatService
+from zif.serving.chat.service import ChatService
 from zif.serving.http.app import build_app
 from zif.serving.http.settings import ServeSettings
 from zif.serving.json_text import read_json, whole_characters

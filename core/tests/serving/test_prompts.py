@@ -10,8 +10,8 @@ from zif.contract import SamplingParams
 from zif.errors import RequestError
 from zif.parsing.events import ReasoningPiece, TextPiece, ToolCallBegin
 from zif.serving.answers import EngineUnavailableError
-from zif.serving.chat_formats import ChatFormat
-from zif.serving.chat_service import ChatService, ChatTurn
+from zif.serving.chat.formats import ChatFormat
+from zif.serving.chat.service import ChatService, ChatTurn
 from zif.serving.http.exchange import Caller, RequestRecord
 from zif.serving.openai.logprobs import byte_alphabet, bytes_of_spelling
 from zif.serving.prompts import INLINE_CHARACTERS, MAX_DECODED_TOKENS, Prompts

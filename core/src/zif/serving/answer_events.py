@@ -5,7 +5,7 @@ from contextlib import aclosing
 from typing import Protocol
 
 from zif.serving.answer_parts import PartEvent
-from zif.serving.chat_service import ChatAnswer, ChatDelta
+from zif.serving.chat.service import ChatAnswer, ChatDelta
 from zif.serving.openai.samples import check_end
 
 

@@ -5,7 +5,7 @@ Structs are encoded as arrays by msgspec; unknown types and missing fields are r
 
 from collections.abc import AsyncGenerator
 from enum import StrEnum
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 import msgspec
 
@@ -178,3 +178,34 @@ class EngineClient(Protocol):
     async def reset_prefix_cache(self) -> None:
         """Forget every computed prefix."""
         ...
+
+
+E = TypeVar("E", bound=EngineClient)
+
+
+class EngineAround(Generic[E]):
+    """An engine around `engine`, to which all but prompts is passed on; a subclass says what becomes of these.
+
+    A subclass is an `EngineClient` once it has `generate` and `check_room`.
+    """
+
+    def __init__(self, engine: E) -> None:
+        self._engine = engine
+
+    @property
+    def info(self) -> ModelInfo:
+        return self._engine.info
+
+    @property
+    def state(self) -> EngineState:
+        return self._engine.state
+
+    @property
+    def stats(self) -> EngineStats | None:
+        return self._engine.stats
+
+    def problem(self) -> str | None:
+        return self._engine.problem()
+
+    async def reset_prefix_cache(self) -> None:
+        await self._engine.reset_prefix_cache()

@@ -16,7 +16,7 @@ from zif.serving.batch.journal import Journal
 from zif.serving.batch.patience import PatientEngine
 from zif.serving.batch.requests import parse_request
 from zif.serving.batch.run import BatchRun, RunLimits, Tally, survey
-from zif.serving.chat_service import ChatService
+from zif.serving.chat.service import ChatService
 from zif.serving.engine.admission import Capacity
 from zif.serving.http.app import build_app
 from zif.serving.http.settings import ServeSettings

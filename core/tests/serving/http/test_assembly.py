@@ -8,7 +8,7 @@ import pytest
 from serving.fakes import FakeEngine
 from serving.http.calls import call
 from zif.serving.anthropic.api import AnthropicApi
-from zif.serving.chat_service import ChatService
+from zif.serving.chat.service import ChatService
 from zif.serving.http.app import build_app
 from zif.serving.http.auth import parse_keys
 from zif.serving.http.exchange import AuthScope

@@ -7,7 +7,7 @@ import pytest
 from serving.fakes import FakeEngine
 from serving.http.fuzz import Generator, fuzz
 from zif.serving.anthropic.api import AnthropicApi
-from zif.serving.chat_service import ChatService
+from zif.serving.chat.service import ChatService
 from zif.serving.http.app import build_app
 from zif.serving.http.openapi import openapi_document
 from zif.serving.http.settings import ServeSettings

@@ -12,7 +12,7 @@ from msgspec.structs import replace
 
 from serving.fakes import CHECKPOINT, MODEL_INFO, FakeEngine, Script
 from serving.http.calls import call
-from zif.serving.chat_service import ChatService
+from zif.serving.chat.service import ChatService
 from zif.serving.http.app import build_app
 from zif.serving.http.settings import ServeSettings
 from zif.serving.openai.api import openai_routes

@@ -12,7 +12,7 @@ from serving.http.calls import Call
 from serving.openai.served import CALL, HELLO, WEATHER, Served, no_thinking, said, serve, write_model
 from zif.errors import RequestError
 from zif.serving.answers import EngineUnavailableError, OverloadedError
-from zif.serving.chat_service import ChatService
+from zif.serving.chat.service import ChatService
 from zif.serving.http.app import build_app
 from zif.serving.http.settings import ServeSettings
 from zif.serving.openai.api import openai_routes

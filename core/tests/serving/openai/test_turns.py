@@ -10,7 +10,7 @@ from serving.anthropic.asked import ASK
 from serving.fakes import FakeEngine, Script
 from serving.http.calls import call
 from zif.serving.anthropic.api import AnthropicApi
-from zif.serving.chat_service import ChatService
+from zif.serving.chat.service import ChatService
 from zif.serving.http.app import build_app
 from zif.serving.http.exchange import Headers
 from zif.serving.http.settings import ServeSettings

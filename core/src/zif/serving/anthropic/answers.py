@@ -13,7 +13,7 @@ import msgspec
 
 from zif.serving.answer_parts import AnswerParts, Part, PartBegun, PartEnded, PartEvent, PartGrown, PartKind
 from zif.serving.anthropic.cut_json import readable_members
-from zif.serving.chat_service import ChatAnswer, ChatDelta
+from zif.serving.chat.service import ChatAnswer, ChatDelta
 from zif.serving.http.exchange import event
 from zif.serving.ids import new_id
 from zif.serving.openai.usage import new_call_id

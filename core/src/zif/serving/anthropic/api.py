@@ -5,7 +5,7 @@ from zif.serving.anthropic.answers import PING, MessageAnswer, MessageWriter, To
 from zif.serving.anthropic.chats import chat_of
 from zif.serving.anthropic.errors import AnthropicErrors
 from zif.serving.anthropic.requests import NO_EFFECT, NO_EFFECT_CREATE, CountTokens, CreateMessage
-from zif.serving.chat_service import ChatService
+from zif.serving.chat.service import ChatService
 from zif.serving.http.exchange import AuthScope, Request, Response, Stream, json_response
 from zif.serving.http.registry import Route, ServerContext
 from zif.serving.openai.models import served_model

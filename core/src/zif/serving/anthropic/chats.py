@@ -22,8 +22,8 @@ from zif.serving.anthropic.requests import (
     ToolResultBlock,
     ToolUseBlock,
 )
-from zif.serving.chat_turn import ChatTurn, ToolChoice, ToolMode
-from zif.serving.conversation import Conversation
+from zif.serving.chat.conversation import Conversation
+from zif.serving.chat.turn import ChatTurn, ToolChoice, ToolMode
 from zif.serving.http.errors import ApiError
 from zif.serving.openai.fields import invalid, refuse
 

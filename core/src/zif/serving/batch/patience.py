@@ -11,15 +11,7 @@ from contextvars import ContextVar
 from typing import Protocol
 
 from zif.contract import SamplingParams
-from zif.serving.answers import (
-    AnswerDelta,
-    EngineClient,
-    EnginePrompt,
-    EngineState,
-    EngineStats,
-    ModelInfo,
-    OverloadedError,
-)
+from zif.serving.answers import AnswerDelta, EngineAround, EngineClient, EnginePrompt, OverloadedError
 from zif.serving.engine.admission import Admission, Capacity
 
 MAX_PREPARING = 64
@@ -49,36 +41,18 @@ class _Place:
 _place: ContextVar[_Place | None] = ContextVar("zif_batch_place", default=None)
 
 
-class PatientEngine:
+class PatientEngine(EngineAround[RestartedEngine]):
     """Pass everything on to `engine`, and each prompt when `capacity` has room for it, in order of arrival."""
 
     def __init__(self, engine: RestartedEngine, capacity: Capacity) -> None:
-        self._engine = engine
+        super().__init__(engine)
         self._admission = Admission(capacity)
         self._turn = asyncio.Lock()
         self._ended = asyncio.Event()
         self._places = asyncio.Semaphore(MAX_PREPARING)
 
-    @property
-    def info(self) -> ModelInfo:
-        return self._engine.info
-
-    @property
-    def state(self) -> EngineState:
-        return self._engine.state
-
-    @property
-    def stats(self) -> EngineStats | None:
-        return self._engine.stats
-
-    def problem(self) -> str | None:
-        return self._engine.problem()
-
     def check_room(self) -> None:
         """There is room for all: prompts wait here."""
-
-    async def reset_prefix_cache(self) -> None:
-        await self._engine.reset_prefix_cache()
 
     async def wait_ready(self) -> None:
         """Wait until requests are taken. Raises `EngineUnavailableError` when they never will be."""

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from zif.errors import RequestError
 from zif.serving.answers import EngineClient
 from zif.serving.anthropic.api import AnthropicApi
-from zif.serving.chat_service import ChatService
+from zif.serving.chat.service import ChatService
 from zif.serving.http.registry import Route
 from zif.serving.http.settings import ServeSettings
 from zif.serving.openai.api import openai_routes

@@ -1,6 +1,6 @@
 """All routes of the OpenAI API, for the server that registers them."""
 
-from zif.serving.chat_service import ChatService
+from zif.serving.chat.service import ChatService
 from zif.serving.http.registry import Route
 from zif.serving.openai.chat import ChatApi
 from zif.serving.openai.completions import CompletionsApi

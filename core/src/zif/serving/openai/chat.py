@@ -3,7 +3,7 @@
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
-from zif.serving.chat_service import ChatAnswer, ChatService, ChatTurn
+from zif.serving.chat.service import ChatAnswer, ChatService, ChatTurn
 from zif.serving.http.exchange import AuthScope, Request, Response, Stream, json_response
 from zif.serving.http.registry import Route, ServerContext
 from zif.serving.openai.chat_answer import ChatCompletion

@@ -7,7 +7,7 @@ import msgspec
 from msgspec import Meta
 
 from zif.contract import SamplingParams, StructuredOutput
-from zif.serving.chat_turn import MAX_MESSAGES, MAX_TOOLS, ChatTurn
+from zif.serving.chat.turn import MAX_MESSAGES, MAX_TOOLS, ChatTurn
 from zif.serving.openai.fields import (
     NO_EFFECT,
     REFUSED,

@@ -8,7 +8,7 @@ from msgspec import UNSET, UnsetType
 
 from zif.parsing.events import ParseEvent, ReasoningPiece, TextPiece, ToolCallArguments, ToolCallBegin
 from zif.serving.answers import PositionLogprobs
-from zif.serving.chat_service import ChatAnswer, ChatDelta
+from zif.serving.chat.service import ChatAnswer, ChatDelta
 from zif.serving.http.exchange import event
 from zif.serving.openai.chat_answer import (
     ChatChoice,

@@ -10,7 +10,7 @@ import msgspec
 from zif.contract import SamplingParams
 from zif.errors import RequestError
 from zif.serving.answers import AnswerDelta, EngineClient, EnginePrompt
-from zif.serving.chat_service import ChatService, note_answer, note_prompt
+from zif.serving.chat.service import ChatService, note_answer, note_prompt
 from zif.serving.http.exchange import AuthScope, Request, RequestRecord, Response, Stream, event, json_response
 from zif.serving.http.registry import Route, ServerContext
 from zif.serving.openai.completion_answer import Completion, CompletionChoice

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from zif.contract import StructuredOutput
-from zif.serving.chat_turn import MAX_TOOLS, ToolChoice, ToolMode
+from zif.serving.chat.turn import MAX_TOOLS, ToolChoice, ToolMode
 from zif.serving.http.errors import ApiError
 from zif.serving.openai.fields import invalid
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from zif.engine.pooling import POOLED_SAMPLING, PoolingParams, PoolingTask, cosine
 from zif.errors import RequestError
 from zif.serving.answers import AnswerDelta, EngineClient, EnginePrompt
-from zif.serving.chat_service import note_answer
+from zif.serving.chat.service import note_answer
 from zif.serving.http.errors import ApiError, FailureKind
 from zif.serving.http.exchange import Caller, RequestRecord
 from zif.serving.openai.fields import invalid

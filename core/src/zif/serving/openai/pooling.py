@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from zif.engine.pooling import PoolingParams
-from zif.serving.chat_service import ChatService
+from zif.serving.chat.service import ChatService
 from zif.serving.http.errors import ApiError, FailureKind
 from zif.serving.http.exchange import AuthScope, Request, Response, json_response
 from zif.serving.http.registry import Handler, Route, ServerContext

@@ -7,7 +7,7 @@ import msgspec
 from msgspec import Meta
 
 from zif.contract import SamplingParams
-from zif.serving.chat_turn import MAX_MESSAGES, MAX_TOOLS
+from zif.serving.chat.turn import MAX_MESSAGES, MAX_TOOLS
 from zif.serving.openai.fields import ChatMessage, ChatTool, Name, TokenId
 from zif.serving.prompts import MAX_DECODED_TOKENS
 

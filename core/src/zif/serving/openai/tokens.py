@@ -1,8 +1,8 @@
 """POST /tokenize and /detokenize."""
 
 from zif.contract import SamplingParams
-from zif.serving.chat_service import ChatService
-from zif.serving.chat_turn import ChatTurn
+from zif.serving.chat.service import ChatService
+from zif.serving.chat.turn import ChatTurn
 from zif.serving.http.exchange import AuthScope, Request, Response, json_response
 from zif.serving.http.registry import Route, ServerContext
 from zif.serving.openai.fields import Refusal, invalid, refuse

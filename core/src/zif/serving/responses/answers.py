@@ -11,7 +11,7 @@ from typing import Any, Literal, TypedDict
 import msgspec
 
 from zif.serving.answer_parts import AnswerParts, Part, PartBegun, PartEnded, PartEvent, PartGrown, PartKind
-from zif.serving.chat_service import ChatAnswer, ChatDelta
+from zif.serving.chat.service import ChatAnswer, ChatDelta
 from zif.serving.http.errors import Failure, FailureKind
 from zif.serving.http.exchange import event
 from zif.serving.ids import new_id

@@ -9,7 +9,7 @@ from contextlib import aclosing
 from zif.errors import RequestError
 from zif.serving.answer_events import event_frames, read_whole
 from zif.serving.answers import EngineUnavailableError, OverloadedError
-from zif.serving.chat_service import ChatAnswer, ChatService
+from zif.serving.chat.service import ChatAnswer, ChatService
 from zif.serving.http.errors import ApiError, failure_of
 from zif.serving.http.exchange import AuthScope, Request, RequestRecord, Response, Stream, json_response
 from zif.serving.http.registry import Route, ServerContext

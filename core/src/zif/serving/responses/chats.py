@@ -7,8 +7,8 @@ from typing import Any, TypeVar
 import msgspec
 
 from zif.contract import SamplingParams, StructuredOutput
-from zif.serving.chat_turn import ChatTurn, ToolChoice, ToolMode
-from zif.serving.conversation import Conversation
+from zif.serving.chat.conversation import Conversation
+from zif.serving.chat.turn import ChatTurn, ToolChoice, ToolMode
 from zif.serving.openai.fields import invalid, refuse
 from zif.serving.responses.requests import (
     REFUSED,

@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from zif.serving.chat_turn import MAX_MESSAGES, MAX_TOOLS
-from zif.serving.conversation import TOOL_NAME
+from zif.serving.chat.conversation import TOOL_NAME
+from zif.serving.chat.turn import MAX_MESSAGES, MAX_TOOLS
 from zif.serving.openai.fields import MAX_INT, Identity, Metadata, Name, Penalty, Refusal, StreamOptions
 
 MAX_TEXT = 2**24

@@ -12,12 +12,10 @@ from zif.contract import SamplingParams
 from zif.errors import RequestError
 from zif.serving.answers import (
     AnswerDelta,
+    EngineAround,
     EngineClient,
     EnginePrompt,
-    EngineState,
-    EngineStats,
     EngineUnavailableError,
-    ModelInfo,
     OverloadedError,
 )
 from zif.serving.telemetry.metrics import ServerMetrics
@@ -26,30 +24,15 @@ ABORTED = "abort"
 FAILED = "error"
 
 
-class MeteredEngine:
+class MeteredEngine(EngineAround[EngineClient]):
     """Pass everything on to `engine`, and tell `metrics` of every prompt. `clock` gives seconds, from any origin."""
 
     def __init__(
         self, engine: EngineClient, metrics: ServerMetrics, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._engine = engine
+        super().__init__(engine)
         self._metrics = metrics
         self._clock = clock
-
-    @property
-    def info(self) -> ModelInfo:
-        return self._engine.info
-
-    @property
-    def state(self) -> EngineState:
-        return self._engine.state
-
-    @property
-    def stats(self) -> EngineStats | None:
-        return self._engine.stats
-
-    def problem(self) -> str | None:
-        return self._engine.problem()
 
     def check_room(self) -> None:
         try:
@@ -84,9 +67,6 @@ class MeteredEngine:
             raise
         finally:
             watch.end(self._clock())
-
-    async def reset_prefix_cache(self) -> None:
-        await self._engine.reset_prefix_cache()
 
 
 class AnswerWatch:

@@ -10,9 +10,9 @@ from serving.fakes import CHECKPOINT
 from zif import LLM, SamplingParams, StructuredOutput
 from zif.parsing.events import TextPiece, ToolCallArguments, ToolCallBegin, ToolCallEnd
 from zif.parsing.formats import load_format
-from zif.serving.answer_plans import plan_answer
-from zif.serving.chat_formats import ChatFormat
-from zif.serving.chat_turn import ChatTurn
+from zif.serving.chat.formats import ChatFormat
+from zif.serving.chat.plans import plan_answer
+from zif.serving.chat.turn import ChatTurn
 from zif.text.tokenizer import load_tokenizer
 
 SCHEMAS = {

@@ -26,7 +26,7 @@ class Conversation:
 
     @property
     def messages(self) -> list[Mapping[str, Any]]:
-        """Return the messages so far, in the form of `zif.serving.chat_service.ChatTurn`."""
+        """Return the messages so far, in the form of `zif.serving.chat.turn.ChatTurn`."""
         return [_finished(message) for message in self._messages]
 
     @property

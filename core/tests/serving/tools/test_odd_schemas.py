@@ -11,7 +11,7 @@ from serving.hermes_model import MODEL, replace_info, write_model
 from serving.http.calls import call
 from serving.test_odd_requests import changed, odd_values, places_of
 from zif.parsing.formats import format_names
-from zif.serving.chat_service import ChatService
+from zif.serving.chat.service import ChatService
 from zif.serving.http.app import build_app
 from zif.serving.http.settings import ServeSettings
 from zif.serving.openai.api import openai_routes

@@ -7,10 +7,10 @@ from typing import Any
 
 from zif.errors import RequestError
 from zif.parsing.formats import Format, Reads
-from zif.serving.declared_parameters import DeclaredParameters, SchemaSteps
-from zif.serving.lark_rules import LarkRules
-from zif.serving.tool_constraints import SPACING
-from zif.serving.tool_schemas import ANY_OBJECT, ToolSchemas
+from zif.serving.tools.forced import SPACING
+from zif.serving.tools.lark import LarkRules
+from zif.serving.tools.parameters import DeclaredParameters, SchemaSteps
+from zif.serving.tools.schemas import ANY_OBJECT, ToolSchemas
 
 _RAW = (frozenset({"string"}), frozenset({"string", "null"}))
 """Types of parameters that are written without quotes: whatever text stands there is a value of them."""

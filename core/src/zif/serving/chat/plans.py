@@ -16,11 +16,11 @@ from typing import Protocol
 from zif.contract import SamplingParams, StructuredOutput
 from zif.errors import RequestError
 from zif.parsing.events import ParseEvent
-from zif.serving.call_grammar import CallableTools, CallGrammar
-from zif.serving.chat_formats import ChatFormat, PlainText
-from zif.serving.chat_turn import ChatTurn, Tool, ToolMode
-from zif.serving.form_or_calls import FormOrCalls
-from zif.serving.tool_constraints import NamedCall, RequiredCalls, named_call_form, required_calls_form
+from zif.serving.chat.formats import ChatFormat, PlainText
+from zif.serving.chat.turn import ChatTurn, Tool, ToolMode
+from zif.serving.tools.forced import NamedCall, RequiredCalls, named_call_form, required_calls_form
+from zif.serving.tools.form_or_calls import FormOrCalls
+from zif.serving.tools.grammar import CallableTools, CallGrammar
 
 
 class AnswerParser(Protocol):

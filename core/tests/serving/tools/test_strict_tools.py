@@ -8,7 +8,7 @@ from serving.fakes import Script
 from serving.hermes_model import MODEL, PARAMETERS, Served, write_model
 from serving.http.calls import call
 from zif.errors import RequestError
-from zif.serving.chat_service import ChatService
+from zif.serving.chat.service import ChatService
 from zif.serving.http.app import build_app
 from zif.serving.http.settings import ServeSettings
 from zif.serving.openai.api import openai_routes

@@ -19,7 +19,6 @@ from pathlib import Path
 from zif.contract import SamplingParams, StructuredOutput
 from zif.errors import RequestError
 from zif.parsing.events import ParseEvent, ReasoningPiece, ToolCallBegin, ToolCallEnd
-from zif.serving.answer_plans import AnswerParser, AnswerPlan, plan_answer
 from zif.serving.answers import (
     AnswerDelta,
     EngineClient,
@@ -27,8 +26,9 @@ from zif.serving.answers import (
     PositionLogprobs,
     SampleDelta,
 )
-from zif.serving.chat_formats import ChatFormat
-from zif.serving.chat_turn import (
+from zif.serving.chat.formats import ChatFormat
+from zif.serving.chat.plans import AnswerParser, AnswerPlan, plan_answer
+from zif.serving.chat.turn import (
     ChatTurn,
     ToolChoice,
     ToolMode,

@@ -2,7 +2,7 @@
 
 What a family's calls look like comes from its format: `[written]` says how a call is written, the states say which
 markers begin one. A grammar lets every text pass that the parser takes for text, and holds what it takes for a call.
-Calls that must be made are in `tool_constraints`.
+Calls that must be made are in `forced`.
 """
 
 import json
@@ -13,9 +13,9 @@ from typing import Any
 
 from zif.errors import RequestError
 from zif.parsing.formats import Format, Reads, State
-from zif.serving.argument_rules import ArgumentRules
-from zif.serving.lark_rules import ANY_TEXT, UNBRACED_TEXT, LarkRules
-from zif.serving.tool_constraints import calls_schema
+from zif.serving.tools.arguments import ArgumentRules
+from zif.serving.tools.forced import calls_schema
+from zif.serving.tools.lark import ANY_TEXT, UNBRACED_TEXT, LarkRules
 from zif.structured.notation import WHITESPACE
 
 _CALL_NUMBER = "/[0-9]{1,3}/"

@@ -11,7 +11,7 @@ from typing import Any
 
 from zif.errors import RequestError
 from zif.parsing.parameters import parameter_types
-from zif.serving.tool_schemas import with_references
+from zif.serving.tools.schemas import with_references
 
 MAX_PARAMETERS = 256
 """Of one function."""

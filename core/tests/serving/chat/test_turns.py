@@ -6,12 +6,12 @@ from zif.contract import SamplingParams, StructuredOutput
 from zif.errors import RequestError
 from zif.parsing.events import TextPiece, ToolCallArguments, ToolCallBegin, ToolCallEnd
 from zif.parsing.formats import load_format
-from zif.serving.answer_plans import plan_answer
 from zif.serving.answers import SampleDelta
-from zif.serving.chat_formats import ChatFormat
-from zif.serving.chat_service import ChatSample
-from zif.serving.chat_turn import ChatTurn, ToolChoice, ToolMode, check_tools
-from zif.serving.tool_constraints import required_calls_schema
+from zif.serving.chat.formats import ChatFormat
+from zif.serving.chat.plans import plan_answer
+from zif.serving.chat.service import ChatSample
+from zif.serving.chat.turn import ChatTurn, ToolChoice, ToolMode, check_tools
+from zif.serving.tools.forced import required_calls_schema
 
 TOOL = {"type": "function", "function": {"name": "look"}}
 BEGIN, ARGUMENTS, END = ToolCallBegin(0, "look"), ToolCallArguments(0, '{"a": 1'), ToolCallEnd(0)

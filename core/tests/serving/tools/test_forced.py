@@ -10,7 +10,7 @@ from llguidance import LLMatcher, LLTokenizer
 
 from serving.fakes import CHECKPOINT
 from zif.parsing.events import ToolCallArguments, ToolCallBegin, ToolCallEnd
-from zif.serving.tool_constraints import NamedCall, RequiredCalls, named_call_form, required_calls_form
+from zif.serving.tools.forced import NamedCall, RequiredCalls, named_call_form, required_calls_form
 
 CITY = {
     "name": "get_weather",

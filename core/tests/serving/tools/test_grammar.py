@@ -14,9 +14,9 @@ from zif.parsing.events import TextPiece, ToolCallArguments, ToolCallBegin, Tool
 from zif.parsing.formats import format_names, load_format
 from zif.parsing.parser import Parser
 from zif.parsing.writing import WrittenCall, write_answer
-from zif.serving.call_grammar import CallableTools, CallGrammar
-from zif.serving.form_or_calls import FormOrCalls
-from zif.serving.tool_constraints import required_calls_form
+from zif.serving.tools.forced import required_calls_form
+from zif.serving.tools.form_or_calls import FormOrCalls
+from zif.serving.tools.grammar import CallableTools, CallGrammar
 from zif.structured.notation import grammar_text
 
 CITY = {

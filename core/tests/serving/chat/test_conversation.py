@@ -3,7 +3,7 @@
 import pytest
 
 from zif.errors import RequestError
-from zif.serving.conversation import Conversation
+from zif.serving.chat.conversation import Conversation
 
 
 def test_pieces_of_one_turn_become_one_message():

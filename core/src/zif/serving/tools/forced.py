@@ -10,7 +10,7 @@ from typing import Any
 
 from zif.contract import StructuredOutput
 from zif.parsing.events import ParseEvent, ToolCallArguments, ToolCallBegin, ToolCallEnd
-from zif.serving.tool_schemas import ANY_OBJECT, ToolSchemas, with_references
+from zif.serving.tools.schemas import ANY_OBJECT, ToolSchemas, with_references
 
 MAX_CALLS = 128
 MAX_HEAD_CHARACTERS = 4096

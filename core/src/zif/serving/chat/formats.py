@@ -7,7 +7,7 @@ from zif.parsing.detection import detect_format
 from zif.parsing.events import ParseEvent, TextPiece
 from zif.parsing.formats import Format, load_format
 from zif.parsing.parser import Parser
-from zif.serving.call_grammar import CallGrammar
+from zif.serving.tools.grammar import CallGrammar
 from zif.text.chat import ChatTemplates
 
 
