@@ -10,6 +10,7 @@ the engines in turn; medians of rounds are what the table shows. Greedy, fixed o
     python benchmarks/cpu.py --only-setup            make environments and weights: 18 GB, some twenty minutes
     python benchmarks/cpu.py --quick --rounds 1      shortened traffic, into results/cpu-quick.json: does it run?
     python benchmarks/cpu.py --engines zif-bf16,openvino-fp16 --workloads one,many
+    python benchmarks/cpu.py --isa avx512_vnni       as a processor without AMX: results/cpu-avx512_vnni.json
     python benchmarks/cpu.py --table                 print the report of what was measured
     python benchmarks/cpu.py --readme README.md      write the README's section; with --check, only compare
 
@@ -22,6 +23,7 @@ import shlex
 import sys
 from pathlib import Path
 
+from cpu import cap
 from cpu.engines import ENGINES, engine, num_cores
 from cpu.environments import CACHE, PeerError
 from cpu.plot import svg
@@ -35,7 +37,7 @@ RESULTS = Path(__file__).parent / "results"
 
 def main() -> int:
     options = _parser().parse_args()
-    path = options.json or RESULTS / ("cpu-quick.json" if options.quick else "cpu.json")
+    path = options.json or RESULTS / f"{_stem(options)}.json"
     if options.table:
         print(report(read(path)), end="")
         return 0
@@ -48,7 +50,7 @@ def main() -> int:
         return 2
     if options.only_setup:
         return 1 if set_up(plan) else 0
-    results = Results.begin(path, options.quick, options.fresh)
+    results = Results.begin(path, options.quick, options.fresh, options.isa)
     try:
         run(plan, results)
     finally:
@@ -58,6 +60,11 @@ def main() -> int:
             path.with_suffix(".svg").write_text(svg(written))
     print(report(results.data), end="")
     return 0
+
+
+def _stem(options: argparse.Namespace) -> str:
+    """Return the name of the files of results: what is capped or shortened has files of its own."""
+    return "-".join(["cpu", *([options.isa] if options.isa else []), *(["quick"] if options.quick else [])])
 
 
 def _readme(readme: Path, path: Path, only_compare: bool) -> int:
@@ -80,15 +87,17 @@ def _plan(options: argparse.Namespace) -> Plan:
             raise PeerError(f"there is no workload {name!r}; there are {', '.join(known)}")
     default = [entry.name for entry in ENGINES if entry.by_default]
     engines = [engine(name) for name in (options.engines.split(",") if options.engines else default)]
+    folder = options.environments.expanduser().resolve()
     return Plan(
         engines=engines,
         workloads={name: known[name] for name in names},
         num_rounds=options.rounds,
-        folder=options.environments.expanduser().resolve(),
+        folder=folder,
         threads=options.threads,
         idle_s=options.idle_s,
         timeout_s=options.timeout_s,
         num_other_rounds=options.other_rounds,
+        cap=cap.prepare(folder, options.isa) if options.isa else None,
         command=shlex.join(["python", "benchmarks/cpu.py", *sys.argv[1:]]),
     )
 
@@ -100,6 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=3, help="how often each engine runs in turn")
     parser.add_argument("--other-rounds", type=int, default=1, help=f"of workloads other than {', '.join(MAIN)}")
     parser.add_argument("--quick", action="store_true", help="an eighth of the output")
+    parser.add_argument("--isa", choices=cap.SWITCHES, help="compute as a processor with no more than this")
     parser.add_argument("--threads", type=int, default=num_cores(), help="threads of every engine; default: cores")
     parser.add_argument("--idle-s", type=float, default=10.0, help="how long zif is watched idle; 0: not at all")
     parser.add_argument("--timeout-s", type=float, default=600.0, help="longest time of one workload")

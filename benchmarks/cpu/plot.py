@@ -18,12 +18,13 @@ def svg(data: Mapping[str, Any], names: tuple[str, ...] = ("one", "eight", "many
     summary = Summary(data)
     titles = workloads(data["quick"])
     parts, top = [], 6
+    capped = f", capped at {data['isa']}" if data.get("isa") else ""
     for name in names:
         rated = [(engine, summary.figure(engine.name, name)) for engine in ENGINES]
         bars = sorted(((e, rate) for e, rate in rated if rate), key=lambda pair: -pair[1])
         if not bars:
             continue
-        parts.append(_text(6, top + 18, f"{titles[name].title}, output tokens per second", "600"))
+        parts.append(_text(6, top + 18, f"{titles[name].title}, output tokens per second{capped}", "600"))
         top += HEAD - 6
         for engine, rate in bars:
             parts += _bar(engine, rate, bars[0][1], top)

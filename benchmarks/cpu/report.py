@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from cpu import machine
+from cpu.cap import WORDS
 from cpu.engines import ENGINES, Engine
 from cpu.figures import ratio
 from cpu.markdown import UNKNOWN, flat, number, table
@@ -21,7 +22,7 @@ SCHEMES = {"bf16": "16-bit weights", "int8": "8-bit weights"}
 def report(data: Mapping[str, Any]) -> str:
     """Return the whole report."""
     summary, listed = Summary(data), _listed(data)
-    parts = ["# CPU engines on the same traffic", _preamble(data)]
+    parts = ["# CPU engines on the same traffic", _cap(data), _preamble(data)]
     for scheme, title in SCHEMES.items():
         engines = [engine for engine in listed if engine.scheme == scheme]
         parts += [f"## {title}", "Output tokens per second.", _rates(summary, engines, scheme)]
@@ -47,7 +48,7 @@ def readme_section(data: Mapping[str, Any], plot: str, full: str) -> str:
             rows.append([engine.title, *rates, number(summary.start(engine.name, "first_token_s"), " s")])
     reached = sum(_is_met(summary, target) is True for target in targets(model_shape("dense")))
     judged = sum(_is_met(summary, target) is not None for target in targets(model_shape("dense")))
-    words = (
+    words = _cap(data) + (
         f"Output tokens per second on {machine.title(data['machine'])}, {_rounds(data)}; a model of the shape of "
         "Qwen3-0.6B with random weights, the same prompts for every engine, greedy. "
         f"{reached} of {judged} targets are reached. "
@@ -90,6 +91,16 @@ def _preamble(data: Mapping[str, Any]) -> str:
         f"Medians over {_rounds(data)}; each engine runs in a process of its own, the order turns from round to round. "
         f"Floors, the best of the same rounds, products with torch: {', '.join(rates)}.\n\n"
         + "\n".join(f"    {command}" for command in data["commands"])
+    )
+
+
+def _cap(data: Mapping[str, Any]) -> str:
+    """Say under which cap the engines and the floors were measured, if there was one."""
+    if not data.get("isa"):
+        return ""
+    return (
+        f"**Capped at `{data['isa']}`: every engine computed as on a processor with {WORDS[data['isa']]}. The floors "
+        "are measured so too.** "
     )
 
 

@@ -25,15 +25,16 @@ class Results:
         self.data = data
 
     @classmethod
-    def begin(cls, path: Path, quick: bool, fresh: bool) -> "Results":
+    def begin(cls, path: Path, quick: bool, fresh: bool, isa: str | None = None) -> "Results":
         """Continue the results at `path`, or begin new ones where that is asked for or has no meaning."""
         about = machine.describe()
         if path.exists() and not fresh:
             data = read(path)
-            if data["quick"] == quick and data["machine"] == about:
+            if (data["quick"], data.get("isa"), data["machine"]) == (quick, isa, about):
                 return cls(path, data)._without_other_sources(machine.source_digest())
-            print(f"{path} is of another machine or other traffic: beginning anew", file=sys.stderr)
-        return cls(path, {**_empty(quick), "machine": about})
+            print(f"{path} is of another machine, another cap or other traffic: beginning anew", file=sys.stderr)
+        capped = {"isa": isa} if isa else {}
+        return cls(path, {**_empty(quick), **capped, "machine": about})
 
     def run_of(self, engine: str, model: str, round_index: int) -> dict[str, Any]:
         """Return the entry of an engine, a model and a round, made when it is not there."""

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cpu import machine
+from cpu.cap import Cap, why_left_out
 from cpu.engines import Engine, command_of, options_of, prepare_weights, variables_of
 from cpu.environments import PeerError, prepare, python_of
 from cpu.figures import figures_of
@@ -41,12 +42,21 @@ class Plan:
     timeout_s: float
     command: str
     num_other_rounds: int = 1
+    cap: Cap | None = None
+
+    @property
+    def variables(self) -> Mapping[str, str]:
+        """Return the environment variables that every process gets, whatever the engine."""
+        return self.cap.variables if self.cap else {}
 
 
 def set_up(plan: Plan) -> dict[str, str]:
     """Make environments and weights; return what failed, by the engine's name."""
     failed = {}
     for engine in plan.engines:
+        if reason := why_left_out(plan.cap, engine):
+            failed[engine.name] = reason
+            continue
         try:
             prepare(plan.folder, engine.environment)
             for model in models_of(plan):
@@ -86,7 +96,8 @@ def models_of(plan: Plan) -> list[str]:
 def measure_floors(plan: Plan) -> dict[str, float]:
     """Return what the machine can do now."""
     command = [str(python_of(plan.folder, "zif")), "-m", "cpu.floors", str(plan.folder), str(plan.threads)]
-    measured = subprocess.run(command, cwd=Path(__file__).parents[1], check=True, capture_output=True, text=True)
+    folder, variables = Path(__file__).parents[1], {**os.environ, **plan.variables}
+    measured = subprocess.run(command, cwd=folder, env=variables, check=True, capture_output=True, text=True)
     floors: dict[str, float] = json.loads(measured.stdout)
     return floors
 
@@ -111,8 +122,9 @@ def _run_engine(plan: Plan, results: Results, key: tuple[Engine, str, int], name
     at, subject, started = "start", f"{engine.name}, {model}", time.perf_counter()
     try:
         options = options_of(plan.folder, engine, model, plan.threads)
-        with EngineProcess(command_of(plan.folder, engine), options, variables_of(engine, plan.threads)) as process:
-            results.data["versions"][engine.name] = _start(process, entry)
+        variables = {**variables_of(engine, plan.threads), **plan.variables}
+        with EngineProcess(command_of(plan.folder, engine), options, variables) as process:
+            results.data["versions"][engine.name] = _start(process, entry, plan.cap)
             if engine.name.startswith(IDLE_ENGINES) and round_index == 0 and model == "dense" and plan.idle_s:
                 entry["idle_cores"] = _idle_cores(process, plan.idle_s)
             for at in names:
@@ -127,8 +139,11 @@ def _run_engine(plan: Plan, results: Results, key: tuple[Engine, str, int], name
     entry["took_s"] = round(time.perf_counter() - started, 1)
 
 
-def _start(process: EngineProcess, entry: dict[str, Any]) -> dict[str, Any]:
-    """Wait for the engine, have one token answered, warm it up; return what it says of itself."""
+def _start(process: EngineProcess, entry: dict[str, Any], cap: Cap | None) -> dict[str, Any]:
+    """Wait for the engine, have one token answered, warm it up; return what it says of itself.
+
+    Raises `PeerError` when one of its processes computes without the cap.
+    """
     about = process.wait_ready(START_S)
     entry["load_s"] = round(about["load_s"], 3)
     entry["ready_s"] = round(time.perf_counter() - process.started, 3)
@@ -136,7 +151,10 @@ def _start(process: EngineProcess, entry: dict[str, Any]) -> dict[str, Any]:
     entry["first_token_s"] = round(time.perf_counter() - process.started, 3)
     process.ask(warm_up().requests, START_S)
     entry["start_cpu_s"] = round(process.session.cpu_s(), 1)
-    return {"versions": about["versions"], "configuration": about["configuration"]}
+    if cap and (free := process.session.without(cap.library)):
+        raise PeerError(f"not capped at {cap.isa}: {len(free)} of its processes run without the cap")
+    capped = {"cap": cap.isa} if cap else {}
+    return {"versions": about["versions"], "configuration": {**capped, **about["configuration"]}}
 
 
 def _run_workload(process: EngineProcess, workload: Workload, timeout_s: float) -> dict[str, Any]:

@@ -43,6 +43,11 @@ class Session:
         """Return the memory that the processes hold now; a page that several share counts once among them."""
         return sum(_kilobytes(pid, "smaps_rollup", "Pss:") for pid in self.processes()) * 1024
 
+    def without(self, library: Path) -> list[int]:
+        """Return the processes that do not have the library loaded; one that has ended loads nothing and is none."""
+        maps = {pid: _maps(pid) for pid in self.processes()}
+        return [pid for pid, text in maps.items() if text and str(library) not in text]
+
     def kill(self) -> None:
         """End what is left of it at once."""
         for pid in self.processes():
@@ -65,6 +70,14 @@ def _stat(pid: str) -> list[str]:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return []
+
+
+def _maps(pid: int) -> str:
+    """Return the files that a process has mapped; nothing when the process is gone."""
+    try:
+        return Path(f"/proc/{pid}/maps").read_text()
+    except OSError:
+        return ""
 
 
 def _kilobytes(pid: int, name: str, key: str) -> int:

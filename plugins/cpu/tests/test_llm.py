@@ -1,6 +1,8 @@
 """The engine on this platform, where options of sampling, numerics and memory are real."""
 
 import math
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,6 +38,28 @@ def generate(llm: LLM, prompts: list[list[int]], *options: SamplingParams) -> li
 def random_sampling(seed: int | None = 7, **options: object) -> SamplingParams:
     values = {"temperature": 1.0, "top_p": 0.95, "top_k": 40, "max_tokens": 12, "ignore_eos": True, "seed": seed}
     return SamplingParams(**(values | options))  # type: ignore[arg-type]
+
+
+FIRST_TOKEN = """
+import gc, sys
+from zif import LLM, SamplingParams
+
+with LLM(sys.argv[1], platform="cpu", max_model_len=64) as llm:
+    llm.generate([{"prompt_token_ids": [5, 9, 13]}], SamplingParams(max_tokens=1), use_tqdm=False)
+num_full = gc.get_stats()[2]["collections"]
+print([name for name in sys.argv[2:] if name in sys.modules], num_full)
+"""
+
+NOT_FOR_THE_FIRST_TOKEN = (
+    *("jinja2", "llguidance", "mpmath", "msgspec", "psutil", "pydantic", "starlette", "sympy", "transformers", "triton"),
+    *("torch._dynamo", "torch._inductor", "torch.distributed.tensor", "zif.serving", "zif.simulation", "zif_amd.device"),
+)
+
+
+def test_first_token_needs_neither_servers_nor_compilers_nor_full_garbage_collections(model: Path) -> None:
+    command = [sys.executable, "-c", FIRST_TOKEN, str(model), *NOT_FOR_THE_FIRST_TOKEN]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.splitlines()[-1] == "[] 0"
 
 
 def test_seeded_request_gives_the_same_tokens_alone_and_in_any_batch(llm: LLM) -> None:
