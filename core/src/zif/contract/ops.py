@@ -161,6 +161,14 @@ class OpTable(ABC):
         """Do what `experts` does, each product being a `quantized_linear`. x: [T, C]. Returns [T, C], dtype of x."""
         raise NotImplementedError(f"{type(self).__name__} claims no experts of scheme {weights.gate_up.scheme.name}")
 
+    def logits(self, hidden: Array, weight: Array, bias: Array | None) -> Array | None:
+        """Do what `linear` does, in float32 without rounding to the dtype of hidden; None: core widens what it gives.
+
+        hidden: [S, C]. weight: [V, C]. bias: [V], of one dtype. Returns [S, V], float32. A row depends on its hidden
+        row alone, to the bit where `linear`'s rows do.
+        """
+        return None
+
     def choose_tokens(self, logits: Array, options: DrawOptions) -> ChosenTokens | None:
         """Choose the next token of each row on the device, or return None: core then uses the array library.
 

@@ -34,6 +34,11 @@ class Projection:
             return ops.quantized_linear(x, self.weight, self.bias)
         return ops.linear(x, self.weight, self.bias)
 
+    def logits(self, ops: OpTable, x: torch.Tensor) -> torch.Tensor:
+        """Do what `apply` does, unrounded where the platform has it so. x: [S, I]. Returns [S, O], float32."""
+        wide = None if isinstance(self.weight, QuantizedWeight) else ops.logits(x, self.weight, self.bias)
+        return self.apply(ops, x).float() if wide is None else wide
+
 
 @dataclass(frozen=True, slots=True)
 class Norm:
@@ -163,7 +168,7 @@ class Decoder(Model):
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         assert self._lm_head is not None, "the checkpoint has no output matrix"
-        logits = self._lm_head.apply(self._ops, hidden).float()
+        logits = self._lm_head.logits(self._ops, hidden)
         if self._spec.logits_divisor != 1.0:
             logits = logits / self._spec.logits_divisor
         cap = self._spec.final_softcap

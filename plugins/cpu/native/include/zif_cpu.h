@@ -6,7 +6,7 @@
 
 #include <stdint.h>
 
-#define ZIF_CPU_ABI 2
+#define ZIF_CPU_ABI 3
 
 #ifdef __cplusplus
 extern "C" {
@@ -38,7 +38,7 @@ ZIF_CPU_PUBLIC int32_t zif_cpu_keep_memory(void);
 // Operators take a struct: to a caller from another language, each argument costs as much as a row, and calls of one form
 // can be put into a list (zif_cpu_run).
 
-// y = x @ weight.T + bias, summed in float32. All of one dtype.
+// y = x @ weight.T + bias, summed in float32. All of one dtype; where `wide` is not 0, y is float32: sums as they are.
 typedef struct {
     const void* x;       // [tokens, inputs], first axis strided
     const void* weight;  // [outputs, inputs]
@@ -49,6 +49,7 @@ typedef struct {
     int64_t inputs;
     int64_t outputs;
     int32_t dtype;
+    int32_t wide;
 } zif_cpu_product;
 
 ZIF_CPU_PUBLIC void zif_cpu_linear(const zif_cpu_product* call);

@@ -274,22 +274,16 @@ __attribute__((always_inline)) inline Float sums_of(Float* vectors) {
     return vectors[0];
 }
 
-// Add the products of a vector of words of kRows rows with each of kLanes / kRows keys, of whose elements `left` are.
+// Add the products of a vector of words of kRows rows with a key's, of whose elements `left` are.
 template <bool kPairs, class C, int kRows, bool kAsk>
 __attribute__((always_inline)) inline void add_products(Float* sums, const float* query, int64_t words,
-                                                        const char* const* rows, int64_t at, int64_t left) {
-    constexpr int kKeys = kLanes / kRows;
-    Float some[kRows];
+                                                        const char* const* row, int64_t at, int64_t left) {
+    const Float key = words_of<kPairs>(reinterpret_cast<const C*>(row[0]) + at, left);
+    if constexpr (kAsk) ask<kVectorElements<kPairs> * sizeof(C)>(row[kFewAhead], at * sizeof(C));
 #pragma GCC unroll 16
-    for (int row = 0; row < kRows; ++row) some[row] = load(query + row * words);
-#pragma GCC unroll 16
-    for (int key = 0; key < kKeys; ++key) {
-        const Float next = words_of<kPairs>(reinterpret_cast<const C*>(rows[key]) + at, left);
-        if constexpr (kAsk) ask<kVectorElements<kPairs> * sizeof(C)>(rows[key + kFewAhead], at * sizeof(C));
-#pragma GCC unroll 16
-        for (int row = 0; row < kRows; ++row) {
-            sums[row * kKeys + key] = add_words<kPairs>(sums[row * kKeys + key], next, some[row]);
-        }
+    for (int i = 0; i < kRows; ++i) {
+        Float& sum = sums[i * (kLanes / kRows)];
+        sum = add_words<kPairs>(sum, key, load(query + i * words));
     }
 }
 
@@ -298,11 +292,18 @@ template <bool kPairs, class C, int kRows, bool kAsk>
 inline void score_rows(const float* query, int64_t words, const char* const* rows, int64_t head_dim, float* scores) {
     constexpr int64_t kKeys = kLanes / kRows, kStep = kVectorElements<kPairs>;
     Float sums[kLanes] = {};
-    int64_t at = 0;
-    for (; at + kStep <= head_dim; at += kStep, query += kLanes) {
-        add_products<kPairs, C, kRows, kAsk>(sums, query, words, rows, at, kStep);
+    // Key by key, as they lie: memory that is read in order comes before it is asked for.
+#pragma GCC unroll 16
+    for (int key = 0; key < kKeys; ++key) {
+        const float* some = query;
+        int64_t at = 0;
+        for (; at + kStep <= head_dim; at += kStep, some += kLanes) {
+            add_products<kPairs, C, kRows, kAsk>(sums + key, some, words, rows + key, at, kStep);
+        }
+        if (at < head_dim) {
+            add_products<kPairs, C, kRows, kAsk>(sums + key, some, words, rows + key, at, head_dim - at);
+        }
     }
-    if (at < head_dim) add_products<kPairs, C, kRows, kAsk>(sums, query, words, rows, at, head_dim - at);
     float each[kLanes];
     store(each, sums_of<kLanes / 2>(sums));
     for (int i = 0; i < kRows; ++i) std::memcpy(scores + i * kScoreStride, each + i * kKeys, kKeys * sizeof(float));
@@ -322,7 +323,10 @@ inline void add_values(const float* weights, const char* const* rows, int64_t at
         Float some[kVectors];
 #pragma GCC unroll 16
         for (int i = 0; i < kVectors; ++i) {
-            ask<kLanes * sizeof(C)>(rows[key + kFewAhead], (at + i * kLanes) * sizeof(C));
+            const int64_t of_line = (kVectors > 1 ? i * kLanes : at) * sizeof(C) % 64;  // the first of several starts one
+            if (of_line < kLanes * int64_t(sizeof(C))) {
+                __builtin_prefetch(rows[key + kFewAhead] + (at + i * kLanes) * sizeof(C), 0, 2);
+            }
             some[i] = kVectors > 1 ? load_whole(value + i * kLanes) : widened(value, head_dim - at);
         }
 #pragma GCC unroll 16
@@ -341,9 +345,10 @@ inline void add_values(const float* weights, const char* const* rows, int64_t at
 template <class C, int kRows>
 inline void add_lying(const float* weights, const char* const* rows, int64_t head_dim, int64_t count, float* weighted,
                       int64_t width) {
+    constexpr int kMost = kRows > 2 ? kColumns : 2 * kColumns;  // whole rows, read in order, where there is room
     int64_t at = 0;
-    for (; at + kColumns * kLanes <= head_dim; at += kColumns * kLanes) {
-        add_values<C, kRows, kColumns>(weights, rows, at, head_dim, count, weighted, width);
+    for (; at + kMost * kLanes <= head_dim; at += kMost * kLanes) {
+        add_values<C, kRows, kMost>(weights, rows, at, head_dim, count, weighted, width);
     }
     for (; at < head_dim; at += kLanes) {
         add_values<C, kRows, 1>(weights, rows, at, head_dim, count, weighted, width);

@@ -95,20 +95,29 @@ template <class T>
 struct Target {
     T* y;
     int64_t stride;
-    const T* bias;  // by output, or null
+    const T* bias;          // by output, or null
+    float* wide = nullptr;  // takes them in place of y, if not null, as they were summed
 
     // `count` outputs from `output` on, at most a vector's.
     void put_some(int64_t token, int64_t output, Float values, int64_t count) const {
-        T* to = y + token * stride + output;
-        if (count == kLanes) {
-            store(to, bias == nullptr ? values : values + load(bias + output));
-        } else {
-            store_some(to, bias == nullptr ? values : values + load_some(bias + output, count), count);
-        }
+        if (bias != nullptr) values += count == kLanes ? load(bias + output) : load_some(bias + output, count);
+        const int64_t at = token * stride + output;
+        if (wide != nullptr) store_vector(wide + at, values, count);
+        else store_vector(y + at, values, count);
     }
 
     void put(int64_t token, int64_t output, float value) const {
-        store_one(y + token * stride + output, bias == nullptr ? value : value + to_float(bias[output]));
+        if (bias != nullptr) value += to_float(bias[output]);
+        const int64_t at = token * stride + output;
+        if (wide != nullptr) wide[at] = value;
+        else store_one(y + at, value);
+    }
+
+private:
+    template <class Y>
+    static void store_vector(Y* to, Float values, int64_t count) {
+        if (count == kLanes) store(to, values);
+        else store_some(to, values, count);
     }
 };
 

@@ -31,9 +31,11 @@ inline void linear_of(const zif_cpu_product& call) {
         void* const memory = scratch(0, 0, Operand<T>::bytes(count, inputs));
         const T* x = static_cast<const T*>(call.x) + first * call.x_stride;
         const Operand<T> operand(x, call.x_stride, count, inputs, memory);
-        const Target<T> target = {static_cast<T*>(call.y) + first * outputs, outputs, static_cast<const T*>(call.bias)};
+        const int64_t begin = first * outputs;
+        float* wide = call.wide ? static_cast<float*>(call.y) + begin : nullptr;
+        const Target<T> target = {static_cast<T*>(call.y) + begin, outputs, static_cast<const T*>(call.bias), wide};
         const bool many = Operand<T>::many(count);
-        const int64_t chunk = many ? large_chunk(outputs, operand.num_blocks()) : kChunk;
+        const int64_t chunk = many ? large_chunk(outputs, operand.num_blocks()) : few_chunk(outputs);
         multiply_rows(operand, static_cast<const T*>(call.weight), outputs, target, chunk);
     }
 }

@@ -8,10 +8,17 @@ namespace zif {
 namespace ZIF_ISA {
 namespace {
 
-constexpr int64_t kChunk = 32;     // outputs of a task, of few tokens
+constexpr int64_t kChunk = 32;     // outputs of a task are a multiple of it
 constexpr int64_t kMaxChunk = 1024;
+constexpr int64_t kMaxFewChunk = 4096;
 constexpr int64_t kTasksPerThread = 4;
 constexpr int64_t kPartRows = 16;  // rows that are made ready at once
+
+// Outputs of a task of few tokens: weights are read once, and fastest by a thread that goes on where it was.
+inline int64_t few_chunk(int64_t outputs) {
+    const int64_t share = (outputs + num_threads() - 1) / num_threads();
+    return share > kMaxFewChunk ? kMaxFewChunk : (share + kChunk - 1) / kChunk * kChunk;
+}
 
 // Outputs of a task where each of `groups` groups of many tokens is multiplied with all `outputs`.
 inline int64_t large_chunk(int64_t outputs, int64_t groups) {

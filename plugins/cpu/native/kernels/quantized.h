@@ -131,6 +131,8 @@ private:
     Way way_;
 };
 
+constexpr int64_t kFewTokens = 32;
+
 // Outputs of a task: many, so that memory is read in order for long, but so few that all threads have some.
 constexpr int64_t kTaskBytes = 256 << 10;
 
@@ -166,7 +168,7 @@ inline void multiply(const zif_cpu_quantized_product& call) {
         const int64_t outputs = call.weight.outputs;
         const Target<T> target = {static_cast<T*>(call.y) + first * outputs, outputs, static_cast<const T*>(call.bias)};
         parallel_for(activations.num_parts(), [&](int64_t part, int thread) { activations.prepare(part, thread); });
-        const int64_t chunk = chunk_rows(call.weight);
+        const int64_t chunk = tokens <= kFewTokens ? few_chunk(outputs) : chunk_rows(call.weight);
         parallel_for(num_tasks(outputs, chunk), [&](int64_t task, int thread) {
             const int64_t begin = task * chunk, end = begin + chunk < outputs ? begin + chunk : outputs;
             activations.multiply(begin, end, target, thread);

@@ -127,6 +127,23 @@ inline WeightTile weight_tile(const BFloat16* weight, int64_t inputs, int64_t ro
     return {copy, kTileInputs * 2};
 }
 
+// Write sums, [32 outputs][16 tokens], as they are.
+inline void put_wide(const float* sums, const float* bias, int64_t token, int64_t output, __mmask32 valid, int64_t tokens,
+                     const Target<BFloat16>& target) {
+    for (int64_t half = 0; half < kPairRows; half += kTile) {
+        __m512i rows[kTile];
+        for (int64_t i = 0; i < kTile; ++i) {
+            const __m512 some = _mm512_load_ps(sums + (half + i) * kTile);
+            rows[i] = bits_as<__m512i>(_mm512_add_ps(some, _mm512_set1_ps(bias[half + i])));
+        }
+        transpose_words(rows);
+        float* to = target.wide + token * target.stride + output + half;
+        for (int64_t i = 0; i < kTile && token + i < tokens; ++i) {
+            _mm512_mask_storeu_epi32(to + i * target.stride, static_cast<__mmask16>(valid >> half), rows[i]);
+        }
+    }
+}
+
 // Write sums, [32 outputs][16 tokens], to their tokens' rows.
 inline void put_pair(const float* sums, int64_t token, int64_t output, int64_t end, int64_t tokens,
                      const Target<BFloat16>& target) {
@@ -136,6 +153,7 @@ inline void put_pair(const float* sums, int64_t token, int64_t output, int64_t e
     if (target.bias != nullptr) {
         for (int64_t i = 0; i < count; ++i) bias[i] = to_float(target.bias[output + i]);
     }
+    if (target.wide != nullptr) return put_wide(sums, bias, token, output, valid, tokens, target);
     // Two outputs of a token are one word.
     const __m512i places = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
                                             21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
@@ -190,13 +208,17 @@ public:
 
     void run() const {
         const TileRegisters registers;
-        // Of few tokens memory is the limit, which the checks of parts keep pace with.
-        const bool whole = x_.inputs % kTileInputs == 0 && last_tile_ - tile_ > 2;
+        const int64_t tiles = last_tile_ - tile_;
+        const bool whole = x_.inputs % kTileInputs == 0;
         for (int64_t output = begin_; output < end_; output += kPairRows) {
-            if (whole && output + kPairRows <= end_) {
-                multiply_whole(output);
-            } else {
+            if (!whole || output + kPairRows > end_) {
                 multiply_part(output, output + kPairRows < end_ ? output + kPairRows : end_);
+            } else if (tiles > 2) {
+                multiply_whole(output);
+            } else if (tiles == 2) {
+                multiply_few<true>(output);
+            } else {
+                multiply_few<false>(output);
             }
         }
     }
@@ -224,6 +246,33 @@ private:
                 if (k < kPairRows && k < tokens) fetch(to + k * target_.stride);
             });
         }
+    }
+
+    // The same of one tile of tokens, or two. Memory is the limit: it gives more where few rows are read side by side.
+    template <bool kSecond>
+    void multiply_few(int64_t output) const {
+        alignas(64) float sums[2][kPairWords];
+        const int64_t bytes = x_.inputs * 2, steps = x_.input_tiles();
+        const uint32_t* x = x_.tile(tile_, 0);
+        for (int64_t half = 0; half < 2; ++half) {
+            const char* rows = reinterpret_cast<const char*>(weight_ + (output + half * kTile) * x_.inputs);
+            _tile_zero(0);
+            _tile_zero(1);
+            for (int64_t k = 0; k < steps; ++k) {
+                _tile_loadd(4, rows + k * 64, bytes);
+                _tile_loadd(5, x + k * kTileWords, 64);
+                _tile_dpbf16ps(0, 4, 5);
+                if (kSecond) {
+                    _tile_loadd(6, x + (steps + k) * kTileWords, 64);
+                    _tile_dpbf16ps(1, 4, 6);
+                }
+            }
+            _tile_stored(0, sums[0] + half * kTileWords, 64);
+            if (kSecond) _tile_stored(1, sums[1] + half * kTileWords, 64);
+        }
+        stored();
+        put_pair(sums[0], tile_ * kTile, output, output + kPairRows, x_.tokens, target_);
+        if (kSecond) put_pair(sums[1], (tile_ + 1) * kTile, output, output + kPairRows, x_.tokens, target_);
     }
 
     // Outputs up to 32, inputs of any number.

@@ -14,6 +14,7 @@ from types import MappingProxyType
 
 import torch
 from torch.compiler import is_compiling
+from torch.nn import functional
 
 from zif.contract import Activation, ChosenTokens, DrawOptions, ExpertWeights, NormOutput, RotatedHeads, RouterOutput
 from zif_cpu import compiled
@@ -44,7 +45,7 @@ MAX_TOKENS_BY_ISA: Mapping[tuple[str, str], int] = MappingProxyType(
 _norm = Struct("5P5q2fi").pack
 _rotation = Struct("6P7q2i").pack
 _gating = Struct("2P3q2i").pack
-_product = Struct("4P4qi").pack
+_product = Struct("4P4q2i").pack
 
 
 class NativeOps(QuantizedOps):
@@ -129,6 +130,22 @@ class NativeOps(QuantizedOps):
             return compiled.experts(x, weights, routed, activation)
         return self._experts(x, weights, routed, activation)
 
+    def logits(self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        shape, code = hidden.shape, code_of(hidden, weight)
+        if (
+            is_compiling()
+            or code is None
+            or not (stride := row_stride(hidden, shape))
+            or not weight.is_contiguous()
+            or not fits(bias, hidden, weight.shape[:1])
+        ):
+            wide_bias = None if bias is None else bias.float()
+            return functional.linear(hidden.float(), weight.float(), wide_bias)
+        y = torch.empty(shape[0], weight.shape[0], dtype=torch.float32)
+        arrays = hidden.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr(), y.data_ptr()
+        self._linear_kernel(_product(*arrays, stride, *shape, weight.shape[0], code, True))
+        return y
+
     def choose_tokens(self, logits: torch.Tensor, options: DrawOptions) -> ChosenTokens | None:
         return choose_tokens(self._raw, logits, options)
 
@@ -148,7 +165,7 @@ class NativeOps(QuantizedOps):
         tokens, outputs = shape[0], weight_shape[0]
         y = x.new_empty(tokens, outputs)
         arrays = x.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr(), y.data_ptr()
-        self._linear_kernel(_product(*arrays, stride, tokens, shape[1], outputs, code))
+        self._linear_kernel(_product(*arrays, stride, tokens, shape[1], outputs, code, False))
         return y
 
     def _rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float, weight_offset: float) -> torch.Tensor:

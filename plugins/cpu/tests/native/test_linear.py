@@ -21,14 +21,17 @@ MANY = (
 HALF_UNIT = {"float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}
 
 
-def multiply(library, x, weight, bias=None):
-    """Return x @ weight.T + bias as the library computes it, between guards that must stay as they are."""
+def multiply(library, x, weight, bias=None, wide=False):
+    """Return x @ weight.T + bias as the library computes it, between guards that must stay as they are.
+
+    wide: in float32, as it was summed.
+    """
     tokens, outputs = x.shape[0], weight.shape[0]
-    guarded = torch.full((tokens * outputs + 64,), 7.0, dtype=x.dtype)
+    guarded = torch.full((tokens * outputs + 64,), 7.0, dtype=torch.float32 if wide else x.dtype)
     y = guarded[32:-32].view(tokens, outputs)
     arrays = x.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr(), y.data_ptr()
     sizes = x.stride(0), tokens, x.shape[1], outputs, DTYPE_CODES[str(x.dtype).removeprefix("torch.")]
-    library.raw.zif_cpu_linear(Struct("4P4qi").pack(*arrays, *sizes))
+    library.raw.zif_cpu_linear(Struct("4P4q2i").pack(*arrays, *sizes, wide))
     outside = torch.cat((guarded[:32], guarded[-32:]))
     assert bool((outside == 7).all()), "written outside of the result"
     return y
@@ -48,6 +51,22 @@ def test_products_are_those_of_float64(library, name):
             # Half a unit of the result, and float32 sums whose terms are as large as `scale`.
             allowed = 1.01 * HALF_UNIT[name] * want.abs() + 2.0**-23 * math.sqrt(inputs + 8) * scale + 1e-30
             assert bool((error <= allowed).all()), (tokens, inputs, outputs, float((error / allowed).max()))
+
+
+@pytest.mark.parametrize("name", DTYPE_CODES)
+def test_wide_products_are_the_same_sums_unrounded(library, name):
+    torch.manual_seed(2)
+    dtype = getattr(torch, name)
+    for tokens, inputs, outputs in SHAPES + MANY:
+        x = torch.randn(tokens, inputs + 3).to(dtype)[:, :inputs]
+        weight, bias = torch.randn(outputs, inputs).to(dtype), torch.randn(outputs).to(dtype)
+        exact = x.double() @ weight.double().T
+        scale = x.double().abs() @ weight.double().abs().T
+        for given, want in ((None, exact), (bias, exact + bias.double())):
+            sums = multiply(library, x, weight, given, wide=True)
+            assert torch.equal(sums.to(dtype), multiply(library, x, weight, given)), (tokens, inputs, outputs)
+            allowed = 1.01 * 2.0**-24 * want.abs() + 2.0**-23 * math.sqrt(inputs + 8) * scale + 1e-30
+            assert bool(((sums.double() - want).abs() <= allowed).all()), (tokens, inputs, outputs)
 
 
 @pytest.mark.parametrize("name", DTYPE_CODES)

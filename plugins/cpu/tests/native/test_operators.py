@@ -137,6 +137,19 @@ def test_arrays_without_memory_fall_back(ops, name):
     assert ops.served.count(name) == 2
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_logits_are_float32_whoever_multiplies(ops, dtype):
+    hidden, weight, bias = (random(*shape, dtype=dtype) for shape in ((3, 32), (5, 32), (5,)))
+    expected = hidden.float() @ weight.float().T + bias.float()
+    gapped = torch.stack([weight, weight], -1)[..., 0]
+    for given in (weight, torch.nn.Parameter(weight, requires_grad=False), gapped):
+        torch.testing.assert_close(ops.logits(hidden, given, bias), expected)
+    assert ops.logits(hidden[:0], weight, None).shape == (0, 5)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        logits = ops.logits(mode.from_tensor(hidden), mode.from_tensor(weight), None)
+    assert (logits.shape, logits.dtype) == ((3, 5), torch.float32)
+
+
 def test_rows_without_rows_and_rows_that_overlap_fall_back(ops):
     weight = random(32)
     assert ops.rms_norm(random(0, 32), weight, 1e-5, 0.0).shape == (0, 32)
