@@ -36,7 +36,7 @@ class EngineProcess:
             stdout=subprocess.PIPE,
             stderr=self._errors,
             cwd=Path(__file__).parents[1],
-            env={**os.environ, **variables},
+            env=_environment() | dict(variables),
             start_new_session=True,
         )
         self.session = Session(self._process.pid)
@@ -101,3 +101,8 @@ class EngineProcess:
         self._errors.seek(0)
         said = " | ".join(line for line in self._errors.read().splitlines()[-6:] if line.strip())
         return f"the process ended with {reason}: {said[-800:]}"
+
+
+def _environment() -> dict[str, str]:
+    """Return this process's environment, in which Python keeps what it compiles, as it did of installed packages."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
