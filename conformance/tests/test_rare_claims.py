@@ -1,4 +1,4 @@
-"""Claims that the reference platform does not make: an honest one passes the tests of L4, a false one is caught."""
+"""Claims that the reference platform does not make: honest ones pass the tests of L2 and L4, false ones are caught."""
 
 import pytest
 import torch
@@ -10,6 +10,7 @@ from zif_conformance.mutants.patching import applied
 from zif_conformance.plugin import ClaimsInTest
 from zif_conformance.proof import Proof
 from zif_conformance.subject import Subject
+from zif_conformance.suite import test_l2_logits as logits
 from zif_conformance.suite import test_l4_graphs as graphs
 from zif_conformance.suite import test_l4_independence as independence
 from zif_conformance.tiny_models.models import TinyModels
@@ -18,6 +19,8 @@ _PRODUCT = "product = x @ weight.float().T"
 _CLAIM = "collectives=frozenset(Collective),"
 _CLAIMED = Edit("platform.py", _CLAIM, "batch_invariant=True,\n    " + _CLAIM)
 _ROW_BY_ROW = Edit("operators.py", _PRODUCT, "product = torch.stack([weight.float() @ row for row in x])")
+_LOGITS = "return _linear(hidden.float(), weight, bias)"
+_LEFT = Edit("operators.py", _LOGITS, "return None")
 _QUERY_BY_QUERY = Edit(
     "attention.py",
     "score(queries, keys, values, request.visible, params)",
@@ -137,3 +140,28 @@ def test_rows_and_queries_one_by_one_do_not_depend_on_the_batch(tiny, family):
 def test_products_of_all_rows_at_once_do(tiny):
     with applied([_CLAIMED]), pytest.raises(AssertionError, match="G1"):
         independence.test_not_a_bit_depends_on_the_batch(tiny, _ignore, "dense", 7)
+
+
+def _logits_by_batch(*edits):
+    with applied([_CLAIMED, *edits]):
+        logits.test_bits_do_not_depend_on_the_batch(Subject.find("reference"), "float32", True, 17, _ignore)
+
+
+@pytest.mark.parametrize("edits", [(), (_LEFT,)], ids=["given", "left to linear"])
+def test_logits_row_by_row_do_not_depend_on_the_batch(edits):
+    _logits_by_batch(_ROW_BY_ROW, *edits)
+
+
+@pytest.mark.parametrize("operator", ["logits", "linear"])
+def test_logits_summed_otherwise_in_odd_batches_do(operator):
+    with pytest.raises(AssertionError, match="G1"):
+        _logits_by_batch(*_summed_otherwise(operator))
+
+
+def _summed_otherwise(operator):
+    """Return edits by which batches of an odd number of rows are summed from the last channel to the first."""
+    if operator == "logits":
+        turned = "return _linear(hidden.float().flip(1), weight.flip(1), bias) if len(hidden) % 2 else "
+        return [Edit("operators.py", _LOGITS, _LOGITS.replace("return ", turned))]
+    product = "product = x.flip(1) @ weight.float().T.flip(0) if len(x) % 2 else x @ weight.float().T"
+    return [_LEFT, Edit("operators.py", _PRODUCT, product)]

@@ -84,6 +84,14 @@ _OPERATORS = (
         file="operators.py",
     ),
     _variant(
+        "logits-left-to-linear",
+        "L2",
+        "Logits are what linear gives.",
+        "return _linear(hidden.float(), weight, bias)",
+        "return None",
+        file="operators.py",
+    ),
+    _variant(
         "norm-in-float64",
         "L2",
         "Norms are computed in float64.",

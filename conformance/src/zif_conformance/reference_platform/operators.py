@@ -104,6 +104,10 @@ class TorchOperators(OpTable):
                 out.index_add_(0, rows, own * routed.weights[rows, places, None])
         return out.to(x.dtype)
 
+    def logits(self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        self._faults.kernel()
+        return _linear(hidden.float(), weight, bias)
+
     def choose_tokens(self, logits: torch.Tensor, options: DrawOptions) -> ChosenTokens:
         self._faults.kernel()
         peaks = logits.amax(dim=-1)

@@ -131,19 +131,22 @@ class NativeOps(QuantizedOps):
         return self._experts(x, weights, routed, activation)
 
     def logits(self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        shape, code = hidden.shape, code_of(hidden, weight)
+        shape, weight_shape = hidden.shape, weight.shape
+        code = code_of(hidden, weight)
         if (
             is_compiling()
             or code is None
+            or not len(shape) == len(weight_shape) == 2
+            or shape[1] != weight_shape[1]
             or not (stride := row_stride(hidden, shape))
             or not weight.is_contiguous()
-            or not fits(bias, hidden, weight.shape[:1])
+            or not fits(bias, hidden, weight_shape[:1])
         ):
-            wide_bias = None if bias is None else bias.float()
-            return functional.linear(hidden.float(), weight.float(), wide_bias)
-        y = torch.empty(shape[0], weight.shape[0], dtype=torch.float32)
+            return functional.linear(hidden.float(), weight.float(), None if bias is None else bias.float())
+        tokens, outputs = shape[0], weight_shape[0]
+        y = torch.empty(tokens, outputs, dtype=torch.float32)
         arrays = hidden.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr(), y.data_ptr()
-        self._linear_kernel(_product(*arrays, stride, *shape, weight.shape[0], code, True))
+        self._linear_kernel(_product(*arrays, stride, tokens, shape[1], outputs, code, True))
         return y
 
     def choose_tokens(self, logits: torch.Tensor, options: DrawOptions) -> ChosenTokens | None:
