@@ -39,7 +39,11 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'zif' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    from zif.engine.collection import collection_paused
+
+    with collection_paused():
+        value = globals()[name] = getattr(import_module(_HOMES[name]), name)
+    return value
 
 
 def __dir__() -> list[str]:

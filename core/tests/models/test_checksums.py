@@ -1,6 +1,7 @@
 """A bit that flips in the data of a weight file is found wherever a checksum was published."""
 
 import hashlib
+import threading
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import pytest
 from support.checkpoints import build_checkpoint, build_sharded_checkpoint
 from zif import LLM
 from zif.errors import CheckpointError
-from zif.models.checksums import SUMS_FILE, verify_files
+from zif.models.checksums import SUMS_FILE, verify_files, verifying
 
 
 def flip_a_bit(file: Path) -> None:
@@ -56,3 +57,45 @@ def test_list_of_sums_that_is_none_is_refused(tmp_path):
     (folder / SUMS_FILE).write_text("no sums here\n")
     with pytest.raises(CheckpointError, match="sha256sum"):
         verify_files([folder / "model.safetensors"])
+
+
+@pytest.fixture
+def corrupt(tmp_path: Path) -> list[Path]:
+    """Return files whose published sums are known; a bit has flipped in the last two."""
+    folder = build_sharded_checkpoint("llama3", tmp_path)
+    write_sums(folder)
+    files = sorted(folder.glob("*.safetensors"))
+    assert len(files) > 2
+    for file in files[-2:]:
+        flip_a_bit(file)
+    return files
+
+
+def test_verification_beside_reading_raises_at_its_end_and_names_the_first(corrupt: list[Path]) -> None:
+    read = []
+    with pytest.raises(CheckpointError, match=f"{corrupt[-2].name}.*SHA-256"), verifying(reversed(corrupt)):
+        read.append("all")
+    assert read == ["all"]
+
+
+def test_wrong_sum_explains_what_reading_found_wrong(corrupt: list[Path]) -> None:
+    with pytest.raises(CheckpointError, match="SHA-256") as caught, verifying(corrupt):
+        raise CheckpointError("not finite")
+    assert str(caught.value.__context__) == "not finite"
+
+
+def test_file_that_cannot_be_read_is_named(corrupt: list[Path]) -> None:
+    corrupt[0].unlink()
+    with pytest.raises(CheckpointError, match=f"cannot read .*{corrupt[0].name}"):
+        verify_files(corrupt)
+
+
+def test_what_reading_found_wrong_stands_where_sums_are_right(corrupt: list[Path]) -> None:
+    with pytest.raises(CheckpointError, match="not finite"), verifying(corrupt[:1]):
+        raise CheckpointError("not finite")
+
+
+def test_other_errors_end_the_verification(corrupt: list[Path]) -> None:
+    with pytest.raises(KeyboardInterrupt), verifying(corrupt):
+        raise KeyboardInterrupt
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("zif-verify")]

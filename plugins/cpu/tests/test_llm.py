@@ -51,8 +51,22 @@ print([name for name in sys.argv[2:] if name in sys.modules], num_full)
 """
 
 NOT_FOR_THE_FIRST_TOKEN = (
-    *("jinja2", "llguidance", "mpmath", "msgspec", "psutil", "pydantic", "starlette", "sympy", "transformers", "triton"),
-    *("torch._dynamo", "torch._inductor", "torch.distributed.tensor", "zif.serving", "zif.simulation", "zif_amd.device"),
+    "jinja2",
+    "llguidance",
+    "mpmath",
+    "msgspec",
+    "psutil",
+    "pydantic",
+    "starlette",
+    "sympy",
+    "torch._dynamo",
+    "torch._inductor",
+    "torch.distributed.tensor",
+    "transformers",
+    "triton",
+    "zif.serving",
+    "zif.simulation",
+    "zif_amd.device",
 )
 
 

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from zif.cli.terminal import StartProgress, held_as, note
 from zif.contract import format_bytes
+from zif.engine.collection import collection_paused
 from zif.settings import EngineSettings
 
 if TYPE_CHECKING:
@@ -14,7 +15,8 @@ def open_llm(settings: EngineSettings) -> "LLM":
     """Return an engine that is ready for requests. The caller closes it."""
     progress = StartProgress()
     progress("importing the engine", 0, 1)
-    from zif.engine.llm import LLM
+    with collection_paused():
+        from zif.engine.llm import LLM
 
     progress("importing the engine", 1, 1)
     llm = LLM.from_settings(settings, progress)

@@ -22,6 +22,7 @@ from zif.contract import (
     StepPlan,
     StepResult,
 )
+from zif.engine.collection import collection_paused
 from zif.engine.counts import EngineCounts
 from zif.engine.failed_steps import FailedStep, is_survivable, step_error, wait_for
 from zif.engine.generation import Generation, OutputProcessor, Sample
@@ -357,10 +358,12 @@ def start_engine(
 ) -> Engine:
     """Open the device, load the weights and wire the parts. On failure everything opened is given back."""
     started = time.monotonic()
-    device = planned.platform.open(planned.plan, rank=0)
+    with collection_paused():  # Here array libraries are imported.
+        device = planned.platform.open(planned.plan, rank=0)
     try:
         tiers = KVTiers(planned, extras.remote_kv)
-        parts = wire_parts(planned, device, tiers, extras.journal)
+        with collection_paused():
+            parts = wire_parts(planned, device, tiers, extras.journal)
         pooler = open_pooler(planned.model, parts)
         for note in pooler.notes:
             logger.warning(note)

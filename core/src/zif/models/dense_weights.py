@@ -1,6 +1,6 @@
 """Fills held tensors of the model dtype from stored numbers, whatever their order, dtype and memory.
 
-    file --read--> held tensor                      same dtype and order, host memory
+    file --read--> held tensor                      same dtype and order, host memory; by several threads
     file --read--> staging --copy--> held tensor    everything else, a few megabytes (or one expert) at a time
 
 Called by `zif.models.weights`, and by `zif.models.quantization.loading` for what is rounded afterwards.
@@ -18,7 +18,10 @@ from zif.models.tensor_files import CHUNK_BYTES, TensorFiles, stored_dtype
 
 
 def fill_numbers(files: TensorFiles, held: torch.Tensor, piece: Piece) -> Iterator[int]:
-    """Put one piece in its place; yield the number of elements after each part. held: the whole held tensor."""
+    """Put one piece in its place; yield the number of elements after each part. held: the whole held tensor.
+
+    What is read straight to its place is there after `files.wait()`.
+    """
     if piece.arrangement == Arrangement.AS_STORED:
         yield from _copy(files, held.view(-1), piece)
     else:
@@ -68,9 +71,11 @@ def _copy(files: TensorFiles, flat: torch.Tensor, piece: Piece) -> Iterator[int]
     for start in range(0, num_elements, step):
         count = min(step, num_elements - start)
         target = flat[piece.offset + start : piece.offset + start + count]
-        part = target if staging is None else staging[:count]
-        files.read(stored, start * dtype.itemsize, part)
-        if staging is not None:
+        if staging is None:
+            files.read_soon(stored, start * dtype.itemsize, target)
+        else:
+            part = staging[:count]
+            files.read(stored, start * dtype.itemsize, part)
             target.copy_(part)
             check_range(stored, target, target.dtype)
         yield count

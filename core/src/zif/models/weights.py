@@ -15,7 +15,7 @@ import torch
 from zif.contract import Allocator, Buffer, ModelDescription, OpTable, Progress, QuantizedWeight
 from zif.errors import CheckpointError
 from zif.models.checkpoint import StoredTensor, open_decoder_checkpoint
-from zif.models.checksums import verify_files
+from zif.models.checksums import verifying
 from zif.models.decoder import Decoder, Weight
 from zif.models.dense_weights import fill_numbers
 from zif.models.families import decoder_spec
@@ -41,17 +41,21 @@ def load_decoder(
 ) -> Model:
     """Read the weights of a native model to the device and return the decoder.
 
-    Allocates under the tag "weights"; `progress` hears bytes held. With `keep` the memory is a way station: what it
-    returns for a name and a tensor becomes the weight, on `array_device`, and the memory is freed; of codes it is given
-    each tensor by itself, "layers.3.qkv.scales". Raises `CheckpointError`, which names the file or the tensors, or
-    `OutOfMemoryError`; either leaves nothing allocated.
+    Allocates under the tag "weights"; `progress` hears bytes held or being read. With `keep` the memory is a way
+    station: what it returns for a name and a tensor becomes the weight, on `array_device`, and the memory is freed; of
+    codes it is given each tensor by itself, "layers.3.qkv.scales". Raises `CheckpointError`, which names the file or
+    the tensors, or `OutOfMemoryError`; either leaves nothing allocated.
     """
     spec = decoder_spec(model.architecture, model.config)
     checkpoint = open_decoder_checkpoint(model.path)
     layout = plan_layout(spec, checkpoint, read_quantization(model.config, model.quantization, spec))
-    verify_files({tensor.file for tensor in checkpoint.tensors.values()})
     dtype = getattr(torch, model.dtype)
-    with TensorFiles(checkpoint) as files, _Loader(files, allocator, dtype, keep) as loader:
+    files = TensorFiles(checkpoint)
+    with (
+        _Loader(files, allocator, dtype, keep) as loader,
+        files,  # Within the loader: memory goes back once no thread reads to it.
+        verifying({tensor.file for tensor in checkpoint.tensors.values()}),
+    ):
         weights = loader.load(layout, progress)
     return Decoder(spec, weights, ops, model.max_model_len, array_device)
 
@@ -92,6 +96,7 @@ class _Loader(AbstractContextManager["_Loader"]):
                 progress(held_before + num_bytes * num_filled // held.num_elements, total)
             held_before += num_bytes
             weights[held.name] = weight if self._keep is None else self._passed_on(held.name, weight, self._keep)
+        self._files.wait()
         return weights
 
     def _allocate(self, held: HeldTensor) -> Weight:
@@ -119,6 +124,7 @@ class _Loader(AbstractContextManager["_Loader"]):
 
     def _passed_on(self, name: str, weight: Weight, keep: Keep) -> Weight:
         """Return what is kept of the weight that was allocated last, whose memory goes back."""
+        self._files.wait()
         if isinstance(weight, QuantizedWeight):
             zeros = None if weight.zeros is None else keep(f"{name}.zeros", weight.zeros)
             codes, scales = keep(f"{name}.codes", weight.codes), keep(f"{name}.scales", weight.scales)
