@@ -111,6 +111,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.items: list[NativeCall | TorchCall] = []
         self.steps: dict[tuple[int, type[ctypes.Structure]], StepCalls] = {}
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Tell torch to leave `__torch_dispatch__` alone: to wrap it, it imports its compiler, which takes 1.3 s."""
+        return False
+
     def call(self, function: int, struct: bytes) -> None:
         """Record a native call whose struct is the same every time."""
         self.items.append(NativeCall(function, ctypes.create_string_buffer(struct, len(struct))))
