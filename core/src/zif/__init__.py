@@ -39,7 +39,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'zif' has no attribute {name!r}")
-    from zif.engine.collection import collection_paused
+    from zif.engine.garbage import collection_paused
 
     with collection_paused():
         value = globals()[name] = getattr(import_module(_HOMES[name]), name)

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from zif.cli.terminal import StartProgress, held_as, note
 from zif.contract import format_bytes
-from zif.engine.collection import collection_paused
+from zif.engine.garbage import collection_paused
 from zif.settings import EngineSettings
 
 if TYPE_CHECKING:

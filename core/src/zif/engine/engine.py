@@ -22,9 +22,9 @@ from zif.contract import (
     StepPlan,
     StepResult,
 )
-from zif.engine.collection import collection_paused
 from zif.engine.counts import EngineCounts
 from zif.engine.failed_steps import FailedStep, is_survivable, step_error, wait_for
+from zif.engine.garbage import collection_paused
 from zif.engine.generation import Generation, OutputProcessor, Sample
 from zif.engine.inputs import InputProcessor, Prompt, PromptInput, eos_token_ids
 from zif.engine.kv_tiers import KVTiers

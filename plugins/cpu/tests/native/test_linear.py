@@ -37,36 +37,35 @@ def multiply(library, x, weight, bias=None, wide=False):
     return y
 
 
-@pytest.mark.parametrize("name", DTYPE_CODES)
-def test_products_are_those_of_float64(library, name):
-    torch.manual_seed(1)
-    dtype = getattr(torch, name)
+def products(dtype):
+    """Yield arrays of every shape, x @ weight.T + bias in float64, and what float32 sums of it may be wrong by."""
     for tokens, inputs, outputs in SHAPES + MANY:
         x = torch.randn(tokens, inputs + 3).to(dtype)[:, :inputs]
         weight, bias = torch.randn(outputs, inputs).to(dtype), torch.randn(outputs).to(dtype)
         exact = x.double() @ weight.double().T
         scale = x.double().abs() @ weight.double().abs().T
-        for given, want in ((None, exact), (bias, exact + bias.double())):
-            error = (multiply(library, x, weight, given).double() - want).abs()
-            # Half a unit of the result, and float32 sums whose terms are as large as `scale`.
-            allowed = 1.01 * HALF_UNIT[name] * want.abs() + 2.0**-23 * math.sqrt(inputs + 8) * scale + 1e-30
-            assert bool((error <= allowed).all()), (tokens, inputs, outputs, float((error / allowed).max()))
+        error = 2.0**-23 * math.sqrt(inputs + 8) * scale + 1e-30
+        yield (x, weight, None), exact, error
+        yield (x, weight, bias), exact + bias.double(), error
+
+
+@pytest.mark.parametrize("name", DTYPE_CODES)
+def test_products_are_those_of_float64(library, name):
+    torch.manual_seed(1)
+    for arrays, want, allowed in products(getattr(torch, name)):
+        error = (multiply(library, *arrays).double() - want).abs()
+        allowed = allowed + 1.01 * HALF_UNIT[name] * want.abs()
+        assert bool((error <= allowed).all()), (*map(len, arrays[:2]), float((error / allowed).max()))
 
 
 @pytest.mark.parametrize("name", DTYPE_CODES)
 def test_wide_products_are_the_same_sums_unrounded(library, name):
     torch.manual_seed(2)
-    dtype = getattr(torch, name)
-    for tokens, inputs, outputs in SHAPES + MANY:
-        x = torch.randn(tokens, inputs + 3).to(dtype)[:, :inputs]
-        weight, bias = torch.randn(outputs, inputs).to(dtype), torch.randn(outputs).to(dtype)
-        exact = x.double() @ weight.double().T
-        scale = x.double().abs() @ weight.double().abs().T
-        for given, want in ((None, exact), (bias, exact + bias.double())):
-            sums = multiply(library, x, weight, given, wide=True)
-            assert torch.equal(sums.to(dtype), multiply(library, x, weight, given)), (tokens, inputs, outputs)
-            allowed = 1.01 * 2.0**-24 * want.abs() + 2.0**-23 * math.sqrt(inputs + 8) * scale + 1e-30
-            assert bool(((sums.double() - want).abs() <= allowed).all()), (tokens, inputs, outputs)
+    for arrays, want, allowed in products(getattr(torch, name)):
+        sums = multiply(library, *arrays, wide=True)
+        assert torch.equal(sums.to(arrays[0].dtype), multiply(library, *arrays)), (*map(len, arrays[:2]),)
+        error, allowed = (sums.double() - want).abs(), allowed + 1.01 * HALF_UNIT["float32"] * want.abs()
+        assert bool((error <= allowed).all()), (*map(len, arrays[:2]), float((error / allowed).max()))
 
 
 @pytest.mark.parametrize("name", DTYPE_CODES)

@@ -60,6 +60,16 @@ class Restrictions:
     choices: list[Any] | None
 
 
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A schema with what it refers to, one after another, and what these say. `num_values` are those that they list."""
+
+    layers: list[Mapping[str, Any]]
+    alternatives: list[object]
+    keys: frozenset[str]
+    num_values: int
+
+
 class DeclaredParameters:
     """The parameters of one function. `schema` is theirs, without notes; `steps` are those of the grammar."""
 
@@ -69,6 +79,7 @@ class DeclaredParameters:
         self._where = f"tools: {function!r} is strict, and its parameters"
         self._schema = schema
         self._steps = steps
+        self._known: dict[int, _Part] = {}  # by the identity of the schema's own objects: many parameters share them
         unknown = sorted(set(schema) - _OBJECT_KEYS)
         if unknown or schema.get("type") != "object":
             said = unknown[0][:64] if unknown else "type"
@@ -103,15 +114,14 @@ class DeclaredParameters:
         """Return what restricts the text of a parameter. Raises RequestError for what is no schema."""
         where = self.where(key)
         parts = list(self._parts(key, where))
-        keys = [{name for layer in part for name in _RESTRICTING if name in layer} for part in parts]
         choices = [
             layer["enum"] if name == "enum" else [layer["const"]]
-            for layer in parts[0]
+            for layer in parts[0].layers
             for name in ("enum", "const")
             if name in layer
         ]
-        is_all = len(choices) == 1 and isinstance(choices[0], list) and not any(keys[1:])
-        return Restrictions(frozenset[str]().union(*keys), choices[0] if is_all else None)
+        is_all = len(choices) == 1 and isinstance(choices[0], list) and not any(part.keys for part in parts[1:])
+        return Restrictions(frozenset[str]().union(*(part.keys for part in parts)), choices[0] if is_all else None)
 
     def part(self, key: str) -> dict[str, Any]:
         """Return the schema of one parameter, by itself: what it refers to comes with it."""
@@ -126,23 +136,33 @@ class DeclaredParameters:
     def _declared(self, key: str) -> Mapping[str, Any]:
         return self._checked(self._properties.get(key, True), self.where(key))
 
-    def _parts(self, key: str, where: str) -> Iterator[list[Mapping[str, Any]]]:
-        """Give the layers of a parameter's schema, then those of all its alternatives."""
+    def _parts(self, key: str, where: str) -> Iterator[_Part]:
+        """Give a parameter's schema, then all its alternatives."""
         waiting: list[object] = [self._properties.get(key, True)]
         seen: set[tuple[int, ...]] = set()
         while waiting:
-            layers = self._layers(waiting.pop(), where)
-            identity = tuple(map(id, layers))
+            part = self._part(waiting.pop(), where)
+            identity = tuple(map(id, part.layers))
             if identity in seen:
                 continue
             seen.add(identity)
-            listed = [entry for layer in layers for entry in self._alternatives(layer, where)]
-            values = [layer["enum"] for layer in layers if isinstance(layer.get("enum"), list)]
-            self._steps.take(len(layers) + len(listed) + sum(map(len, values)), where)
-            if len(seen) + len(listed) > MAX_PARTS:
+            self._steps.take(len(part.layers) + len(part.alternatives) + part.num_values, where)
+            if len(seen) + len(part.alternatives) > MAX_PARTS:
                 raise RequestError(f"{where} has more than {MAX_PARTS} alternatives; leave some or strict out")
-            waiting += listed
-            yield layers
+            waiting += part.alternatives
+            yield part
+
+    def _part(self, found: object, where: str) -> _Part:
+        known = self._known.get(id(found))
+        if known is None:
+            layers = self._layers(found, where)
+            known = self._known[id(found)] = _Part(
+                layers,
+                [entry for layer in layers for entry in self._alternatives(layer, where)],
+                frozenset(name for layer in layers for name in _RESTRICTING if name in layer),
+                sum(len(layer["enum"]) for layer in layers if isinstance(layer.get("enum"), list)),
+            )
+        return known
 
     def _layers(self, found: object, where: str) -> list[Mapping[str, Any]]:
         """Return a schema and what it refers to, one after another. Raises RequestError for one without an end."""

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 import zif
-from zif.engine.collection import collection_paused
+from zif.engine.garbage import collection_paused
 
 
 @pytest.fixture(autouse=True)
