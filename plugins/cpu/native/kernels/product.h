@@ -1,7 +1,10 @@
 // One product of activations with rows of weights, by the way that suits their number: what `linear` and `experts` share.
 #pragma once
 
-#include "dot_blocks.h"
+#include <type_traits>
+
+#include "panels.h"
+#include "target.h"
 #include "tiles.h"
 
 namespace zif {
@@ -26,46 +29,44 @@ inline int64_t large_chunk(int64_t outputs, int64_t groups) {
     return share < kChunk ? kChunk : share > kMaxChunk ? kMaxChunk : share;
 }
 
-template <class T>
-constexpr bool kHeldAsIs = sizeof(typename Multiplier<T>::Held) == sizeof(T);
-
-#if defined(__AMX_BF16__)
 // Whether products of T are made by tiles: from one token on, as reading the weights limits even that.
+#if defined(__AMX_BF16__)
 template <class T>
-constexpr bool kTiled = kHeldAsIs<T> && sizeof(T) == 2;
+constexpr bool kTiled = std::is_same_v<T, BFloat16>;
+#else
+template <class T>
+constexpr bool kTiled = false;
 #endif
 
-// Activations x, [tokens, inputs], as a product wants them: as they are, widened, or packed for tiles.
+// Activations x, [tokens, inputs], as a product wants them: in words, or packed for tiles.
 template <class T>
 class Operand {
 public:
-    // Whether tokens are so many that weights are copied for them. Sums are the same either way.
-    static bool many(int64_t tokens) {
-        return tokens > (kHeldAsIs<T> ? kLeastTokens : kLeastWidened);
-    }
+    // Whether tokens are so many that multiplying them takes longer than reading the weights.
+    static bool many(int64_t tokens) { return tokens > kLeastTokens; }
 
-    // The memory that `tokens` rows need; 0 where they are used as they are.
+    // The memory that `tokens` rows need.
     static int64_t bytes(int64_t tokens, int64_t inputs) {
 #if defined(__AMX_BF16__)
         if constexpr (kTiled<T>) return packed_bytes(tokens, inputs);
 #endif
-        return kHeldAsIs<T> && !many(tokens) ? 0 : tokens * stride(inputs) * int64_t(sizeof(Held));
+        return tokens * num_words(inputs) * 4;
     }
 
     // memory: 64-byte aligned, as much as `bytes` says; filled by `prepare`.
     Operand(const T* x, int64_t stride, int64_t tokens, int64_t inputs, void* memory)
         : x_(x), stride_(stride), tokens_(tokens), inputs_(inputs), memory_(memory) {}
 
-    // Parts to be prepared, each once, in any order; 0 where there is nothing to do.
+    // Parts to be prepared, each once, in any order.
     int64_t num_parts() const {
-        return bytes(tokens_, inputs_) == 0 ? 0 : (tokens_ + kPartRows - 1) / kPartRows;
+        return kTiled<T> ? (tokens_ + kPartRows - 1) / kPartRows : words().num_groups();
     }
 
     void prepare(int64_t part) const {
 #if defined(__AMX_BF16__)
         if constexpr (kTiled<T>) return pack_tile(x_, stride_, packed(), part);
 #endif
-        hold(part);
+        hold_words(x_, stride_, inputs_, words(), part);
     }
 
     // Parts of the tokens that may be multiplied apart.
@@ -81,15 +82,22 @@ public:
             return TileProduct(packed(), first / kTile, num_tiles(last, kTile), weight, begin, end, target).run();
         }
 #endif
-        if (!many(tokens_)) return multiply_by_dots(rows(), weight, begin, end, target);
-        DotBlocks<T>(rows(), first, last, weight, begin, end, target).run(thread);
+        multiply_rows(PlainRows<T>{weight, inputs_}, words(), first, last, begin, end, Sums{target}, thread);
     }
 
 private:
-    typedef typename Multiplier<T>::Held Held;
+    typedef Multiplier<T> Mul;
 
-    static constexpr int64_t kLeastTokens = 48;
-    static constexpr int64_t kLeastWidened = 12;
+    struct Sums {
+        const Target<T>& target;
+
+        void ask(int64_t token, int64_t output) const { target.ask(token, output); }
+        void put(int64_t token, int64_t output, Float sums, int64_t count) const {
+            target.put_some(token, output, sums, count);
+        }
+    };
+
+    static constexpr int64_t kLeastTokens = kTiled<T> ? 48 : kFewTokens;
     static constexpr int64_t kCachedBytes = 3 << 18;  // of packed tokens, which the second cache holds
 
 #if defined(__AMX_BF16__)
@@ -103,34 +111,14 @@ private:
             return num_tiles((tokens_ + blocks - 1) / blocks, 2 * kTile) * 2 * kTile;
         }
 #endif
-        return many(tokens_) ? kPassTokens : tokens_;
+        return kPassTokens;
     }
 
-    // Elements from one held row to the next: whole vectors, and one more, so that rows do not fall on the same lines
-    // of a cache.
-    static int64_t stride(int64_t inputs) {
-        return (inputs + Multiplier<T>::kStep - 1) / Multiplier<T>::kStep * Multiplier<T>::kStep + Multiplier<T>::kStep;
+    static int64_t num_words(int64_t inputs) {
+        return (inputs + Mul::kElements - 1) / Mul::kElements * kLanes * Mul::kParts;
     }
 
-    Rows<T> rows() const {
-        if (bytes(tokens_, inputs_) == 0) return {reinterpret_cast<const Held*>(x_), stride_, tokens_, inputs_};
-        return {static_cast<const Held*>(memory_), stride(inputs_), tokens_, inputs_};
-    }
-
-    // Rows of a part, widened where they are to be, with zeros behind them.
-    void hold(int64_t part) const {
-        typedef Multiplier<T> Mul;
-        const int64_t end = (part + 1) * kPartRows < tokens_ ? (part + 1) * kPartRows : tokens_;
-        for (int64_t token = part * kPartRows; token < end; ++token) {
-            const T* from = x_ + token * stride_;
-            Held* to = static_cast<Held*>(memory_) + token * stride(inputs_);
-            for (int64_t k = 0; k < inputs_; k += Mul::kStep) {
-                const int64_t left = inputs_ - k;
-                const auto words = left >= Mul::kStep ? Mul::words(from + k) : Mul::some_words(from + k, left);
-                std::memcpy(to + k, &words, sizeof(words));
-            }
-        }
-    }
+    Words words() const { return {static_cast<float*>(memory_), tokens_, num_words(inputs_)}; }
 
     const T* x_;
     int64_t stride_;

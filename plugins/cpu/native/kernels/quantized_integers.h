@@ -1,7 +1,7 @@
 // Inner products of weights held in 8 bits with activations rounded to 8 bits, in exact integers.
 #pragma once
 
-#include "dots.h"
+#include "target.h"
 #include "zif_cpu.h"
 
 #if defined(__SSE2__)

@@ -4,7 +4,8 @@
 // tokens side by side (Intel, Architecture Instruction Set Extensions Programming Reference, TDPBF16PS).
 #pragma once
 
-#include "dots.h"
+#include "target.h"
+#include "words.h"
 
 #if defined(__AMX_BF16__)
 
@@ -59,34 +60,6 @@ struct PackedRows {
 
 inline int64_t packed_bytes(int64_t tokens, int64_t inputs) {
     return num_tiles(tokens, kTile) * num_tiles(inputs, kTileInputs) * kTileWords * 4;
-}
-
-// Rows and columns of 16 by 16 words change places.
-inline void transpose_words(__m512i* rows) {
-    __m512i some[16];
-    for (int i = 0; i < 16; i += 2) {
-        some[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
-        some[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
-    }
-    for (int i = 0; i < 16; i += 4) {
-        rows[i] = _mm512_unpacklo_epi64(some[i], some[i + 2]);
-        rows[i + 1] = _mm512_unpackhi_epi64(some[i], some[i + 2]);
-        rows[i + 2] = _mm512_unpacklo_epi64(some[i + 1], some[i + 3]);
-        rows[i + 3] = _mm512_unpackhi_epi64(some[i + 1], some[i + 3]);
-    }
-    // Now quarters of 4 words: rows[4 * a + b] has column 4 * q + b of rows 4 * a to 4 * a + 3 as its quarter q.
-    for (int b = 0; b < 4; ++b) {
-        some[b] = _mm512_shuffle_i32x4(rows[b], rows[4 + b], 0x88);
-        some[4 + b] = _mm512_shuffle_i32x4(rows[b], rows[4 + b], 0xdd);
-        some[8 + b] = _mm512_shuffle_i32x4(rows[8 + b], rows[12 + b], 0x88);
-        some[12 + b] = _mm512_shuffle_i32x4(rows[8 + b], rows[12 + b], 0xdd);
-    }
-    for (int b = 0; b < 4; ++b) {
-        rows[b] = _mm512_shuffle_i32x4(some[b], some[8 + b], 0x88);
-        rows[8 + b] = _mm512_shuffle_i32x4(some[b], some[8 + b], 0xdd);
-        rows[4 + b] = _mm512_shuffle_i32x4(some[4 + b], some[12 + b], 0x88);
-        rows[12 + b] = _mm512_shuffle_i32x4(some[4 + b], some[12 + b], 0xdd);
-    }
 }
 
 // Pack 16 tokens from `tile` * 16 on. x: first axis strided.

@@ -1,0 +1,49 @@
+// Where products of floats go.
+#pragma once
+
+#include "simd.h"
+
+namespace zif {
+namespace ZIF_ISA {
+namespace {
+
+// Element (token, output) goes to y[token * stride + output], after the bias is added.
+template <class T>
+struct Target {
+    T* y;
+    int64_t stride;
+    const T* bias;          // by output, or null
+    float* wide = nullptr;  // takes them in place of y, if not null, as they were summed
+
+    // `count` outputs from `output` on, at most a vector's.
+    void put_some(int64_t token, int64_t output, Float values, int64_t count) const {
+        if (bias != nullptr) values += count == kLanes ? load(bias + output) : load_some(bias + output, count);
+        const int64_t at = token * stride + output;
+        if (wide != nullptr) store_vector(wide + at, values, count);
+        else store_vector(y + at, values, count);
+    }
+
+    // Ask the caches for where a token's outputs from `output` on go.
+    void ask(int64_t token, int64_t output) const {
+        const int64_t at = token * stride + output;
+        __builtin_prefetch(wide != nullptr ? static_cast<void*>(wide + at) : y + at, 1, 3);
+    }
+
+    void put(int64_t token, int64_t output, float value) const {
+        if (bias != nullptr) value += to_float(bias[output]);
+        const int64_t at = token * stride + output;
+        if (wide != nullptr) wide[at] = value;
+        else store_one(y + at, value);
+    }
+
+private:
+    template <class Y>
+    static void store_vector(Y* to, Float values, int64_t count) {
+        if (count == kLanes) store(to, values);
+        else store_some(to, values, count);
+    }
+};
+
+}  // namespace
+}  // namespace ZIF_ISA
+}  // namespace zif
