@@ -65,26 +65,41 @@ struct PlainRows {
         transpose(words);
     }
 
+    // Blocks `begin` to `end` - 1, read and unpacked to every kStep-th vector.
+    template <int kStep>
+    void unpack(int64_t row, int64_t count, int64_t begin, int64_t end, Float* to) const {
+        for (int64_t block = begin; block < end; ++block, to += kLanes * kParts * kStep) {
+            Float words[kLanes];
+            read(row, count, block, words);
+#pragma GCC unroll 16
+            for (int i = 0; i < kLanes; ++i) {
+                Float parts[kParts];
+                Mul::unpack(words[i], parts);
+#pragma GCC unroll 16
+                for (int j = 0; j < kParts; ++j) to[(i * kParts + j) * kStep] = parts[j];
+            }
+        }
+    }
+
     // Ask the second cache for a block of a row.
     void ask(int64_t row, int64_t block) const {
         __builtin_prefetch(data + row * inputs + block * Mul::kElements, 0, 2);
     }
 };
 
-// Words of a group of tokens. x: [tokens, inputs], first axis strided.
+// Words of a group of tokens. x: its first token, [tokens of the group, inputs], first axis strided.
 template <class T>
-inline void hold_words(const T* x, int64_t stride, int64_t inputs, const Words& to, int64_t group) {
+inline void hold_group(const T* x, int64_t stride, int64_t inputs, const Words& to, int64_t group) {
     typedef Multiplier<T> Mul;
     const int64_t width = to.width(group);
-    const T* from = x + group * to.group_tokens() * stride;
     float* own = to.group(group);
     const float* end = own + width * to.words;
     for (int64_t k = 0; k < inputs; k += Mul::kElements) {
         Float vectors[Mul::kParts][kLanes] = {};
         for (int64_t token = 0; token < width; ++token) {
-            float held[kLanes * Mul::kParts];
-            Mul::hold(from + token * stride + k, inputs - k, held);
-            for (int part = 0; part < Mul::kParts; ++part) vectors[part][token] = load(held + part * kLanes);
+            Float held[Mul::kParts];
+            Mul::hold(x + token * stride + k, inputs - k, held);
+            for (int part = 0; part < Mul::kParts; ++part) vectors[part][token] = held[part];
         }
         for (int part = 0; part < Mul::kParts; ++part) {
             transpose(vectors[part]);
@@ -97,22 +112,28 @@ inline void hold_words(const T* x, int64_t stride, int64_t inputs, const Words& 
     }
 }
 
+// The same, x: all tokens.
+template <class T>
+inline void hold_words(const T* x, int64_t stride, int64_t inputs, const Words& to, int64_t group) {
+    hold_group(x + group * to.group_tokens() * stride, stride, inputs, to, group);
+}
+
+// M tokens times outputs `begin` to `end` - 1.
 template <int M, class Rows, class Sink>
 inline void multiply_few(const Rows& rows, const Words& x, int64_t begin, int64_t end, const Sink& sink) {
     typedef typename Rows::Mul Mul;
     for (int64_t output = begin; output < end; output += kLanes) {
         const int64_t count = end - output < kLanes ? end - output : kLanes;
+        const bool ask = output + 2 * kLanes <= end;
         const float* own = x.data;
         typename Mul::Sum sums[M] = {};
         for (int64_t block = 0; block < rows.num_blocks(); ++block, own += kLanes * Mul::kParts * M) {
             Float words[kLanes];
             rows.read(output, count, block, words);
-            if (output + 2 * kLanes <= end) {
-#pragma GCC unroll 16
-                for (int i = 0; i < kLanes; ++i) rows.ask(output + kLanes + i, block);
-            }
 #pragma GCC unroll 16
             for (int i = 0; i < kLanes; ++i) {
+                // In order, as memory is read fastest, but where products are made faster than that.
+                if (ask) M > 2 ? rows.ask(output + kLanes, block * kLanes + i) : rows.ask(output + kLanes + i, block);
                 Float parts[Mul::kParts];
                 Mul::unpack(words[i], parts);
 #pragma GCC unroll 16
@@ -193,17 +214,7 @@ private:
             const int64_t row = wide * kLanes, count = smaller_of(part.num_rows - row, kLanes);
             Float* to = panel_ + wide;
             if (count <= 0) continue;  // what is there is multiplied, and put nowhere
-            for (int64_t block = 0; block < part.count; ++block, to += kBlockWords * kWide) {
-                Float words[kLanes];
-                rows_.read(part.output() + row, count, part.block + block, words);
-#pragma GCC unroll 16
-                for (int i = 0; i < kLanes; ++i) {
-                    Float parts[Mul::kParts];
-                    Mul::unpack(words[i], parts);
-#pragma GCC unroll 16
-                    for (int j = 0; j < Mul::kParts; ++j) to[(i * Mul::kParts + j) * kWide] = parts[j];
-                }
-            }
+            rows_.template unpack<kWide>(part.output() + row, count, part.block, part.block + part.count, to);
         }
     }
 

@@ -82,20 +82,11 @@ public:
             return TileProduct(packed(), first / kTile, num_tiles(last, kTile), weight, begin, end, target).run();
         }
 #endif
-        multiply_rows(PlainRows<T>{weight, inputs_}, words(), first, last, begin, end, Sums{target}, thread);
+        multiply_rows(PlainRows<T>{weight, inputs_}, words(), first, last, begin, end, FloatSums<T>(target), thread);
     }
 
 private:
     typedef Multiplier<T> Mul;
-
-    struct Sums {
-        const Target<T>& target;
-
-        void ask(int64_t token, int64_t output) const { target.ask(token, output); }
-        void put(int64_t token, int64_t output, Float sums, int64_t count) const {
-            target.put_some(token, output, sums, count);
-        }
-    };
 
     static constexpr int64_t kLeastTokens = kTiled<T> ? 48 : kFewTokens;
     static constexpr int64_t kCachedBytes = 3 << 18;  // of packed tokens, which the second cache holds

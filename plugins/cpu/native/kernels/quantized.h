@@ -13,15 +13,11 @@ namespace quantized {
 
 enum class Way { kIntegers, kFloats, kIntegerTiles, kDecodedTiles };
 
-#if defined(__AMX_INT8__)
-constexpr int64_t kIntegersTokens = 4;  // up to as many tokens sums of integers go by vectors
-#endif
-
 // How a product is made. That of integers is exact, so there the number of tokens may choose; it must not elsewhere.
 template <class T>
 inline Way way_of(const zif_cpu_quantized& weight, [[maybe_unused]] int64_t tokens) {
 #if defined(__AMX_INT8__)
-    if (weight.dynamic_activations && tokens > kIntegersTokens) return Way::kIntegerTiles;
+    if (weight.dynamic_activations && tokens > kFewestTokens) return Way::kIntegerTiles;
     if (!weight.dynamic_activations && kTiled<T> && weight.group % kTileInputs == 0) return Way::kDecodedTiles;
 #endif
     return weight.dynamic_activations ? Way::kIntegers : Way::kFloats;
@@ -42,9 +38,8 @@ class Activations {
 public:
     static int64_t bytes(const zif_cpu_quantized& weight, int64_t tokens) {
         switch (way_of<T>(weight, tokens)) {
-            case Way::kIntegers:
-                return heads(tokens) + tokens * stride_of(weight) * int64_t(sizeof(Integers::Held));
-            case Way::kFloats: return tokens * Layout(weight).width() * 4;
+            case Way::kIntegers: return heads(tokens) + tokens * integer_words(weight) * 4;
+            case Way::kFloats: return tokens * float_words(weight) * 4;
 #if defined(__AMX_INT8__)
             case Way::kIntegerTiles: return heads(tokens) + packed_bytes(tokens, weight.inputs, kTileCodes);
             case Way::kDecodedTiles: return PackedPairs::bytes(weight, tokens);
@@ -53,17 +48,33 @@ public:
         }
     }
 
+    static bool by_vectors(const zif_cpu_quantized& weight, int64_t tokens) {
+        const Way way = way_of<T>(weight, tokens);
+        return way == Way::kIntegers || way == Way::kFloats;
+    }
+
     // memory: 64-byte aligned, as much as `bytes` says; filled by `prepare`.
     Activations(const T* x, int64_t stride, int64_t tokens, const zif_cpu_quantized& weight, void* memory)
         : x_(x), stride_(stride), tokens_(tokens), weight_(weight), memory_(static_cast<char*>(memory)),
           way_(way_of<T>(weight, tokens)) {}
 
     // Parts to be prepared, each once, in any order.
-    int64_t num_parts() const { return (tokens_ + kPartRows - 1) / kPartRows; }
+    int64_t num_parts() const {
+        return by_vectors(weight_, tokens_) ? words().num_groups() : (tokens_ + kPartRows - 1) / kPartRows;
+    }
 
     void prepare(int64_t part, [[maybe_unused]] int thread) const {
-        const int64_t first = part * kPartRows;
-        const int64_t end = first + kPartRows < tokens_ ? first + kPartRows : tokens_;
+        if (way_ == Way::kIntegers) {
+            const int64_t token = part * words().group_tokens();
+            void* const codes = scratch(thread, 3, words().group_tokens() * rounded_up(weight_.inputs, kLanes));
+            return round_group(x_ + token * stride_, stride_, weight_.inputs, words(), part, own_tokens() + token,
+                               static_cast<int8_t*>(codes));
+        }
+        if (way_ == Way::kFloats) {
+            void* const rows = scratch(thread, 3, words().group_tokens() * words().words * sizeof(float));
+            const T* x = x_ + part * words().group_tokens() * stride_;
+            return widen_group(x, stride_, weight_, words(), part, static_cast<float*>(rows));
+        }
 #if defined(__AMX_INT8__)
         if (way_ == Way::kIntegerTiles) {
             void* const rows = scratch(thread, 3, kTile * num_tiles(weight_.inputs, kTileCodes) * kTileCodes);
@@ -73,30 +84,22 @@ public:
             if (way_ == Way::kDecodedTiles) return pack_pairs(x_, stride_, weight_, pairs(), part);
         }
 #endif
-        for (int64_t token = first; token < end; ++token) {
-            if (way_ == Way::kIntegers) {
-                const int64_t width = stride_of(weight_);
-                const auto own = round_row(x_ + token * stride_, weight_.inputs, own_codes() + token * width, width);
-                own_tokens()[token] = {own.scale, own.offset * Integers::kShift};
-            } else {
-                const Layout layout(weight_);
-                widen_row(x_ + token * stride_, layout, reinterpret_cast<float*>(memory_) + token * layout.width());
-            }
-        }
     }
 
     // All tokens times outputs `begin` to `end` - 1.
     void multiply(int64_t begin, int64_t end, const Target<T>& target, int thread) const {
         switch (way_) {
             case Way::kIntegers: {
-                const IntegerRows rows = {own_tokens(), own_codes(), stride_of(weight_), weight_.inputs};
-                return multiply_integers(rows, tokens_, weight_, begin, end, target);
+                const IntegerSums<T> sums(own_tokens(), weight_.scales, target);
+                if (tokens_ <= kFewestTokens) return multiply_fewest(code_rows(weight_), words(), begin, end, sums);
+                return multiply_words(code_rows(weight_), sums, begin, end, thread);
             }
             case Way::kFloats: {
-                const FloatRows rows = {reinterpret_cast<const float*>(memory_), tokens_};
-                auto* panel = static_cast<float*>(scratch(thread, 3, panel_bytes(Layout(weight_))));
-                if (weight_.bits == 8) return multiply_floats<8>(rows, weight_, begin, end, panel, target);
-                return multiply_floats<4>(rows, weight_, begin, end, panel, target);
+                const FloatSums<T> sums(target);
+                const bool whole_words = weight_.group * weight_.bits % 32 == 0;
+                if (!whole_words) return multiply_words(AnyRows{weight_}, sums, begin, end, thread);
+                if (weight_.bits == 8) return multiply_words(CodeRows<8>(weight_), sums, begin, end, thread);
+                return multiply_words(CodeRows<4>(weight_), sums, begin, end, thread);
             }
 #if defined(__AMX_INT8__)
             case Way::kIntegerTiles:
@@ -109,11 +112,30 @@ public:
     }
 
 private:
-    static int64_t heads(int64_t tokens) { return rounded_up(tokens * sizeof(IntegerRows::Token), 64); }
-    static int64_t stride_of(const zif_cpu_quantized& weight) { return rounded_up(weight.inputs, 64); }
+    static PlainRows<int8_t> code_rows(const zif_cpu_quantized& weight) {
+        return {static_cast<const int8_t*>(weight.codes), weight.inputs};
+    }
 
-    IntegerRows::Token* own_tokens() const { return reinterpret_cast<IntegerRows::Token*>(memory_); }
-    Integers::Held* own_codes() const { return reinterpret_cast<Integers::Held*>(memory_ + heads(tokens_)); }
+    static int64_t integer_words(const zif_cpu_quantized& weight) {
+        return code_rows(weight).num_blocks() * kLanes * Integers::kParts;
+    }
+
+    template <class Rows>
+    void multiply_words(const Rows& rows, const Sums<typename Rows::Mul::Sum>& sink, int64_t begin, int64_t end,
+                        int thread) const {
+        for (int64_t first = 0; first < tokens_; first += kPassTokens) {
+            const int64_t last = first + kPassTokens < tokens_ ? first + kPassTokens : tokens_;
+            multiply_rows(rows, words(), first, last, begin, end, sink, thread);
+        }
+    }
+
+    static int64_t heads(int64_t tokens) { return rounded_up(tokens * sizeof(RoundedToken), 64); }
+
+    RoundedToken* own_tokens() const { return reinterpret_cast<RoundedToken*>(memory_); }
+    Words words() const {
+        if (way_ == Way::kFloats) return {reinterpret_cast<float*>(memory_), tokens_, float_words(weight_)};
+        return {reinterpret_cast<float*>(memory_ + heads(tokens_)), tokens_, integer_words(weight_)};
+    }
 
 #if defined(__AMX_INT8__)
     Packed packed() const {
@@ -131,7 +153,7 @@ private:
     Way way_;
 };
 
-constexpr int64_t kFewTokens = 32;
+constexpr int64_t kOrderedTokens = 32;  // up to as many read a weight best in few long parts
 
 // Outputs of a task: many, so that memory is read in order for long, but so few that all threads have some.
 constexpr int64_t kTaskBytes = 256 << 10;
@@ -145,16 +167,20 @@ inline int64_t chunk_rows(const zif_cpu_quantized& weight) {
 
 inline int64_t num_tasks(int64_t outputs, int64_t chunk) { return (outputs + chunk - 1) / chunk; }
 
-// Tokens that pass at once, so that the second cache holds them.
-constexpr int64_t kBlockBytes = 1 << 20;
-constexpr int64_t kLeastTokens = 128;
+// Tokens that are made ready at once: as the second cache holds by tiles; by vectors they pass in parts anyway, and
+// memory is bounded.
+constexpr int64_t kTiledBytes = 1 << 20;
+constexpr int64_t kTiledTokens = 128;
+constexpr int64_t kVectorBytes = 64 << 20;
 
 template <class T>
 inline int64_t tokens_at_once(const zif_cpu_quantized& weight, int64_t tokens) {
     const int64_t bytes = Activations<T>::bytes(weight, tokens);
-    if (tokens <= kLeastTokens || bytes <= kBlockBytes) return tokens;
-    const int64_t some = tokens * kBlockBytes / bytes / kLeastTokens * kLeastTokens;
-    return some < kLeastTokens ? kLeastTokens : some;
+    const bool vectors = Activations<T>::by_vectors(weight, tokens);
+    const int64_t most = vectors ? kVectorBytes : kTiledBytes, step = vectors ? kPassTokens : kTiledTokens;
+    if (tokens <= step || bytes <= most) return tokens;
+    const int64_t some = tokens * most / bytes / step * step;
+    return some < step ? step : some;
 }
 
 template <class T>
@@ -168,7 +194,7 @@ inline void multiply(const zif_cpu_quantized_product& call) {
         const int64_t outputs = call.weight.outputs;
         const Target<T> target = {static_cast<T*>(call.y) + first * outputs, outputs, static_cast<const T*>(call.bias)};
         parallel_for(activations.num_parts(), [&](int64_t part, int thread) { activations.prepare(part, thread); });
-        const int64_t chunk = tokens <= kFewTokens ? few_chunk(outputs) : chunk_rows(call.weight);
+        const int64_t chunk = tokens <= kOrderedTokens ? few_chunk(outputs) : chunk_rows(call.weight);
         parallel_for(num_tasks(outputs, chunk), [&](int64_t task, int thread) {
             const int64_t begin = task * chunk, end = begin + chunk < outputs ? begin + chunk : outputs;
             activations.multiply(begin, end, target, thread);

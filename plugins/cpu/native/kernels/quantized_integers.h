@@ -1,6 +1,7 @@
-// Inner products of weights held in 8 bits with activations rounded to 8 bits, in exact integers.
+// Products of weights held in 8 bits with activations rounded to 8 bits, in exact integers.
 #pragma once
 
+#include "panels.h"
 #include "target.h"
 #include "zif_cpu.h"
 
@@ -11,190 +12,87 @@
 namespace zif {
 namespace ZIF_ISA {
 namespace {
+
+// Codes of 8 bits: a word has four, and sums wrap around.
+template <>
+struct Multiplier<int8_t> {
+    typedef Int Sum;
+    static constexpr int kElements = 4 * kLanes;
+
+    static Float words(const int8_t* from) { return raw_words(from); }
+    static Float some_words(const int8_t* from, int64_t count) { return some_raw_words(from, count); }
+
+#if defined(__AVX512VNNI__)
+    // The instruction wants one factor without a sign: the weights, by adding 128. What that adds is taken off later.
+    static constexpr int32_t kShift = 128;
+    static constexpr int kParts = 1;
+
+    static void unpack(Float word, Float* parts) { parts[0] = bits_as<Float>(bits_as<UInt>(word) ^ 0x80808080u); }
+    static void unpack_held(Float word, Float* parts) { parts[0] = word; }
+    static Int add_words(Int sum, Float w, Float x) {
+        return bits_as<Int>(_mm512_dpbusd_epi32(bits_as<__m512i>(sum), bits_as<__m512i>(w), bits_as<__m512i>(x)));
+    }
+#elif defined(__SSE2__)
+    // A word is two pairs of codes of 16 bits: the first and the third, the second and the fourth.
+    static constexpr int32_t kShift = 0;
+    static constexpr int kParts = 2;
+    typedef int16_t Shorts __attribute__((vector_size(ZIF_VECTOR_BYTES)));
+
+    static void unpack(Float word, Float* parts) {
+        parts[0] = bits_as<Float>(bits_as<Shorts>(word) << 8 >> 8);
+        parts[1] = bits_as<Float>(bits_as<Shorts>(word) >> 8);
+    }
+    static void unpack_held(Float word, Float* parts) { unpack(word, parts); }
+    static Int add_words(Int sum, Float w, Float x) {
+#if defined(__AVX512BW__)
+        return sum + bits_as<Int>(_mm512_madd_epi16(bits_as<__m512i>(w), bits_as<__m512i>(x)));
+#elif defined(__AVX2__)
+        return sum + bits_as<Int>(_mm256_madd_epi16(bits_as<__m256i>(w), bits_as<__m256i>(x)));
+#else
+        return sum + bits_as<Int>(_mm_madd_epi16(bits_as<__m128i>(w), bits_as<__m128i>(x)));
+#endif
+    }
+#else
+    static constexpr int32_t kShift = 0;
+    static constexpr int kParts = 4;
+
+    static void unpack(Float word, Float* parts) {
+        for (int i = 0; i < 4; ++i) parts[i] = bits_as<Float>(bits_as<Int>(word) << (24 - 8 * i) >> 24);
+    }
+    static void unpack_held(Float word, Float* parts) { unpack(word, parts); }
+    static Int add_words(Int sum, Float w, Float x) { return sum + bits_as<Int>(w) * bits_as<Int>(x); }
+#endif
+
+    static Int add(Int sum, Float w, const float* x) {
+        return add_words(sum, w, bits_as<Float>(bits_as<int32_t>(*x) - Int{}));
+    }
+
+    // Activations: up to kElements of a row, of which `left` are, to kParts vectors.
+    static void hold_parts(const int8_t* from, int64_t left, Float* parts) {
+        unpack_held(left >= kElements ? words(from) : some_words(from, left), parts);
+    }
+
+    static void hold(const int8_t* from, int64_t left, Float* held) {
+        Float parts[kParts];
+        hold_parts(from, left, parts);
+        float own[kParts][kLanes], mixed[kLanes * kParts];
+        std::memcpy(own, parts, sizeof(own));
+        for (int i = 0; i < kLanes * kParts; ++i) mixed[i] = own[i % kParts][i / kParts];
+        std::memcpy(held, mixed, sizeof(mixed));
+    }
+};
+
 namespace quantized {
 
-constexpr int kPanel = 16;  // outputs whose sums are finished together
-constexpr int kTokens = 4;  // tokens of a tile
+typedef Multiplier<int8_t> Integers;
 
 inline int64_t rounded_up(int64_t count, int64_t step) { return (count + step - 1) / step * step; }
 
-// Sums of a panel: [tokens of a tile][outputs of a panel].
-template <class Element>
-struct alignas(64) PanelSums {
-    Element at[kTokens][kPanel];
+// A token rounded to integers: `offset` is what `kShift` added to each of its sums.
+struct RoundedToken {
+    float scale;
+    int32_t offset;
 };
-
-// How codes of 8 bits are multiplied: x is held as `Held`, `kStep` codes go at once, in sums that wrap around.
-#if defined(__AVX512VNNI__)
-struct Integers {
-    typedef int8_t Held;
-    typedef __m512i Sum;
-    static constexpr int kStep = 64;
-    // The instruction wants one factor without a sign: the weights, by adding 128. What that adds is taken off later.
-    static constexpr int32_t kShift = 128;
-
-    static Sum zero() { return _mm512_setzero_si512(); }
-    static __m512i shifted(__m512i codes) { return _mm512_xor_si512(codes, _mm512_set1_epi8(-128)); }
-    static __m512i codes(const int8_t* from) { return shifted(_mm512_loadu_si512(from)); }
-    static __m512i some_codes(const int8_t* from, int64_t count) {
-        return shifted(_mm512_maskz_loadu_epi8((uint64_t(1) << count) - 1, from));
-    }
-    static Sum add(Sum sum, __m512i w, const int8_t* x) {
-        return _mm512_dpbusd_epi32(sum, w, _mm512_loadu_si512(x));
-    }
-#elif defined(__AVX512BW__)
-struct Integers {
-    typedef int16_t Held;
-    typedef __m512i Sum;
-    static constexpr int kStep = 32;
-    static constexpr int32_t kShift = 0;
-
-    static Sum zero() { return _mm512_setzero_si512(); }
-    static __m512i codes(const int8_t* from) {
-        return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
-    }
-    static __m512i some_codes(const int8_t* from, int64_t count) {
-        return _mm512_cvtepi8_epi16(_mm256_maskz_loadu_epi8((1u << count) - 1, from));
-    }
-    static Sum add(Sum sum, __m512i w, const int16_t* x) {
-        return _mm512_add_epi32(sum, _mm512_madd_epi16(w, _mm512_loadu_si512(x)));
-    }
-#elif defined(__AVX2__)
-struct Integers {
-    typedef int16_t Held;
-    typedef __m256i Sum;
-    static constexpr int kStep = 16;
-    static constexpr int32_t kShift = 0;
-
-    static Sum zero() { return _mm256_setzero_si256(); }
-    static __m256i codes(const int8_t* from) {
-        return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
-    }
-    static Sum add(Sum sum, __m256i w, const int16_t* x) {
-        return _mm256_add_epi32(sum, _mm256_madd_epi16(w, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x))));
-    }
-#elif defined(__SSE2__)
-struct Integers {
-    typedef int16_t Held;
-    typedef __m128i Sum;
-    static constexpr int kStep = 8;
-    static constexpr int32_t kShift = 0;
-
-    static Sum zero() { return _mm_setzero_si128(); }
-    static __m128i codes(const int8_t* from) {
-        const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
-        return _mm_srai_epi16(_mm_unpacklo_epi8(bytes, bytes), 8);
-    }
-    static Sum add(Sum sum, __m128i w, const int16_t* x) {
-        return _mm_add_epi32(sum, _mm_madd_epi16(w, _mm_loadu_si128(reinterpret_cast<const __m128i*>(x))));
-    }
-#else
-struct Integers {
-    typedef int16_t Held;
-    typedef Int Sum;
-    static constexpr int kStep = kLanes;
-    static constexpr int32_t kShift = 0;
-    typedef int8_t Bytes __attribute__((vector_size(kLanes)));
-    typedef int16_t Shorts __attribute__((vector_size(2 * kLanes)));
-
-    static Sum zero() { return Sum{}; }
-    static Sum codes(const int8_t* from) {
-        Bytes bytes;
-        std::memcpy(&bytes, from, sizeof(bytes));
-        return __builtin_convertvector(bytes, Int);
-    }
-    static Sum add(Sum sum, Sum w, const int16_t* x) {
-        Shorts shorts;
-        std::memcpy(&shorts, x, sizeof(shorts));
-        return sum + w * __builtin_convertvector(shorts, Int);
-    }
-#endif
-#if !defined(__AVX512BW__)
-    static auto some_codes(const int8_t* from, int64_t count) {
-        int8_t some[kStep] = {};
-        std::memcpy(some, from, count);
-        return codes(some);
-    }
-#endif
-};
-
-inline int32_t total(const Integers::Sum& sum) {
-    uint32_t lanes[sizeof(sum) / 4];
-    std::memcpy(lanes, &sum, sizeof(lanes));
-    uint32_t all = 0;
-    for (const uint32_t lane : lanes) all += lane;
-    return static_cast<int32_t>(all);
-}
-
-// The totals of 4 sums, to to[0..3].
-inline void put_totals(const Integers::Sum* sums, int32_t* to) {
-#if defined(__AVX512BW__)
-    const auto folded = [](__m512i a, __m512i b) {
-        return _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
-    };
-    const __m512i low = folded(sums[0], sums[1]), high = folded(sums[2], sums[3]);
-    const __m512i four = _mm512_add_epi32(_mm512_unpacklo_epi64(low, high), _mm512_unpackhi_epi64(low, high));
-    const __m256i two = _mm256_add_epi32(_mm512_castsi512_si256(four), _mm512_extracti64x4_epi64(four, 1));
-    const __m128i one = _mm_add_epi32(_mm256_castsi256_si128(two), _mm256_extracti128_si256(two, 1));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), one);
-#else
-    for (int i = 0; i < 4; ++i) to[i] = total(sums[i]);
-#endif
-}
-
-// Rows of activations rounded to integers; `offset` of a token is what `kShift` added to each of its sums.
-struct IntegerRows {
-    struct Token {
-        float scale;
-        int32_t offset;
-    };
-    const Token* tokens;
-    const Integers::Held* codes;  // [tokens, stride], zeros behind the inputs
-    int64_t stride;
-    int64_t inputs;
-};
-
-// N outputs for M tokens. w: the first output's row; `ahead` bytes further is what will be read next, 0 for nothing.
-// sums: of the first output and token.
-template <int N, int M>
-inline void integer_tile(const IntegerRows& x, const int8_t* w, int64_t token, int64_t ahead, int32_t* sums) {
-    const Integers::Held* rows = x.codes + token * x.stride;
-    Integers::Sum held[M][N];
-    for (int m = 0; m < M; ++m) {
-        for (int n = 0; n < N; ++n) held[m][n] = Integers::zero();
-    }
-    int64_t k = 0;
-    for (; k + Integers::kStep <= x.inputs; k += Integers::kStep) {
-        for (int n = 0; n < N; ++n) {
-            if (ahead != 0) __builtin_prefetch(w + n * x.inputs + k + ahead);
-            const auto codes = Integers::codes(w + n * x.inputs + k);
-            for (int m = 0; m < M; ++m) held[m][n] = Integers::add(held[m][n], codes, rows + m * x.stride + k);
-        }
-    }
-    if (k < x.inputs) {
-        for (int n = 0; n < N; ++n) {
-            const auto codes = Integers::some_codes(w + n * x.inputs + k, x.inputs - k);
-            for (int m = 0; m < M; ++m) held[m][n] = Integers::add(held[m][n], codes, rows + m * x.stride + k);
-        }
-    }
-    for (int m = 0; m < M; ++m) {
-        if constexpr (N % 4 == 0) {
-            for (int n = 0; n < N; n += 4) put_totals(held[m] + n, sums + m * kPanel + n);
-        } else {
-            for (int n = 0; n < N; ++n) sums[m * kPanel + n] = total(held[m][n]);
-        }
-    }
-}
-
-// A panel of `count` outputs for M tokens.
-template <int M>
-inline void integer_panel(const IntegerRows& x, const int8_t* w, int64_t token, int64_t count, int64_t ahead,
-                          int32_t* sums) {
-    constexpr int kOutputs = M == 1 && ZIF_VECTOR_BYTES == 64 ? 8 : 4;
-    int64_t n = 0;
-    for (; n + kOutputs <= count; n += kOutputs) integer_tile<kOutputs, M>(x, w + n * x.inputs, token, ahead, sums + n);
-    for (; n < count; ++n) integer_tile<1, M>(x, w + n * x.inputs, token, 0, sums + n);
-}
 
 // A whole vector of results.
 template <class T>
@@ -210,49 +108,111 @@ inline void store_row(BFloat16* to, Float row) {
 }
 #endif
 
-// Scales and bias at the end of integer sums: `count` outputs from `output` on of one token.
+// Scales and bias at the end of integer sums.
 template <class T>
-inline void put_integers(const int32_t* sums, int64_t count, IntegerRows::Token own, const float* scales,
-                         int64_t token, int64_t output, const Target<T>& target) {
-    T* y = target.y + token * target.stride + output;
-    for (int64_t i = 0; i < count; i += kLanes) {
-        const int64_t left = count - i;
-        Int part;
-        std::memcpy(&part, sums + i, sizeof(part));
-        const Float product = __builtin_convertvector(part - own.offset, Float) * own.scale;
-        if (left >= kLanes) {
-            const Float bias = target.bias == nullptr ? Float{} : load(target.bias + output + i);
-            store_row(y + i, product * load(scales + output + i) + bias);
+struct IntegerSums final : Sums<Int> {
+    const RoundedToken* tokens;
+    const float* scales;  // of the outputs
+    const Target<T>& target;
+
+    IntegerSums(const RoundedToken* tokens, const float* scales, const Target<T>& target)
+        : tokens(tokens), scales(scales), target(target) {}
+
+    void ask(int64_t token, int64_t output) const override { target.ask(token, output); }
+
+    void put(int64_t token, int64_t output, Int sums, int64_t count) const override {
+        const RoundedToken own = tokens[token];
+        T* y = target.y + token * target.stride + output;
+        const Float product = __builtin_convertvector(sums - own.offset, Float) * own.scale;
+        if (count == kLanes) {
+            const Float bias = target.bias == nullptr ? Float{} : load(target.bias + output);
+            store_row(y, product * load(scales + output) + bias);
         } else {
-            const Float bias = target.bias == nullptr ? Float{} : load_some(target.bias + output + i, left);
-            store_some(y + i, product * load_some(scales + output + i, left) + bias, left);
+            const Float bias = target.bias == nullptr ? Float{} : load_some(target.bias + output, count);
+            store_some(y, product * load_some(scales + output, count) + bias, count);
+        }
+    }
+};
+
+// Of fewest tokens rows are multiplied as they lie, and sums are added up across lanes: integers allow any order.
+constexpr int kFewestTokens = 4;
+
+// One token's words: [blocks][parts][lanes].
+inline void hold_row(const int8_t* codes, int64_t inputs, float* to) {
+    for (int64_t k = 0; k < inputs; k += Integers::kElements, to += Integers::kParts * kLanes) {
+        Float parts[Integers::kParts];
+        Integers::hold_parts(codes + k, inputs - k, parts);
+        for (int part = 0; part < Integers::kParts; ++part) store(to + part * kLanes, parts[part]);
+    }
+}
+
+// One block of N rows, `inputs` apart, by M tokens, `words` apart; of it `left` codes are there, if not all.
+template <int N, int M, bool kWhole>
+__attribute__((always_inline)) inline void add_block(const int8_t* from, int64_t inputs, int64_t left, const float* x,
+                                                     int64_t words, Int (&sums)[M][N]) {
+    constexpr int kParts = Integers::kParts;
+#pragma GCC unroll 16
+    for (int n = 0; n < N; ++n, from += inputs) {
+        Float parts[kParts];
+        Integers::unpack(kWhole ? Integers::words(from) : Integers::some_words(from, left), parts);
+#pragma GCC unroll 16
+        for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 16
+            for (int part = 0; part < kParts; ++part) {
+                sums[m][n] = Integers::add_words(sums[m][n], parts[part], load(x + m * words + part * kLanes));
+            }
         }
     }
 }
 
-// All tokens times outputs `begin` to `end` - 1.
-template <class T>
-void multiply_integers(const IntegerRows& x, int64_t tokens, const zif_cpu_quantized& weight, int64_t begin,
-                       int64_t end, const Target<T>& target) {
-    const auto* codes = static_cast<const int8_t*>(weight.codes);
-    PanelSums<int32_t> sums = {};
-    for (int64_t output = begin; output < end; output += kPanel) {
-        const int64_t count = end - output < kPanel ? end - output : kPanel;
-        const int8_t* w = codes + output * x.inputs;
-        for (int64_t token = 0; token < tokens; token += kTokens) {
-            const int64_t some = tokens - token < kTokens ? tokens - token : kTokens;
-            const int64_t ahead = token == 0 && output + 2 * kPanel <= end ? kPanel * x.inputs : 0;
-            switch (some) {
-                case 4: integer_panel<4>(x, w, token, count, ahead, sums.at[0]); break;
-                case 3: integer_panel<3>(x, w, token, count, ahead, sums.at[0]); break;
-                case 2: integer_panel<2>(x, w, token, count, ahead, sums.at[0]); break;
-                case 1: integer_panel<1>(x, w, token, count, ahead, sums.at[0]); break;
-            }
-            for (int64_t m = 0; m < some; ++m) {
-                put_integers(sums.at[m], count, x.tokens[token + m], weight.scales, token + m, output, target);
-            }
+// N rows from `row` on by M tokens; `ahead` rows further is what will be read next, 0 for nothing. sums: [M][kLanes].
+template <int N, int M>
+inline void sum_rows(const PlainRows<int8_t>& rows, const Words& words, int64_t row, int64_t ahead, Int* sums) {
+    const int64_t inputs = rows.inputs, whole = inputs / Integers::kElements;
+    const int8_t* from = rows.data + row * inputs;
+    const float* x = words.data;
+    Int own[M][N] = {};
+    for (int64_t i = 0; i < whole; ++i, from += Integers::kElements, x += Integers::kParts * kLanes) {
+        if (ahead != 0) {
+#pragma GCC unroll 16
+            for (int n = 0; n < N; ++n) __builtin_prefetch(from + (ahead + n) * inputs);
+        }
+        add_block<N, M, true>(from, inputs, 0, x, words.words, own);
+    }
+    const int64_t left = inputs - whole * Integers::kElements;
+    if (left > 0) add_block<N, M, false>(from, inputs, left, x, words.words, own);
+#pragma GCC unroll 16
+    for (int i = 0; i < N * M; ++i) sums[i / N * kLanes + i % N] = own[i / N][i % N];
+}
+
+// M tokens times outputs `begin` to `end` - 1. x: as `hold_row` makes it.
+template <int M>
+inline void multiply_as_they_lie(const PlainRows<int8_t>& rows, const Words& x, int64_t begin, int64_t end,
+                                 const Sums<Int>& sink) {
+    constexpr int kRows = 4;
+    Int sums[M][kLanes] = {};
+    for (int64_t output = begin; output < end; output += kLanes) {
+        const int64_t count = end - output < kLanes ? end - output : kLanes;
+        const int64_t ahead = output + 2 * kLanes <= end ? kLanes : 0;
+        int64_t n = 0;
+        for (; n + kRows <= count; n += kRows) sum_rows<kRows, M>(rows, x, output + n, ahead, sums[0] + n);
+        for (; n < count; ++n) sum_rows<1, M>(rows, x, output + n, 0, sums[0] + n);
+        for (int m = 0; m < M; ++m) {
+            Float turned[kLanes];
+            std::memcpy(turned, sums[m], sizeof(turned));
+            transpose(turned);
+            Int total = {};
+            for (int i = 0; i < kLanes; ++i) total += bits_as<Int>(turned[i]);
+            sink.put(m, output, total, count);
         }
     }
+}
+
+template <int M = kFewestTokens>
+inline void multiply_fewest(const PlainRows<int8_t>& rows, const Words& x, int64_t begin, int64_t end,
+                            const Sums<Int>& sink) {
+    if (x.tokens == M) return multiply_as_they_lie<M>(rows, x, begin, end, sink);
+    if constexpr (M > 1) multiply_fewest<M - 1>(rows, x, begin, end, sink);
 }
 
 }  // namespace quantized

@@ -1,4 +1,4 @@
-// Activations made ready for weights held as integers: rounded to 8 bits, token by token, or widened to float32.
+// Activations rounded to 8 bits, token by token.
 #pragma once
 
 #include <cmath>
@@ -46,21 +46,13 @@ inline void store_codes(int8_t* to, Int codes) {
 #endif
 }
 
-inline void store_codes(int16_t* to, Int codes) {
-#if defined(__AVX512F__)
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(bits_as<__m512i>(codes)));
-#else
-    for (int i = 0; i < kLanes; ++i) to[i] = static_cast<int16_t>(codes[i]);
-#endif
-}
-
-// Round one row to codes, with zeros behind them up to `width`, a multiple of kLanes. Returns its scale and the sum of
-// its codes. The scale is NaN, and codes are zeros, where an element is not finite.
-template <class T, class Code>
-inline IntegerRows::Token round_row(const T* x, int64_t count, Code* codes, int64_t width) {
+// Round one row to codes, with zeros behind them up to `width`, a multiple of kLanes. The scale is NaN, and codes
+// are zeros, where an element is not finite.
+template <class T>
+inline RoundedToken round_row(const T* x, int64_t count, int8_t* codes, int64_t width) {
     const float most = largest(x, count), scale = most / kCodeLimit;
     if (!(scale > 0.0f)) {
-        std::memset(codes, 0, width * sizeof(Code));
+        std::memset(codes, 0, width);
         return {scale, 0};
     }
     Int total = {};
@@ -73,21 +65,19 @@ inline IntegerRows::Token round_row(const T* x, int64_t count, Code* codes, int6
     }
     int32_t sum = 0;
     for (int i = 0; i < kLanes; ++i) sum += total[i];
-    return {scale, sum};
+    return {scale, sum * Integers::kShift};
 }
 
-// One row in float32 in the order of `Layout`.
+// Round the tokens of a group to words. x: its first token; tokens: of the group; codes: memory for their rows.
 template <class T>
-inline void widen_row(const T* x, const Layout& layout, float* to) {
-    for (int64_t group = 0; group < layout.groups; ++group, x += layout.runs * layout.run) {
-        for (int64_t step = 0; step < layout.steps; ++step) {
-            const int64_t left = layout.run - step * kLanes;
-            for (int run = 0; run < layout.runs; ++run, to += kLanes) {
-                const T* from = x + run * layout.run + step * kLanes;
-                store(to, left >= kLanes ? load(from) : load_some(from, left));
-            }
-        }
+inline void round_group(const T* x, int64_t stride, int64_t inputs, const Words& to, int64_t group,
+                        RoundedToken* tokens, int8_t* codes) {
+    const int64_t width = rounded_up(inputs, kLanes);
+    for (int64_t i = 0; i < to.width(group); ++i) {
+        tokens[i] = round_row(x + i * stride, inputs, codes + i * width, width);
     }
+    if (to.tokens > kFewestTokens) return hold_group(codes, width, inputs, to, group);
+    for (int64_t i = 0; i < to.tokens; ++i) hold_row(codes + i * width, inputs, to.data + i * to.words);
 }
 
 }  // namespace quantized

@@ -29,45 +29,20 @@ inline int64_t packed_bytes(int64_t tokens, int64_t inputs, int64_t step_inputs)
     return num_tiles(tokens, kTile) * num_tiles(inputs, step_inputs) * kTileWords * 4;
 }
 
-inline void transpose(__m512i (&rows)[16]) {
-    __m512i quads[16];
-    for (int i = 0; i < 16; i += 4) {
-        const __m512i low01 = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
-        const __m512i high01 = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
-        const __m512i low23 = _mm512_unpacklo_epi32(rows[i + 2], rows[i + 3]);
-        const __m512i high23 = _mm512_unpackhi_epi32(rows[i + 2], rows[i + 3]);
-        quads[i] = _mm512_unpacklo_epi64(low01, low23);
-        quads[i + 1] = _mm512_unpackhi_epi64(low01, low23);
-        quads[i + 2] = _mm512_unpacklo_epi64(high01, high23);
-        quads[i + 3] = _mm512_unpackhi_epi64(high01, high23);
-    }
-    for (int i = 0; i < 4; ++i) {
-        const __m512i low = _mm512_shuffle_i32x4(quads[i], quads[4 + i], 0x44);
-        const __m512i high = _mm512_shuffle_i32x4(quads[i], quads[4 + i], 0xee);
-        const __m512i next_low = _mm512_shuffle_i32x4(quads[8 + i], quads[12 + i], 0x44);
-        const __m512i next_high = _mm512_shuffle_i32x4(quads[8 + i], quads[12 + i], 0xee);
-        rows[i] = _mm512_shuffle_i32x4(low, next_low, 0x88);
-        rows[4 + i] = _mm512_shuffle_i32x4(low, next_low, 0xdd);
-        rows[8 + i] = _mm512_shuffle_i32x4(high, next_high, 0x88);
-        rows[12 + i] = _mm512_shuffle_i32x4(high, next_high, 0xdd);
-    }
-}
-
 // Write 16 words of each of 16 tokens as a tile of 16 words by 16 tokens; the same back.
 inline void put_transposed(__m512i (&rows)[16], void* tile) {
-    transpose(rows);
+    transpose_words(rows);
     for (int i = 0; i < 16; ++i) _mm512_storeu_si512(static_cast<uint32_t*>(tile) + i * kTile, rows[i]);
 }
 
 // Round 16 tokens from `tile` * 16 on and pack them. codes: memory for their rows.
 template <class T>
-inline void pack_codes(const T* x, int64_t stride, const Packed& packed, int64_t tile, IntegerRows::Token* tokens,
+inline void pack_codes(const T* x, int64_t stride, const Packed& packed, int64_t tile, RoundedToken* tokens,
                        int8_t* codes, int64_t inputs) {
     const int64_t first = tile * kTile, width = packed.steps * kTileCodes;
     const int64_t count = packed.tokens - first < kTile ? packed.tokens - first : kTile;
     for (int64_t i = 0; i < count; ++i) {
-        const auto own = round_row(x + (first + i) * stride, inputs, codes + i * width, width);
-        tokens[first + i] = {own.scale, 0};
+        tokens[first + i] = round_row(x + (first + i) * stride, inputs, codes + i * width, width);
     }
     for (int64_t step = 0; step < packed.steps; ++step) {
         __m512i rows[16];
@@ -102,12 +77,12 @@ inline CodeTiles copied(const int8_t* codes, int64_t inputs, int64_t rows, int64
 
 inline void load_transposed(const void* tile, __m512i (&rows)[16]) {
     for (int i = 0; i < 16; ++i) rows[i] = _mm512_loadu_si512(static_cast<const uint32_t*>(tile) + i * kTile);
-    transpose(rows);
+    transpose_words(rows);
 }
 
-// Scales and bias at the end of a tile of sums: the same arithmetic as that of `put_integers`.
+// Scales and bias at the end of a tile of sums: the same arithmetic as that of `IntegerSums`.
 template <class T>
-inline void put_sums(const int32_t* sums, const IntegerRows::Token* tokens, int64_t count, const float* scales,
+inline void put_sums(const int32_t* sums, const RoundedToken* tokens, int64_t count, const float* scales,
                      int64_t token, int64_t output, int64_t end, const Target<T>& target) {
     __m512i rows[16];
     load_transposed(sums, rows);
@@ -131,7 +106,7 @@ inline void put_sums(const int32_t* sums, const IntegerRows::Token* tokens, int6
 template <class T>
 class CodeProduct {
 public:
-    CodeProduct(const Packed& x, const IntegerRows::Token* tokens, const float* scales, int64_t end,
+    CodeProduct(const Packed& x, const RoundedToken* tokens, const float* scales, int64_t end,
                 const Target<T>& target)
         : x_(x), tokens_(tokens), scales_(scales), end_(end), target_(target) {}
 
@@ -200,7 +175,7 @@ private:
     }
 
     const Packed& x_;
-    const IntegerRows::Token* tokens_;
+    const RoundedToken* tokens_;
     const float* scales_;
     int64_t end_;
     const Target<T>& target_;
@@ -213,7 +188,7 @@ private:
 
 // All tokens times outputs `begin` to `end` - 1.
 template <class T>
-void multiply_codes(const Packed& x, const IntegerRows::Token* tokens, const zif_cpu_quantized& weight, int64_t begin,
+void multiply_codes(const Packed& x, const RoundedToken* tokens, const zif_cpu_quantized& weight, int64_t begin,
                     int64_t end, int thread, const Target<T>& target) {
     const TileRegisters registers;
     const auto* codes = static_cast<const int8_t*>(weight.codes);

@@ -1,4 +1,4 @@
-// Where products of floats go.
+// Where the sums of products go.
 #pragma once
 
 #include "simd.h"
@@ -41,6 +41,25 @@ private:
     static void store_vector(Y* to, Float values, int64_t count) {
         if (count == kLanes) store(to, values);
         else store_some(to, values, count);
+    }
+};
+
+// Where a product's sums go. Known at run time, so that products are not compiled for each dtype of their results.
+template <class Sum>
+struct Sums {
+    virtual void ask(int64_t token, int64_t output) const = 0;
+    virtual void put(int64_t token, int64_t output, Sum sums, int64_t count) const = 0;
+};
+
+template <class T>
+struct FloatSums final : Sums<Float> {
+    const Target<T>& target;
+
+    explicit FloatSums(const Target<T>& target) : target(target) {}
+
+    void ask(int64_t token, int64_t output) const override { target.ask(token, output); }
+    void put(int64_t token, int64_t output, Float sums, int64_t count) const override {
+        target.put_some(token, output, sums, count);
     }
 };
 

@@ -221,14 +221,17 @@ private:
         }
     }
 
-    // The same of one tile of tokens, or two. Memory is the limit: it gives more where few rows are read side by side.
+    // The same of one tile of tokens, or two. Memory is the limit: it gives more where few rows are read side by side,
+    // and the rows that follow them are asked for meanwhile.
     template <bool kSecond>
     void multiply_few(int64_t output) const {
         alignas(64) float sums[2][kPairWords];
         const int64_t bytes = x_.inputs * 2, steps = x_.input_tiles();
         const uint32_t* x = x_.tile(tile_, 0);
         for (int64_t half = 0; half < 2; ++half) {
-            const char* rows = reinterpret_cast<const char*>(weight_ + (output + half * kTile) * x_.inputs);
+            const int64_t row = output + half * kTile;
+            const char* rows = reinterpret_cast<const char*>(weight_ + row * x_.inputs);
+            const char* ahead = row + 2 * kTile <= end_ ? rows + kTile * bytes : rows;
             _tile_zero(0);
             _tile_zero(1);
             for (int64_t k = 0; k < steps; ++k) {
@@ -239,6 +242,7 @@ private:
                     _tile_loadd(6, x + (steps + k) * kTileWords, 64);
                     _tile_dpbf16ps(1, 4, 6);
                 }
+                for (int64_t i = 0; i < kTile; ++i) fetch(ahead + i * bytes + k * 64);
             }
             _tile_stored(0, sums[0] + half * kTileWords, 64);
             if (kSecond) _tile_stored(1, sums[1] + half * kTileWords, 64);

@@ -88,9 +88,9 @@ struct Multiplier {
     static void unpack(Float word, Float* parts) { parts[0] = word; }
     static Float add(Float sum, Float w, const float* x) { return sum + w * splat(*x); }
 
-    // Activations: up to kElements of a row, of which `left` are, to kLanes * kParts words.
-    static void hold(const T* from, int64_t left, float* to) {
-        store(to, left >= kLanes ? load(from) : load_some(from, left));
+    // Activations: up to kElements of a row, of which `left` are, as kLanes * kParts words.
+    static void hold(const T* from, int64_t left, Float* held) {
+        held[0] = left >= kLanes ? load(from) : load_some(from, left);
     }
 };
 
@@ -128,8 +128,8 @@ struct Multiplier<BFloat16> {
         const auto held = bits_as<__m512bh>(_mm512_set1_epi32(pair));
         return bits_as<Float>(_mm512_dpbf16_ps(bits_as<__m512>(sum), bits_as<__m512bh>(w), held));
     }
-    static void hold(const BFloat16* from, int64_t left, float* to) {
-        store(to, left >= kElements ? raw_words(from) : some_raw_words(from, left));
+    static void hold(const BFloat16* from, int64_t left, Float* held) {
+        held[0] = left >= kElements ? raw_words(from) : some_raw_words(from, left);
     }
 #else
     // The first of a pair is the lower half, as memory is on all of these processors.
@@ -140,10 +140,10 @@ struct Multiplier<BFloat16> {
         parts[1] = bits_as<Float>(bits_as<UInt>(word) & 0xffff0000u);
     }
     static Float add(Float sum, Float w, const float* x) { return sum + w * splat(*x); }
-    static void hold(const BFloat16* from, int64_t left, float* to) {
-        store(to, left >= kLanes ? load(from) : load_some(from, left));
+    static void hold(const BFloat16* from, int64_t left, Float* held) {
+        held[0] = left >= kLanes ? load(from) : load_some(from, left);
         const int64_t more = left - kLanes;
-        store(to + kLanes, more >= kLanes ? load(from + kLanes) : more > 0 ? load_some(from + kLanes, more) : Float{});
+        held[1] = more >= kLanes ? load(from + kLanes) : more > 0 ? load_some(from + kLanes, more) : Float{};
     }
 #endif
 };
