@@ -184,7 +184,8 @@ inline Plan plan_tasks(const zif_cpu_attention& call) {
     const int64_t share = num_threads() > 1 ? total / (8 * num_threads()) : total;
     for (int64_t i = 0; i < num_units; ++i) {
         Unit& unit = plan.units[i];
-        const int64_t size = Softmax::size(held_rows<kTiled>(unit.num_queries * group), width_of<kTiled>(call.head_dim));
+        const int64_t rows = held_rows<kTiled>(unit.num_queries * group);
+        const int64_t size = Softmax::size(rows, width_of<kTiled>(call.head_dim));
         const int64_t wanted = call.kv_heads * unit.num_splits * size;
         const bool apart = unit.num_splits > larger(1, share) && (floats + wanted) * 4 <= kMaxPartialBytes;
         unit.first_task = plan.num_tasks;

@@ -323,7 +323,8 @@ inline void add_values(const float* weights, const char* const* rows, int64_t at
         Float some[kVectors];
 #pragma GCC unroll 16
         for (int i = 0; i < kVectors; ++i) {
-            const int64_t of_line = (kVectors > 1 ? i * kLanes : at) * sizeof(C) % 64;  // the first of several starts one
+            // The first of several starts a line.
+            const int64_t of_line = (kVectors > 1 ? i * kLanes : at) * sizeof(C) % 64;
             if (of_line < kLanes * int64_t(sizeof(C))) {
                 __builtin_prefetch(rows[key + kFewAhead] + (at + i * kLanes) * sizeof(C), 0, 2);
             }

@@ -35,6 +35,12 @@ struct Words {
         const int64_t left = tokens - group * group_tokens();
         return left < group_tokens() ? left : group_tokens();
     }
+    // Tokens that pass by a panel: as equal numbers as can be.
+    int64_t pass_tokens() const {
+        const int64_t passes = (tokens + kPassTokens - 1) / kPassTokens;
+        if (passes <= 1) return kPassTokens;
+        return ((tokens + passes - 1) / passes + kTokensAtOnce - 1) / kTokensAtOnce * kTokensAtOnce;
+    }
     float* group(int64_t index) const { return data + index * group_tokens() * words; }
 };
 
@@ -132,7 +138,7 @@ inline void multiply_few(const Rows& rows, const Words& x, int64_t begin, int64_
             rows.read(output, count, block, words);
 #pragma GCC unroll 16
             for (int i = 0; i < kLanes; ++i) {
-                // In order, as memory is read fastest, but where products are made faster than that.
+                // Of 1 or 2 tokens, whose products wait for memory, row by row; else in memory's order.
                 if (ask) M > 2 ? rows.ask(output + kLanes, block * kLanes + i) : rows.ask(output + kLanes + i, block);
                 Float parts[Mul::kParts];
                 Mul::unpack(words[i], parts);
@@ -213,8 +219,11 @@ private:
         for (int wide = 0; wide < kWide; ++wide) {
             const int64_t row = wide * kLanes, count = smaller_of(part.num_rows - row, kLanes);
             Float* to = panel_ + wide;
-            if (count <= 0) continue;  // what is there is multiplied, and put nowhere
-            rows_.template unpack<kWide>(part.output() + row, count, part.block, part.block + part.count, to);
+            if (count > 0) {
+                rows_.template unpack<kWide>(part.output() + row, count, part.block, part.block + part.count, to);
+            } else {
+                for (int64_t i = 0; i < kPanelWords; ++i) to[i * kWide] = Float{};
+            }
         }
     }
 
@@ -310,7 +319,7 @@ private:
     Float* panel_ = nullptr;  // [words][kWide]
 };
 
-// Tokens `first` to `last` - 1, first a multiple of kPassTokens, times outputs `begin` to `end` - 1, in whichever way
+// Tokens `first` to `last` - 1, first a multiple of kTokensAtOnce, times outputs `begin` to `end` - 1, in whichever way
 // suits their number. `sink` takes the sums: put(token, output, sum of each of some outputs, how many).
 template <class Rows, class Sink>
 inline void multiply_rows(const Rows& rows, const Words& x, int64_t first, int64_t last, int64_t begin, int64_t end,

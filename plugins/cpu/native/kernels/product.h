@@ -1,4 +1,4 @@
-// One product of activations with rows of weights, by the way that suits their number: what `linear` and `experts` share.
+// One product of activations with rows of weights, by the way that suits their number: `linear` and `experts` share it.
 #pragma once
 
 #include <type_traits>
@@ -20,7 +20,7 @@ constexpr int64_t kPartRows = 16;  // rows that are made ready at once
 // Outputs of a task of few tokens: weights are read once, and fastest by a thread that goes on where it was.
 inline int64_t few_chunk(int64_t outputs) {
     const int64_t share = (outputs + num_threads() - 1) / num_threads();
-    return share > kMaxFewChunk ? kMaxFewChunk : (share + kChunk - 1) / kChunk * kChunk;
+    return share > kMaxFewChunk ? kMaxFewChunk : share < kChunk ? kChunk : (share + kChunk - 1) / kChunk * kChunk;
 }
 
 // Outputs of a task where each of `groups` groups of many tokens is multiplied with all `outputs`.
@@ -102,7 +102,7 @@ private:
             return num_tiles((tokens_ + blocks - 1) / blocks, 2 * kTile) * 2 * kTile;
         }
 #endif
-        return kPassTokens;
+        return words().pass_tokens();
     }
 
     static int64_t num_words(int64_t inputs) {

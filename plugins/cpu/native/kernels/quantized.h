@@ -123,8 +123,9 @@ private:
     template <class Rows>
     void multiply_words(const Rows& rows, const Sums<typename Rows::Mul::Sum>& sink, int64_t begin, int64_t end,
                         int thread) const {
-        for (int64_t first = 0; first < tokens_; first += kPassTokens) {
-            const int64_t last = first + kPassTokens < tokens_ ? first + kPassTokens : tokens_;
+        const int64_t most = words().pass_tokens();
+        for (int64_t first = 0; first < tokens_; first += most) {
+            const int64_t last = first + most < tokens_ ? first + most : tokens_;
             multiply_rows(rows, words(), first, last, begin, end, sink, thread);
         }
     }

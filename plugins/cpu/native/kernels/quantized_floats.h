@@ -291,7 +291,7 @@ inline void decode_few(const CodeRows<kBits>& rows, const Words& x, int64_t begi
     }
 }
 
-// Tokens `first` to `last` - 1 as `multiply_rows` has it.
+// `multiply_rows` of codes.
 template <int kBits>
 inline void multiply_rows(const CodeRows<kBits>& rows, const Words& x, int64_t first, int64_t last, int64_t begin,
                           int64_t end, const Sums<Float>& sink, int thread) {

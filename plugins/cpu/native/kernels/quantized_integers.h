@@ -136,6 +136,7 @@ struct IntegerSums final : Sums<Int> {
 
 // Of fewest tokens rows are multiplied as they lie, and sums are added up across lanes: integers allow any order.
 constexpr int kFewestTokens = 4;
+static_assert(kFewestTokens <= kFewTokens, "their words are one group");
 
 // One token's words: [blocks][parts][lanes].
 inline void hold_row(const int8_t* codes, int64_t inputs, float* to) {

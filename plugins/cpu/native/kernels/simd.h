@@ -159,6 +159,17 @@ inline float sum(Float vector) {
 #endif
 }
 
+// a * b + c, rounded once where the processor can: left to the compiler, one loop might do it and another not.
+inline Float fused(Float a, Float b, Float c) {
+#if defined(__AVX512F__)
+    return bits_as<Float>(_mm512_fmadd_ps(bits_as<__m512>(a), bits_as<__m512>(b), bits_as<__m512>(c)));
+#elif defined(__FMA__)
+    return bits_as<Float>(_mm256_fmadd_ps(bits_as<__m256>(a), bits_as<__m256>(b), bits_as<__m256>(c)));
+#else
+    return c + a * b;
+#endif
+}
+
 inline Float max(Float a, Float b) { return a > b ? a : b; }  // b where either is no number
 
 inline Float min(Float a, Float b) { return a < b ? a : b; }

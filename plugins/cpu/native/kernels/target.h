@@ -23,18 +23,13 @@ struct Target {
         else store_vector(y + at, values, count);
     }
 
-    // Ask the caches for where a token's outputs from `output` on go.
-    void ask(int64_t token, int64_t output) const {
+    const void* place(int64_t token, int64_t output) const {
         const int64_t at = token * stride + output;
-        __builtin_prefetch(wide != nullptr ? static_cast<void*>(wide + at) : y + at, 1, 3);
+        return wide != nullptr ? static_cast<const void*>(wide + at) : y + at;
     }
 
-    void put(int64_t token, int64_t output, float value) const {
-        if (bias != nullptr) value += to_float(bias[output]);
-        const int64_t at = token * stride + output;
-        if (wide != nullptr) wide[at] = value;
-        else store_one(y + at, value);
-    }
+    // Ask the caches for where a token's outputs from `output` on go.
+    void ask(int64_t token, int64_t output) const { __builtin_prefetch(place(token, output), 1, 3); }
 
 private:
     template <class Y>
@@ -44,7 +39,7 @@ private:
     }
 };
 
-// Where a product's sums go. Known at run time, so that products are not compiled for each dtype of their results.
+// Where a product's sums go. Known at run time, so that those of quantized weights are not compiled for each dtype.
 template <class Sum>
 struct Sums {
     virtual void ask(int64_t token, int64_t output) const = 0;

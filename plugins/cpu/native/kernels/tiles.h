@@ -93,7 +93,8 @@ inline WeightTile weight_tile(const BFloat16* weight, int64_t inputs, int64_t ro
     const int64_t left = inputs - k;
     const __mmask32 valid = left >= kTileInputs ? ~0u : (1u << left) - 1;
     for (int64_t i = 0; i < kTile; ++i) {
-        const __m512i words = row + i < end ? _mm512_maskz_loadu_epi16(valid, from + i * inputs) : _mm512_setzero_si512();
+        const __mmask32 own = row + i < end ? valid : 0;
+        const __m512i words = _mm512_maskz_loadu_epi16(own, from + i * inputs);
         _mm512_storeu_si512(copy + i * kTileInputs, words);
     }
     stored();
@@ -101,8 +102,8 @@ inline WeightTile weight_tile(const BFloat16* weight, int64_t inputs, int64_t ro
 }
 
 // Write sums, [32 outputs][16 tokens], as they are.
-inline void put_wide(const float* sums, const float* bias, int64_t token, int64_t output, __mmask32 valid, int64_t tokens,
-                     const Target<BFloat16>& target) {
+inline void put_wide(const float* sums, const float* bias, int64_t token, int64_t output, __mmask32 valid,
+                     int64_t tokens, const Target<BFloat16>& target) {
     for (int64_t half = 0; half < kPairRows; half += kTile) {
         __m512i rows[kTile];
         for (int64_t i = 0; i < kTile; ++i) {
@@ -175,8 +176,8 @@ inline void sum_pairs(const uint32_t* x, int64_t steps, const Weights& weights, 
 class TileProduct {
 public:
     // tile, last_tile: the tokens, in tiles; begin, end: the outputs.
-    TileProduct(const PackedRows& x, int64_t tile, int64_t last_tile, const BFloat16* weight, int64_t begin, int64_t end,
-                const Target<BFloat16>& target)
+    TileProduct(const PackedRows& x, int64_t tile, int64_t last_tile, const BFloat16* weight, int64_t begin,
+                int64_t end, const Target<BFloat16>& target)
         : x_(x), tile_(tile), last_tile_(last_tile), weight_(weight), begin_(begin), end_(end), target_(target) {}
 
     void run() const {
@@ -212,11 +213,10 @@ private:
             const int64_t first = pair * share, last = first + share < next ? first + share : next;
             const int64_t tile = tile_ + 2 * pair, tokens = x_.tokens - tile * kTile;
             const char* ahead = rows + (kPairRows + first) * bytes;
-            const BFloat16* to = target_.y + tile * kTile * target_.stride + output;
             multiply(tile, output, end, weights, [&](int64_t k) {
                 const char* line = ahead + k * 64;
                 for (int64_t row = first; row < last; ++row, line += bytes) fetch(line);
-                if (k < kPairRows && k < tokens) fetch(to + k * target_.stride);
+                if (k < kPairRows && k < tokens) fetch(target_.place(tile * kTile + k, output));
             });
         }
     }
@@ -231,7 +231,8 @@ private:
         for (int64_t half = 0; half < 2; ++half) {
             const int64_t row = output + half * kTile;
             const char* rows = reinterpret_cast<const char*>(weight_ + row * x_.inputs);
-            const char* ahead = row + 2 * kTile <= end_ ? rows + kTile * bytes : rows;
+            const char* ahead = rows + kTile * bytes;
+            const int64_t to_ask = row + 2 * kTile <= end_ ? kTile : 0;
             _tile_zero(0);
             _tile_zero(1);
             for (int64_t k = 0; k < steps; ++k) {
@@ -242,7 +243,7 @@ private:
                     _tile_loadd(6, x + (steps + k) * kTileWords, 64);
                     _tile_dpbf16ps(1, 4, 6);
                 }
-                for (int64_t i = 0; i < kTile; ++i) fetch(ahead + i * bytes + k * 64);
+                for (int64_t i = 0; i < to_ask; ++i) fetch(ahead + i * bytes + k * 64);
             }
             _tile_stored(0, sums[0] + half * kTileWords, 64);
             if (kSecond) _tile_stored(1, sums[1] + half * kTileWords, 64);

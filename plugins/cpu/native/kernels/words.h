@@ -4,6 +4,8 @@
 
 #include "simd.h"
 
+static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the first element of a word is its lowest part");
+
 namespace zif {
 namespace ZIF_ISA {
 namespace {
@@ -86,7 +88,7 @@ struct Multiplier {
     static Float words(const T* from) { return load(from); }
     static Float some_words(const T* from, int64_t count) { return load_some(from, count); }
     static void unpack(Float word, Float* parts) { parts[0] = word; }
-    static Float add(Float sum, Float w, const float* x) { return sum + w * splat(*x); }
+    static Float add(Float sum, Float w, const float* x) { return fused(w, splat(*x), sum); }
 
     // Activations: up to kElements of a row, of which `left` are, as kLanes * kParts words.
     static void hold(const T* from, int64_t left, Float* held) {
@@ -132,14 +134,13 @@ struct Multiplier<BFloat16> {
         held[0] = left >= kElements ? raw_words(from) : some_raw_words(from, left);
     }
 #else
-    // The first of a pair is the lower half, as memory is on all of these processors.
     static constexpr int kParts = 2;
 
     static void unpack(Float word, Float* parts) {
         parts[0] = bits_as<Float>(bits_as<UInt>(word) << 16);
         parts[1] = bits_as<Float>(bits_as<UInt>(word) & 0xffff0000u);
     }
-    static Float add(Float sum, Float w, const float* x) { return sum + w * splat(*x); }
+    static Float add(Float sum, Float w, const float* x) { return fused(w, splat(*x), sum); }
     static void hold(const BFloat16* from, int64_t left, Float* held) {
         held[0] = left >= kLanes ? load(from) : load_some(from, left);
         const int64_t more = left - kLanes;
