@@ -3,7 +3,7 @@
 // Few tokens: a block of weights is turned in registers and multiplied there, so each is read once, in order. Many: a
 // panel, some words of two vectors of rows, is turned into the first cache and stays while all tokens pass by it (Goto
 // and van de Geijn, Anatomy of High-Performance Matrix Multiplication, 2008). A token's sums go through the inputs in
-// one order either way, so they have the same bits however many tokens there are.
+// one order either way, panel by panel, so they have the same bits however many tokens there are.
 #pragma once
 
 #include "pool.h"
@@ -18,7 +18,7 @@ constexpr int kTokensAtOnce = ZIF_VECTOR_BYTES == 64 ? 12 : ZIF_VECTOR_BYTES == 
 constexpr int kFewTokens = kLanes;
 constexpr int64_t kPassTokens = 32 * kTokensAtOnce;  // that pass by a panel: the second cache keeps them and their sums
 constexpr int64_t kPanelRows = 2 * kLanes;
-constexpr int64_t kPanelWords = 256;  // of a row, unpacked
+constexpr int64_t kPanelWords = 256;  // of a row, unpacked: summed apart, so that errors do not grow with the inputs
 constexpr int64_t kGroupPanels = 4;   // that take turns with the same inputs
 
 // Activations in words, as `Multiplier::hold` makes them, zeros behind the inputs up to whole blocks. Few tokens
@@ -124,6 +124,9 @@ inline void hold_words(const T* x, int64_t stride, int64_t inputs, const Words& 
     hold_group(x + group * to.group_tokens() * stride, stride, inputs, to, group);
 }
 
+template <class Mul>
+constexpr int64_t kPanelBlocks = kPanelWords / (kLanes * Mul::kParts);
+
 // M tokens times outputs `begin` to `end` - 1.
 template <int M, class Rows, class Sink>
 inline void multiply_few(const Rows& rows, const Words& x, int64_t begin, int64_t end, const Sink& sink) {
@@ -132,26 +135,30 @@ inline void multiply_few(const Rows& rows, const Words& x, int64_t begin, int64_
         const int64_t count = end - output < kLanes ? end - output : kLanes;
         const bool ask = output + 2 * kLanes <= end;
         const float* own = x.data;
-        typename Mul::Sum sums[M] = {};
-        for (int64_t block = 0; block < rows.num_blocks(); ++block, own += kLanes * Mul::kParts * M) {
-            Float words[kLanes];
-            rows.read(output, count, block, words);
+        typename Mul::Sum totals[M];
+        for (int64_t first = 0; first < rows.num_blocks(); first += kPanelBlocks<Mul>) {
+            typename Mul::Sum sums[M] = {};
+            const int64_t next = first + kPanelBlocks<Mul>, last = next < rows.num_blocks() ? next : rows.num_blocks();
+            for (int64_t block = first; block < last; ++block, own += kLanes * Mul::kParts * M) {
+                Float words[kLanes];
+                rows.read(output, count, block, words);
 #pragma GCC unroll 16
-            for (int i = 0; i < kLanes; ++i) {
-                // Of 1 or 2 tokens, whose products wait for memory, row by row; else in memory's order.
-                if (ask) M > 2 ? rows.ask(output + kLanes, block * kLanes + i) : rows.ask(output + kLanes + i, block);
-                Float parts[Mul::kParts];
-                Mul::unpack(words[i], parts);
-#pragma GCC unroll 16
-                for (int part = 0; part < Mul::kParts; ++part) {
-#pragma GCC unroll 16
-                    for (int m = 0; m < M; ++m) {
-                        sums[m] = Mul::add(sums[m], parts[part], own + (i * Mul::kParts + part) * M + m);
+                for (int i = 0; i < kLanes; ++i) {
+                    // Of 1 or 2 tokens, whose products wait for memory, row by row; else in memory's order.
+                    if (ask && M <= 2) rows.ask(output + kLanes + i, block);
+                    if (ask && M > 2) rows.ask(output + kLanes, block * kLanes + i);
+                    Float parts[Mul::kParts];
+                    Mul::unpack(words[i], parts);
+#pragma GCC unroll 64
+                    for (int at = 0; at < Mul::kParts * M; ++at) {
+                        sums[at % M] = Mul::add(sums[at % M], parts[at / M], own + i * Mul::kParts * M + at);
                     }
                 }
             }
+#pragma GCC unroll 16
+            for (int m = 0; m < M; ++m) totals[m] = first > 0 ? totals[m] + sums[m] : sums[m];
         }
-        for (int m = 0; m < M; ++m) sink.put(m, output, sums[m], count);
+        for (int m = 0; m < M; ++m) sink.put(m, output, totals[m], count);
     }
 }
 
@@ -187,8 +194,6 @@ private:
     typedef typename Mul::Sum Sum;
     static constexpr int kWide = kPanelRows / kLanes;
     static constexpr int64_t kBlockWords = kLanes * Mul::kParts;
-    static constexpr int64_t kPanelBlocks = kPanelWords / kBlockWords;
-
     // What the panel holds: `count` blocks of some rows.
     struct Part {
         int64_t group;  // its first output
@@ -205,14 +210,14 @@ private:
 
     Part part_at(int64_t group, int64_t block, int64_t panel) const {
         const int64_t blocks = rows_.num_blocks(), left = end_ - group - panel * kPanelRows;
-        return {group, panel, block, smaller_of(blocks - block, kPanelBlocks), smaller_of(left, kPanelRows),
-                block + kPanelBlocks >= blocks};
+        return {group, panel, block, smaller_of(blocks - block, kPanelBlocks<Mul>), smaller_of(left, kPanelRows),
+                block + kPanelBlocks<Mul> >= blocks};
     }
 
     Part following(const Part& part) const {
         const int64_t group_end = smaller_of(end_, part.group + kGroupPanels * kPanelRows);
         if (part.output() + kPanelRows < group_end) return part_at(part.group, part.block, part.panel + 1);
-        return part.last ? part_at(group_end, 0, 0) : part_at(part.group, part.block + kPanelBlocks, 0);
+        return part.last ? part_at(group_end, 0, 0) : part_at(part.group, part.block + kPanelBlocks<Mul>, 0);
     }
 
     void fill(const Part& part) const {
@@ -276,10 +281,6 @@ private:
         const int64_t token = group * kTokensAtOnce;
         Sum own[M][kWide] = {};
         Sum* sums = sums_ + (part.panel * kPassTokens + token - first_) * kWide;
-        if (part.block > 0) {
-#pragma GCC unroll 64
-            for (int i = 0; i < M * kWide; ++i) own[i / kWide][i % kWide] = sums[i];
-        }
         if (part.last) {
             for (int m = 0; m < M; ++m) sink_.ask(token + m, part.output());
         }
@@ -296,7 +297,10 @@ private:
             }
         }
 #pragma GCC unroll 64
-        for (int i = 0; i < M * kWide; ++i) sums[i] = own[i / kWide][i % kWide];
+        for (int i = 0; i < M * kWide; ++i) {
+            const Sum some = own[i / kWide][i % kWide];
+            sums[i] = part.block > 0 ? sums[i] + some : some;
+        }
         if (part.last) finish(token, M, part, sums);
     }
 

@@ -42,7 +42,7 @@ struct Elements {
     typedef Float Sum;
     static constexpr int kParts = 32 / kBits;
 
-    static Float add(Float sum, Float w, const float* x) { return sum + w * splat(*x); }
+    static Float add(Float sum, Float w, const float* x) { return fused(w, splat(*x), sum); }
 };
 
 // What words of codes of kLanes rows stand for: goes through them, group by group.
@@ -246,9 +246,16 @@ inline void decode_vectors(const CodeRows<kBits>& rows, const Words& x, int64_t 
     const auto count_of = [&](int wide) { return wide + 1 < kWide ? kLanes : count; };
     Decoder<kBits> decoders[kWide];
     for (int i = 0; i < kWide; ++i) decoders[i] = {rows.weight, output + i * kLanes, count_of(i), 0};
-    Float sums[kWide][M] = {};
+    Float sums[kWide][M] = {}, totals[kWide][M] = {};
     const float* own = x.data;
     for (int64_t block = 0; block < rows.num_blocks(); ++block) {
+        if (block > 0 && block % kPanelBlocks<Elements<kBits>> == 0) {
+#pragma GCC unroll 32
+            for (int i = 0; i < kWide * M; ++i) {
+                totals[i / M][i % M] += sums[i / M][i % M];
+                sums[i / M][i % M] = Float{};
+            }
+        }
         Float words[kWide][kLanes];
         for (int i = 0; i < kWide; ++i) rows.bytes.read(output + i * kLanes, count_of(i), block, words[i]);
         for (int64_t word = 0; word < kLanes;) {
@@ -270,7 +277,7 @@ inline void decode_vectors(const CodeRows<kBits>& rows, const Words& x, int64_t 
     }
 #pragma GCC unroll 32
     for (int i = 0; i < kWide * M; ++i) {
-        sink.put(i % M, output + i / M * kLanes, sums[i / M][i % M], count_of(i / M));
+        sink.put(i % M, output + i / M * kLanes, totals[i / M][i % M] + sums[i / M][i % M], count_of(i / M));
     }
 }
 

@@ -68,6 +68,15 @@ def test_wide_products_are_the_same_sums_unrounded(library, name):
         assert bool((error <= allowed).all()), (*map(len, arrays[:2]), float((error / allowed).max()))
 
 
+@pytest.mark.parametrize("tokens", [1, 5, 40])
+def test_errors_do_not_grow_with_the_inputs(library, tokens):
+    """Equal terms, whose roundings all lean one way: one long chain of additions would be wrong by far more."""
+    x, weight = torch.full((tokens, 30_000), 1 / 3), torch.full((17, 30_000), 1 / 7)
+    want = x[0].double() @ weight[0].double()
+    error = (multiply(library, x, weight).double() - want).abs().max() / want
+    assert float(error) < 100 * 2.0**-24
+
+
 @pytest.mark.parametrize("name", DTYPE_CODES)
 def test_nan_of_a_token_stays_with_it(library, name):
     x = torch.randn(20, 48).to(getattr(torch, name))
