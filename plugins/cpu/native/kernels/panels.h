@@ -35,14 +35,32 @@ struct Words {
         const int64_t left = tokens - group * group_tokens();
         return left < group_tokens() ? left : group_tokens();
     }
+    float* group(int64_t index) const { return data + index * group_tokens() * words; }
+
     // Tokens that pass by a panel: as equal numbers as can be.
     int64_t pass_tokens() const {
         const int64_t passes = (tokens + kPassTokens - 1) / kPassTokens;
         if (passes <= 1) return kPassTokens;
         return ((tokens + passes - 1) / passes + kTokensAtOnce - 1) / kTokensAtOnce * kTokensAtOnce;
     }
-    float* group(int64_t index) const { return data + index * group_tokens() * words; }
 };
+
+// What `unpack` of rows does whose words need nothing but themselves.
+template <int kStep, class Rows>
+inline void unpack_blocks(const Rows& rows, int64_t row, int64_t count, int64_t begin, int64_t end, Float* to) {
+    typedef typename Rows::Mul Mul;
+    for (int64_t block = begin; block < end; ++block, to += kLanes * Mul::kParts * kStep) {
+        Float words[kLanes];
+        rows.read(row, count, block, words);
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) {
+            Float parts[Mul::kParts];
+            Mul::unpack(words[i], parts);
+#pragma GCC unroll 16
+            for (int j = 0; j < Mul::kParts; ++j) to[(i * Mul::kParts + j) * kStep] = parts[j];
+        }
+    }
+}
 
 // Rows of weights in turned blocks. Another kind of weight is another class with the same members.
 template <class T>
@@ -71,20 +89,10 @@ struct PlainRows {
         transpose(words);
     }
 
-    // Blocks `begin` to `end` - 1, read and unpacked to every kStep-th vector.
+    // Blocks `begin` to `end` - 1, unpacked to every kStep-th vector.
     template <int kStep>
     void unpack(int64_t row, int64_t count, int64_t begin, int64_t end, Float* to) const {
-        for (int64_t block = begin; block < end; ++block, to += kLanes * kParts * kStep) {
-            Float words[kLanes];
-            read(row, count, block, words);
-#pragma GCC unroll 16
-            for (int i = 0; i < kLanes; ++i) {
-                Float parts[kParts];
-                Mul::unpack(words[i], parts);
-#pragma GCC unroll 16
-                for (int j = 0; j < kParts; ++j) to[(i * kParts + j) * kStep] = parts[j];
-            }
-        }
+        unpack_blocks<kStep>(*this, row, count, begin, end, to);
     }
 
     // Ask the second cache for a block of a row.
@@ -194,6 +202,7 @@ private:
     typedef typename Mul::Sum Sum;
     static constexpr int kWide = kPanelRows / kLanes;
     static constexpr int64_t kBlockWords = kLanes * Mul::kParts;
+
     // What the panel holds: `count` blocks of some rows.
     struct Part {
         int64_t group;  // its first output

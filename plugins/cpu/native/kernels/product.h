@@ -65,8 +65,9 @@ public:
     void prepare(int64_t part) const {
 #if defined(__AMX_BF16__)
         if constexpr (kTiled<T>) return pack_tile(x_, stride_, packed(), part);
+        else
 #endif
-        hold_words(x_, stride_, inputs_, words(), part);
+        return hold_words(x_, stride_, inputs_, words(), part);
     }
 
     // Parts of the tokens that may be multiplied apart.
@@ -80,9 +81,9 @@ public:
 #if defined(__AMX_BF16__)
         if constexpr (kTiled<T>) {
             return TileProduct(packed(), first / kTile, num_tiles(last, kTile), weight, begin, end, target).run();
-        }
+        } else
 #endif
-        multiply_rows(PlainRows<T>{weight, inputs_}, words(), first, last, begin, end, FloatSums<T>(target), thread);
+        return multiply_rows(PlainRows<T>{weight, inputs_}, words(), first, last, begin, end, FloatSums<T>(target), thread);
     }
 
 private:

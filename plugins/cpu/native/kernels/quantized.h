@@ -4,6 +4,7 @@
 #include "pool.h"
 #include "product.h"
 #include "quantized_decoded.h"
+#include "quantized_floats.h"
 #include "quantized_rows.h"
 
 namespace zif {

@@ -181,11 +181,7 @@ struct AnyRows {
 
     template <int kStep>
     void unpack(int64_t row, int64_t count, int64_t begin, int64_t end, Float* to) const {
-        for (int64_t block = begin; block < end; ++block, to += kLanes * kStep) {
-            Float words[kLanes];
-            read(row, count, block, words);
-            for (int i = 0; i < kLanes; ++i) to[i * kStep] = words[i];
-        }
+        unpack_blocks<kStep>(*this, row, count, begin, end, to);
     }
 
 private:
@@ -241,7 +237,7 @@ inline void widen_group(const T* x, int64_t stride, const zif_cpu_quantized& wei
 // M tokens times kWide vectors of rows from `output` on, `count` of the last one.
 template <int kWide, int M, int kBits>
 inline void decode_vectors(const CodeRows<kBits>& rows, const Words& x, int64_t output, int64_t count, bool ask,
-                        const Sums<Float>& sink) {
+                           const Sums<Float>& sink) {
     constexpr int kParts = 32 / kBits;
     const auto count_of = [&](int wide) { return wide + 1 < kWide ? kLanes : count; };
     Decoder<kBits> decoders[kWide];

@@ -126,10 +126,10 @@ struct IntegerSums final : Sums<Int> {
         const Float product = __builtin_convertvector(sums - own.offset, Float) * own.scale;
         if (count == kLanes) {
             const Float bias = target.bias == nullptr ? Float{} : load(target.bias + output);
-            store_row(y, product * load(scales + output) + bias);
+            store_row(y, fused(product, load(scales + output), bias));
         } else {
             const Float bias = target.bias == nullptr ? Float{} : load_some(target.bias + output, count);
-            store_some(y, product * load_some(scales + output, count) + bias, count);
+            store_some(y, fused(product, load_some(scales + output, count), bias), count);
         }
     }
 };

@@ -3,7 +3,7 @@
 
 #include <cmath>
 
-#include "quantized_floats.h"
+#include "quantized_integers.h"
 
 namespace zif {
 namespace ZIF_ISA {

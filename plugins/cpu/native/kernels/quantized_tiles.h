@@ -96,7 +96,7 @@ inline void put_sums(const int32_t* sums, const RoundedToken* tokens, int64_t co
     for (int i = 0; i < 16; ++i, y += target.stride) {
         if (i >= count) continue;
         const Float product = __builtin_convertvector(bits_as<Int>(rows[i]), Float) * tokens[token + i].scale;
-        const Float row = product * scale + bias;
+        const Float row = fused(product, scale, bias);
         whole ? store_row(y, row) : store_some(y, row, left);
     }
 }
