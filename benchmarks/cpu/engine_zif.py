@@ -42,8 +42,7 @@ def load(options: Mapping[str, Any]) -> tuple[Stepped, dict[str, Any]]:
 
     settings = {"platform": "cpu", "dtype": options["dtype"], "max_model_len": options["max_model_len"]}
     settings |= {"kv_bytes": options["kv_bytes"]}
-    if options.get("quantization"):
-        settings["quantization"] = options["quantization"]
+    settings |= {name: options[name] for name in ("quantization", "kv_cache_dtype") if name in options}
     llm = LLM(options["model"], **settings)
     versions = {name: importlib.metadata.version(name) for name in ("zif", "zif-cpu")} | {"torch": torch.__version__}
     return Stepped(llm), {"versions": versions, "configuration": {**settings, **_who_computes(llm)}}

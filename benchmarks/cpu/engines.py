@@ -54,12 +54,15 @@ _VLLM = {"VLLM_CPU_OMP_THREADS_BIND": "{cores}"} | {
 }
 _VLLM_AUTO = {**_VLLM, "VLLM_CPU_OMP_THREADS_BIND": "auto"}
 _BF16 = {"dtype": "bfloat16", "max_model_len": MAX_LENGTH, "kv_bytes": KV_BYTES}
+_INT8 = {**_BF16, "quantization": "int8"}
+_KV8 = {"kv_cache_dtype": "int8"}  # what OpenVINO's CPU device does unless told otherwise
 _LLAMA = {"context_tokens": KV_TOKENS}
 _OPENVINO: dict[str, Any] = {"kv_bytes": KV_BYTES, "properties": {}}
 _TRANSFORMERS = {"dtype": "bfloat16", "context_tokens": KV_TOKENS}
 
 ENGINES = (
     Engine("zif-bf16", "zif, bf16", "bf16", "zif", "{model}", _BF16),
+    Engine("zif-bf16-kv8", "zif, bf16, KV in 8 bits", "bf16", "zif", "{model}", {**_BF16, **_KV8}),
     Engine("vllm-bf16", "vLLM-CPU, bf16", "bf16", "vllm", "{model}", _BF16, _VLLM),
     Engine(
         "vllm-bf16-compiled",
@@ -102,7 +105,8 @@ ENGINES = (
         {**_TRANSFORMERS, "mode": "continuous"},
         max_rounds=1,
     ),
-    Engine("zif-int8", "zif, int8", "int8", "zif", "{model}", {**_BF16, "quantization": "int8"}),
+    Engine("zif-int8", "zif, int8", "int8", "zif", "{model}", _INT8),
+    Engine("zif-int8-kv8", "zif, int8, KV in 8 bits", "int8", "zif", "{model}", {**_INT8, **_KV8}),
     Engine("vllm-int8", "vLLM-CPU, int8 (compressed-tensors)", "int8", "vllm", "{model}-int8", _BF16, _VLLM),
     Engine("openvino-int8", "OpenVINO GenAI, int8", "int8", "openvino", "{model}-ov-int8", _OPENVINO),
     Engine("llama-q8_0", "llama.cpp, Q8_0", "int8", "llama", "{model}-q8_0.gguf", _LLAMA),

@@ -10,6 +10,7 @@ from zif_conformance.mutants.patching import applied
 from zif_conformance.plugin import ClaimsInTest
 from zif_conformance.proof import Proof
 from zif_conformance.subject import Subject
+from zif_conformance.suite import test_l2_gated as gated
 from zif_conformance.suite import test_l2_logits as logits
 from zif_conformance.suite import test_l4_graphs as graphs
 from zif_conformance.suite import test_l4_independence as independence
@@ -20,6 +21,7 @@ _CLAIM = "collectives=frozenset(Collective),"
 _CLAIMED = Edit("platform.py", _CLAIM, "batch_invariant=True,\n    " + _CLAIM)
 _ROW_BY_ROW = Edit("operators.py", _PRODUCT, "product = torch.stack([weight.float() @ row for row in x])")
 _LOGITS = "return _linear(hidden.float(), weight, bias)"
+_GATED = "return _gated(gate_up, activation).to(x.dtype)"
 _LEFT = Edit("operators.py", _LOGITS, "return None")
 _QUERY_BY_QUERY = Edit(
     "attention.py",
@@ -156,6 +158,29 @@ def test_logits_row_by_row_do_not_depend_on_the_batch(edits):
 def test_logits_summed_otherwise_in_odd_batches_do(operator):
     with pytest.raises(AssertionError, match="G1"):
         _logits_by_batch(*_summed_otherwise(operator))
+
+
+def _gated_by_batch(*edits):
+    with applied([_CLAIMED, *edits]):
+        gated.test_bits_do_not_depend_on_the_batch(Subject.find("reference"), "float32", 17, _ignore)
+
+
+def _gated_codes_by_batch(*edits):
+    with applied([_CLAIMED, *edits]):
+        gated.test_bits_of_codes_do_not_depend_on_the_batch(Subject.find("reference"), "float32", "w8a16", _ignore)
+
+
+def test_gated_products_row_by_row_do_not_depend_on_the_batch():
+    _gated_by_batch(_ROW_BY_ROW)
+    codes = "gate_up = torch.cat([quantized_product(x[i : i + 1].float(), weight, bias) for i in range(len(x))])"
+    _gated_codes_by_batch(Edit("operators.py", "gate_up = quantized_product(x.float(), weight, bias)", codes))
+
+
+@pytest.mark.parametrize("run", [_gated_by_batch, _gated_codes_by_batch], ids=["numbers", "codes"])
+def test_gated_products_of_odd_batches_that_differ_do(run):
+    turned = "if len(x) % 2:\n            gate_up = gate_up * (1 + 2**-20)\n        "
+    with pytest.raises(AssertionError, match="G1"):
+        run(_ROW_BY_ROW, Edit("operators.py", _GATED, turned + _GATED))
 
 
 def _summed_otherwise(operator):

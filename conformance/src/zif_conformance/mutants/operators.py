@@ -13,6 +13,7 @@ _NORM = "return functional.rms_norm(x.float(), x.shape[-1:], weight.float() + we
 _TURNED = "turned = torch.complex(pairs.select(axis, 0), pairs.select(axis, 1)) * turn"
 _KEPT = "return torch.cat((rotated.to(heads.dtype), heads[..., 2 * size :]), dim=-1)"
 _GATE = "return _gated(gate_up.float(), activation).to(gate_up.dtype)"
+_HALVES = "gate, up = torch.split(gate_up, gate_up.shape[-1] // 2, dim=-1)"
 
 _NORMS = (
     _fault(
@@ -219,8 +220,8 @@ _ACTIVATIONS = (
         "gate-and-up-swapped",
         "The activation is applied to the up half.",
         "order of the fused gate and up projection",
-        "gate, up = gate_up.tensor_split(2, dim=-1)",
-        "up, gate = gate_up.tensor_split(2, dim=-1)",
+        _HALVES,
+        _HALVES.replace("gate, up", "up, gate"),
     ),
     _fault(
         "gelu-for-gelu-tanh",
@@ -304,8 +305,8 @@ _ACTIVATIONS = (
         "activation-odd-width-accepted",
         "An odd width is cut instead of refused.",
         "shape checks left to the kernel",
-        "gate, up = gate_up.tensor_split(2, dim=-1)",
-        "half = gate_up.shape[-1] // 2\n    gate, up = gate_up[..., :half], gate_up[..., half : 2 * half]",
+        _HALVES,
+        _HALVES.replace("-1)", "-1)[:2]"),
     ),
 )
 

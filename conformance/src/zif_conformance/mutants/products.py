@@ -1,4 +1,4 @@
-"""Faults of products and experts (L2): linear, logits, routing, mixtures."""
+"""Faults of products and experts (L2): linear, gated products, logits, routing, mixtures."""
 
 from zif_conformance.mutants.bank import Edit, Mutant
 
@@ -11,6 +11,8 @@ def _fault(name: str, broken: str, origin: str, before: str, after: str) -> Muta
 
 _LOGITS = "return _linear(hidden.float(), weight, bias)"
 _LINEAR = "return _linear(x.float(), weight, bias).to(x.dtype)"
+_GATE_UP = "gate_up = _linear(x.float(), weight, bias)"
+_GATED = "return _gated(gate_up, activation).to(x.dtype)"
 _IDS = "expert_ids = wide.argsort(dim=-1, descending=True, stable=True)[:, :num_experts_per_token]"
 _SHARE = "total[tokens] += share[:, None] * _expert(x[tokens].float(), weights, expert, activation)"
 
@@ -74,6 +76,91 @@ _PRODUCTS = (
         _LINEAR,
         "scale = x.float().abs().amax(-1, keepdim=True).clamp(min=1e-9) / 127\n"
         "        return _linear((x.float() / scale).round() * scale, weight, bias).to(x.dtype)",
+    ),
+)
+
+_GATED_PRODUCTS = (
+    _fault(
+        "gated-halves-swapped",
+        "The activation of a gated product is applied to its second half.",
+        "order of the fused gate and up projection",
+        _GATED,
+        _GATED.replace("gate_up,", "torch.cat(gate_up.tensor_split(2, -1)[::-1], -1),"),
+    ),
+    _fault(
+        "gated-rows-alternate",
+        "Rows of a gated product are taken as gate, up, gate, up.",
+        "weights packed for kernels that gate within a tile",
+        _GATED,
+        _GATED.replace("gate_up,", "torch.cat((gate_up[:, ::2], gate_up[:, 1::2]), -1),"),
+    ),
+    _fault(
+        "gated-last-gate-meets-its-neighbour",
+        "Of an odd number of gates beyond one, the last meets the up before its own.",
+        "tails of kernels that compute gates in pairs",
+        _GATED,
+        "last = gate_up.shape[-1] - 1\n"
+        "        if last // 2 and last // 2 % 2 == 0:\n"
+        "            gate_up[:, last] = gate_up[:, last - 1]\n"
+        f"        {_GATED}",
+    ),
+    _fault(
+        "gated-bias-of-ups-dropped",
+        "The second half of a gated product's bias is left out.",
+        "bias pointers of fused kernels that point at one half",
+        _GATE_UP,
+        "kept = None if bias is None else bias * (torch.arange(len(bias)) < len(bias) // 2)\n"
+        "            gate_up = _linear(x.float(), weight, kept)",
+    ),
+    _fault(
+        "gated-activation-fixed",
+        "Every gated product uses SILU.",
+        "an option accepted and ignored",
+        _GATED,
+        _GATED.replace("activation", "Activation.SILU"),
+    ),
+    _fault(
+        "gated-downcast",
+        "The result of a gated product goes through bfloat16.",
+        "dtype downcasts in fused activations",
+        _GATED,
+        _GATED.replace(".to(", ".bfloat16().to("),
+    ),
+    _fault(
+        "gated-dtype-kept-wide",
+        "The result of a gated product stays float32.",
+        "missing cast back to the model's dtype",
+        _GATED,
+        "return _gated(gate_up, activation)",
+    ),
+    _fault(
+        "gated-strides-ignored",
+        "A gated product reads rows as if they were dense.",
+        "wrong stride of a view into a fused projection",
+        _GATE_UP,
+        "dense = torch.as_strided(x, x.shape, (x.shape[1], 1))\n"
+        "            gate_up = _linear(dense.float(), weight, bias)",
+    ),
+    _fault(
+        "gated-nan-spreads",
+        "A row that is not finite makes every row NaN.",
+        "scratch memory of other rows multiplied by zero",
+        _GATED,
+        _GATED.replace("gate_up,", "gate_up + 0.0 * gate_up.sum(0),"),
+    ),
+    _fault(
+        "gated-odd-rows-cut",
+        "A gate without an up is left out instead of refused.",
+        "shape checks left to the kernel",
+        _GATED,
+        _GATED.replace("gate_up,", "gate_up[:, : gate_up.shape[-1] // 2 * 2],"),
+    ),
+    _fault(
+        "gated-inner-size-cut",
+        "Operands of different inner sizes are cut to the shorter one instead of refused.",
+        "shape checks left to the kernel",
+        _GATE_UP,
+        "gate_up = _linear(x.float()[:, : weight.shape[1]], weight, bias)",
     ),
 )
 
@@ -297,7 +384,8 @@ _EXPERTS = (
 
 MUTANTS = (
     *_PRODUCTS,
+    *_GATED_PRODUCTS,
     *_HEADS,
     *_EXPERTS,
 )
-"""Every fault of products, logits, routing and experts."""
+"""Every fault of products, gated products, logits, routing and experts."""

@@ -22,6 +22,7 @@ _CHECK = "if codes.shape[-1] != x.shape[-1] or weight.scales.shape != (len(codes
 _ENTRY = "return QuantizedWeight(stack.scheme, stack.codes[index], stack.scales[index], zeros)"
 _PARTS = "return _entry(weights.gate_up, expert), _entry(weights.down, expert)"
 _GATED = "inner = _gated(quantized_product(x, gate_up, _entry(weights.gate_up_bias, expert)), activation)"
+_GATE_UP = "gate_up = quantized_product(x.float(), weight, bias)"
 
 _WEIGHTS = (
     _fault(
@@ -222,6 +223,52 @@ _SUMS_AND_SHAPES = (
     ),
 )
 
+_GATED_PRODUCTS = (
+    _fault(
+        "gated-bias-dropped",
+        "The bias of a gated product is left out.",
+        "biases ignored by fused kernels of quantized weights",
+        _GATE_UP,
+        _GATE_UP.replace("bias", "None"),
+        "operators.py",
+    ),
+    _fault(
+        "gated-ups-have-scales-of-gates",
+        "The second half of a gated product uses the scales of the first.",
+        "one pointer to the scales of two halves",
+        _GATE_UP,
+        "half = len(weight.codes) // 2\n"
+        "            scales = torch.cat((weight.scales[:-half], weight.scales[:half]))\n"
+        "            weight = QuantizedWeight(weight.scheme, weight.codes, scales, weight.zeros)\n"
+        f"            {_GATE_UP}",
+        "operators.py",
+    ),
+    _fault(
+        "gated-sums-in-bfloat16",
+        "What a quantized product leaves to be gated is bfloat16 in every dtype.",
+        "one type of scratch memory for all models",
+        _GATE_UP,
+        f"{_GATE_UP}.bfloat16().float()",
+        "operators.py",
+    ),
+    _fault(
+        "gated-odd-rows-cut",
+        "A gate without an up is left out instead of refused, where weights are codes.",
+        "shape checks left to the kernel",
+        _GATE_UP,
+        f"{_GATE_UP}\n            gate_up = gate_up[:, : gate_up.shape[-1] // 2 * 2]",
+        "operators.py",
+    ),
+    _fault(
+        "gated-strides-ignored",
+        "A gated product of codes reads rows as if they were dense.",
+        "wrong stride of a view into a fused projection",
+        _GATE_UP,
+        _GATE_UP.replace("x.float()", "torch.as_strided(x, x.shape, (x.shape[1], 1)).float()"),
+        "operators.py",
+    ),
+)
+
 _EXPERTS = (
     _fault(
         "experts-scales-of-the-first",
@@ -265,7 +312,7 @@ _EXPERTS = (
     ),
 )
 
-MUTANTS = (*_WEIGHTS, *_ACTIVATIONS, *_SUMS_AND_SHAPES, *_EXPERTS)
+MUTANTS = (*_WEIGHTS, *_ACTIVATIONS, *_SUMS_AND_SHAPES, *_GATED_PRODUCTS, *_EXPERTS)
 """Every fault of quantized products."""
 
 VARIANTS = (

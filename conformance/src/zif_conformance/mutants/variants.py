@@ -84,6 +84,14 @@ _OPERATORS = (
         file="operators.py",
     ),
     _variant(
+        "gated-product-in-two-parts",
+        "L2",
+        "A gated product is a product, rounded, and then its activation, as core composes it.",
+        "return _gated(gate_up, activation).to(x.dtype)",
+        "return OpTable.gated_linear(self, x, weight, bias, activation)",
+        file="operators.py",
+    ),
+    _variant(
         "logits-left-to-linear",
         "L2",
         "Logits are what linear gives.",

@@ -11,7 +11,7 @@ import torch
 from zif.contract import Activation, ExpertWeights, RouterOutput, Routing
 from zif_conformance.gates import GateResult, exact, ratio, ulp
 from zif_conformance.oracle.inputs import Inputs, strided
-from zif_conformance.oracle.operators import sequential_product
+from zif_conformance.oracle.operators import declared_run, sequential_product
 
 Arguments = tuple[object, ...]
 
@@ -43,7 +43,7 @@ class OperatorCase:
 
 def operator_cases() -> list[OperatorCase]:
     """Return every case, the odd and empty shapes among them."""
-    return [*_linear(), *_norms(), *_rotations(), *_activations(), *_routes(), *_experts()]
+    return [*_linear(), *_gated_products(), *_norms(), *_rotations(), *_activations(), *_routes(), *_experts()]
 
 
 def _product_ratio(arguments: Arguments, runs: Runs) -> list[GateResult]:
@@ -69,6 +69,32 @@ def _linear_case(shape: tuple[int, int, int], has_bias: bool) -> OperatorCase:
 
     name = f"{tokens}x{inner}x{outer}" + ("-bias" if has_bias else "")
     return OperatorCase("linear", name, arguments, _product_ratio)
+
+
+def _gated_products() -> list[OperatorCase]:
+    # A single element is too lucky a sample of what rounding between the product and its activation costs.
+    shapes = ((1, 64, 64), (17, 1, 3), (19, 65, 1), (3, 131, 33), (33, 128, 100), (5, 4097, 24), (0, 16, 8))
+    kinds = list(Activation)
+    cases = [(shape, kinds[index % len(kinds)], index % 2 == 1) for index, shape in enumerate(shapes)]
+    cases += [((17, 96, 40), kind, bias) for kind in kinds for bias in (False, True)]
+    return [_gated_product_case(*case) for case in cases]
+
+
+def _gated_product_case(shape: tuple[int, int, int], activation: Activation, has_bias: bool) -> OperatorCase:
+    tokens, channels, inner = shape
+
+    def arguments(draw: Inputs) -> Arguments:
+        # Gates and ups of a few units: on both sides of where activations bend and clamp.
+        weight = draw.normal(2 * inner, channels, scale=4 * channels**-0.5)
+        return strided(draw.normal(tokens, channels)), weight, draw.normal(2 * inner) if has_bias else None, activation
+
+    def judge(arguments: Arguments, runs: Runs) -> list[GateResult]:
+        # Both runs round what is gated, which costs more than it does to keep it in float32.
+        (in_sequence,) = declared_run("gated_activation", sequential_product(*arguments[:3]), activation)  # type: ignore[arg-type]
+        return [ratio(runs.got[0], runs.exact[0], [runs.declared[0], in_sequence], "result")]
+
+    name = f"{activation.value}-{tokens}x{channels}x{inner}" + ("-bias" if has_bias else "")
+    return OperatorCase("gated_linear", name, arguments, judge)
 
 
 def _norms() -> list[OperatorCase]:

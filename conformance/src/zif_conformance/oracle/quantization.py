@@ -150,14 +150,21 @@ def declared_product(x: torch.Tensor, weight: DrawnWeight, bias: torch.Tensor | 
     return (total if bias is None else total + bias.float()).to(x.dtype)
 
 
+def exact_gated(
+    x: torch.Tensor, weight: DrawnWeight, bias: torch.Tensor | None, activation: Activation
+) -> torch.Tensor:
+    """Return `gated_linear` in float64. x: [T, C]. weight: [2I, C]. Returns [T, I]."""
+    (gated,) = exact_run("gated_activation", exact_product(x, weight, bias), activation)
+    return gated
+
+
 def exact_experts(x: torch.Tensor, weights: DrawnExperts, routed: RouterOutput, activation: Activation) -> torch.Tensor:
     """Return `quantized_experts` in float64, token by token. x: [T, C]. Returns [T, C]."""
     total = torch.zeros(x.shape, dtype=torch.float64)
     for token, (ids, shares) in enumerate(zip(routed.expert_ids.tolist(), routed.weights.double(), strict=True)):
         for expert, share in zip(ids, shares, strict=True):
             biases = [None if b is None else b[expert] for b in (weights.gate_up_bias, weights.down_bias)]
-            gate_up = exact_product(x[token : token + 1], weights.gate_up.entry(expert), biases[0])
-            (inner,) = exact_run("gated_activation", gate_up, activation)
+            inner = exact_gated(x[token : token + 1], weights.gate_up.entry(expert), biases[0], activation)
             total[token] += share * exact_product(inner, weights.down.entry(expert), biases[1])[0]
     return total
 

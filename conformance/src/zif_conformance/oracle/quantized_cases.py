@@ -5,7 +5,7 @@ and without, in even and in odd sizes: a device that claims the feature serves a
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import torch
@@ -96,6 +96,28 @@ class ProductCase:
 
 
 @dataclass(frozen=True, slots=True)
+class GatedCase:
+    """A product of gates and ups, of as many rows as `product` has twice, and what becomes of them."""
+
+    product: ProductCase
+    activation: Activation
+
+    @property
+    def scheme(self) -> WeightScheme:
+        """Return how the weight is held."""
+        return self.product.scheme
+
+    @property
+    def case_id(self) -> str:
+        """Name the case in test ids."""
+        return f"{self.product.case_id}-{self.activation.value}"
+
+    def call(self, draw: Inputs) -> ProductCall:
+        """Draw the arguments but the activation."""
+        return replace(self.product, outer=2 * self.product.outer).call(draw)
+
+
+@dataclass(frozen=True, slots=True)
 class ExpertsCall:
     """The arguments of one `quantized_experts`. x: [T, C]."""
 
@@ -140,6 +162,12 @@ class ExpertsCase:
 def product_cases() -> list[ProductCase]:
     """Return every product, the odd and empty shapes among them, with a bias and without in turn."""
     return [case for name in SCHEMES for case in _products(name)]
+
+
+def gated_cases() -> list[GatedCase]:
+    """Return a gated product for each product, the activations in turn."""
+    kinds = list(Activation)
+    return [GatedCase(case, kinds[index % len(kinds)]) for index, case in enumerate(product_cases())]
 
 
 def experts_cases() -> list[ExpertsCase]:

@@ -60,6 +60,20 @@ class TorchOperators(OpTable):
         self._faults.kernel()
         return _gated(gate_up.float(), activation).to(gate_up.dtype)
 
+    def gated_linear(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor | QuantizedWeight,
+        bias: torch.Tensor | None,
+        activation: Activation,
+    ) -> torch.Tensor:
+        self._faults.kernel()
+        if isinstance(weight, QuantizedWeight):
+            gate_up = quantized_product(x.float(), weight, bias)
+        else:
+            gate_up = _linear(x.float(), weight, bias)
+        return _gated(gate_up, activation).to(x.dtype)
+
     def route(self, logits: torch.Tensor, num_experts_per_token: int, routing: Routing) -> RouterOutput:
         self._faults.kernel()
         wide = logits.float()
@@ -173,7 +187,8 @@ def _turned(heads: torch.Tensor, turn: torch.Tensor, interleaved: bool) -> torch
 
 
 def _gated(gate_up: torch.Tensor, activation: Activation) -> torch.Tensor:
-    gate, up = gate_up.tensor_split(2, dim=-1)
+    # Not in two parts, which may differ by one and then be broadcast: an odd width gives three here.
+    gate, up = torch.split(gate_up, gate_up.shape[-1] // 2, dim=-1)
     match activation:
         case Activation.SILU:
             return gate * torch.sigmoid(gate) * up

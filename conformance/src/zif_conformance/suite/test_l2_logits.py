@@ -8,20 +8,16 @@ import pytest
 import torch
 
 from zif.contract import Device
-from zif.errors import ZifError
 from zif_conformance.gates import GateResult, exact, guarded, hold, ratio, specials, ulp
 from zif_conformance.marks import Safety, cases, conforms
 from zif_conformance.oracle.inputs import Inputs, moved, strided
 from zif_conformance.oracle.operators import declared_run, exact_run, sequential_product
 from zif_conformance.plugin import ClaimsInTest
 from zif_conformance.subject import Subject
+from zif_conformance.suite.operator_calls import DTYPES, REFUSALS, by_dtype
 
 Arguments = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 """hidden: [S, C]. weight: [V, C]. bias: [V]."""
-
-DTYPES = ("float32", "bfloat16", "float16")
-REFUSALS = (ValueError, RuntimeError, IndexError, TypeError, AssertionError, ZifError)
-"""The contract names no class for a caller's mistake; these are what array libraries raise."""
 
 SHAPES = [
     *(
@@ -35,7 +31,6 @@ SHAPES = [
 """S, C and V."""
 FEW_SHAPES = [(1, 64, 1), (17, 130, 17), (40, 33, 5003), (0, 16, 8)]
 
-by_dtype = pytest.mark.parametrize("dtype", cases("dtype", *DTYPES))
 by_bias = pytest.mark.parametrize("has_bias", [False, True], ids=["plain", "bias"])
 
 

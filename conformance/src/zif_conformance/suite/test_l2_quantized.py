@@ -1,19 +1,17 @@
 """L2: products with weights held as integers, by scheme, dtype and shape: values, codes, rounding, rows, bad input."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from zif.contract import Activation, Device, Feature, QuantizedWeight, RouterOutput
-from zif.errors import ZifError
-from zif_conformance.gates import NMSE_LIMITS, exact, guarded, hold, nmse, nmse_of_rows, ratio, ulp
-from zif_conformance.marks import Safety, cases, conforms, exercises
+from zif.contract import Activation, Device, Feature, RouterOutput
+from zif_conformance.gates import NMSE_LIMITS, exact, hold, nmse, nmse_of_rows, ratio, ulp
+from zif_conformance.marks import Safety, conforms
 from zif_conformance.oracle.inputs import Inputs, moved, strided
-from zif_conformance.oracle.operators import device_run
 from zif_conformance.oracle.quantization import (
     CODES,
     PLAIN_ZERO,
@@ -34,31 +32,21 @@ from zif_conformance.oracle.quantized_cases import (
     experts_cases,
     product_cases,
 )
+from zif_conformance.suite.operator_calls import (
+    REFUSALS,
+    SPOILT,
+    by_case,
+    by_dtype,
+    by_scheme,
+    check_untouched,
+    run_one,
+    stored,
+)
 
-DTYPES = ("float32", "bfloat16", "float16")
-REFUSALS = (ValueError, RuntimeError, IndexError, TypeError, AssertionError, ZifError)
-"""The contract names no class for a caller's mistake; these are what array libraries raise."""
 DYNAMIC = [name for name, scheme in SCHEMES.items() if scheme.dynamic_activations]
 UNGROUPED = ("w8a8", "w8a16", "w4a16")
 LARGEST = 127
 """The largest code of an activation."""
-
-by_dtype = pytest.mark.parametrize("dtype", cases("dtype", *DTYPES))
-
-
-def by_scheme(*names: str) -> pytest.MarkDecorator:
-    """Return a mark that runs a test for schemes whose feature is claimed (none named: all)."""
-    chosen = names or tuple(SCHEMES)
-    return pytest.mark.parametrize(
-        "name", [pytest.param(name, marks=exercises(SCHEMES[name].feature), id=name) for name in chosen]
-    )
-
-
-def by_case(found: Sequence[ProductCase] | Sequence[ExpertsCase]) -> pytest.MarkDecorator:
-    """Return a mark that runs a test for cases whose feature is claimed."""
-    return pytest.mark.parametrize(
-        "case", [pytest.param(case, marks=exercises(case.scheme.feature), id=case.case_id) for case in found]
-    )
 
 
 @conforms(level="L2", gate="G4", clause=("9.1", "9.3", "9.6"))
@@ -68,7 +56,7 @@ def test_value(device: Device, dtype: str, case: ProductCase, record_gate: Any) 
     call = case.call(Inputs(dtype))
     got = _product(device, call.x, call.weight, call.bias)
     assert got.dtype == call.x.dtype, "the result has another dtype than x"
-    hold(record_gate, nmse_of_rows(got, exact_product(call.x, call.weight, call.bias), _stored(dtype, call.weight)))
+    hold(record_gate, nmse_of_rows(got, exact_product(call.x, call.weight, call.bias), stored(dtype, call.weight)))
 
 
 @conforms(level="L2", gate="G4", clause=("9.1", "9.3", "9.6"), claims=(Feature.MIXTURE_OF_EXPERTS,))
@@ -87,7 +75,7 @@ def test_expert_value(device: Device, dtype: str, case: ExpertsCase, record_gate
 @by_case(product_cases())
 def test_nothing_around_arguments_is_written(device: Device, dtype: str, case: ProductCase, record_gate: Any) -> None:
     call = case.call(Inputs(dtype))
-    _check_untouched(device, "quantized_linear", (call.x, call.weight.held(), call.bias), record_gate)
+    check_untouched(device, "quantized_linear", (call.x, call.weight.held(), call.bias), record_gate)
 
 
 @conforms(
@@ -99,7 +87,7 @@ def test_nothing_around_expert_arguments_is_written(
     device: Device, dtype: str, case: ExpertsCase, record_gate: Any
 ) -> None:
     call = case.call(Inputs(dtype))
-    _check_untouched(
+    check_untouched(
         device, "quantized_experts", (call.x, call.weights.held(), call.routed, call.activation), record_gate
     )
 
@@ -188,7 +176,7 @@ def test_a_row_is_the_same_alone_and_beside_others(device: Device, dtype: str, n
     for row in range(len(x)):
         alone = _product(device, x[row : row + 1], weight)
         for got in (together[row : row + 1], alone):
-            hold(record_gate, nmse(got, wanted[row : row + 1], _stored(dtype, weight)))
+            hold(record_gate, nmse(got, wanted[row : row + 1], stored(dtype, weight)))
 
 
 @conforms(level="L2", gate="G4", clause="9.6", negative=True)
@@ -203,7 +191,7 @@ def test_activations_of_any_size(device: Device, dtype: str, name: str, record_g
         size = 2.0 ** int(math.log2(torch.finfo(draw.dtype).max) * share)
         x = (draw.normal(5, inner).float() * size).to(draw.dtype)
         got, wanted = _product(device, x, weight), exact_product(x, weight, None)
-        hold(record_gate, nmse_of_rows(got.double() / size, wanted / size, _stored(dtype, weight)))
+        hold(record_gate, nmse_of_rows(got.double() / size, wanted / size, stored(dtype, weight)))
 
 
 @conforms(level="L2", gate="G1", clause=("9.6", "9.7"), negative=True)
@@ -292,19 +280,10 @@ def test_strides_do_not_matter(device: Device, dtype: str, name: str, record_gat
         hold(record_gate, ratio(apart.cpu(), dense.double(), [dense], f"{tokens} rows"))
 
 
-_SPOILT: dict[str, Callable[[torch.Tensor, QuantizedWeight, torch.Tensor], tuple[object, ...]]] = {
-    "inner-size": lambda x, weight, bias: (x[:, :-2], weight, bias),
-    "bias-size": lambda x, weight, bias: (x, weight, bias[1:]),
-    "scale-rows": lambda x, weight, bias: (x, replace(weight, scales=weight.scales[1:]), bias),
-    "scale-groups": lambda x, weight, bias: (x, replace(weight, scales=weight.scales.repeat(1, 2)), bias),
-    "code-rows": lambda x, weight, bias: (x, replace(weight, codes=weight.codes[1:]), bias),
-}
-
-
 @conforms(level="L2", clause="9.6", negative=True, safety=Safety.MEMORY)
 @by_dtype
 @by_scheme("w8a8", "w8a16-groups-of-64-zeros", "w4a16-groups-of-128-zeros", "w4a16-groups-of-6")
-@pytest.mark.parametrize("spoil", _SPOILT)
+@pytest.mark.parametrize("spoil", SPOILT)
 def test_shapes_that_do_not_fit_are_refused(
     device: Device, dtype: str, name: str, spoil: str, record_gate: Any
 ) -> None:
@@ -312,9 +291,9 @@ def test_shapes_that_do_not_fit_are_refused(
     inner = 4 * (SCHEMES[name].group_size or 16)
     x, weight, bias = draw.normal(3, inner), draw_weight(draw, SCHEMES[name], 12, inner), draw.normal(12)
     with pytest.raises(REFUSALS):
-        _run(device, "quantized_linear", *_SPOILT[spoil](x, weight.held(), bias))
+        run_one(device, "quantized_linear", *SPOILT[spoil](x, weight.held(), bias))
     got, wanted = _product(device, x, weight, bias), exact_product(x, weight, bias)
-    hold(record_gate, nmse_of_rows(got, wanted, _stored(dtype, weight)))
+    hold(record_gate, nmse_of_rows(got, wanted, stored(dtype, weight)))
 
 
 @conforms(level="L2", clause="9.6", negative=True, safety=Safety.MEMORY, claims=(Feature.MIXTURE_OF_EXPERTS,))
@@ -336,49 +315,24 @@ def test_experts_that_do_not_exist_are_refused(
 
 
 def _product(device: Device, x: torch.Tensor, weight: DrawnWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
-    return _run(device, "quantized_linear", x, weight.held(), bias)
+    return run_one(device, "quantized_linear", x, weight.held(), bias)
 
 
 def _experts(
     device: Device, x: torch.Tensor, weights: DrawnExperts, routed: RouterOutput, activation: Activation
 ) -> torch.Tensor:
-    return _run(device, "quantized_experts", x, weights.held(), routed, activation)
+    return run_one(device, "quantized_experts", x, weights.held(), routed, activation)
 
 
 def _experts_on(device: Device) -> Callable[..., torch.Tensor]:
     return lambda *arguments: _experts(device, *arguments)
 
 
-def _run(device: Device, operator: str, *arguments: object) -> torch.Tensor:
-    (result,) = device_run(device.ops, device.array_device, operator, *arguments)
-    device.synchronize()
-    return result.cpu()
-
-
-def _stored(dtype: str, weight: DrawnWeight) -> str:
-    """Name what the operands are kept in, by which the gate has its limit; exact codes of a weight cost nothing."""
-    return "int8" if weight.scheme.dynamic_activations else dtype
-
-
 def _stored_within(dtype: str, weights: DrawnExperts) -> str:
     """Name what experts keep their operands in: between two products in the dtype of x, which moves some codes."""
-    stored = _stored(dtype, weights.down)
-    return max(stored, dtype, key=NMSE_LIMITS.__getitem__)
+    return max(stored(dtype, weights.down), dtype, key=NMSE_LIMITS.__getitem__)
 
 
 def _half_to_even(value: float) -> float:
     """Round to the nearest integer, ties to the even one, as Python's own rounding does."""
     return float(round(value))
-
-
-def _check_untouched(device: Device, operator: str, arguments: tuple[object, ...], record_gate: Any) -> None:
-    guards = []
-
-    def guard(tensor: torch.Tensor) -> torch.Tensor:
-        guards.append((guarded(tensor, device.array_device), tensor))
-        return guards[-1][0].tensor
-
-    getattr(device.ops, operator)(*moved(arguments, guard))
-    device.synchronize()
-    for index, (kept, before) in enumerate(guards):
-        hold(record_gate, kept.untouched(f"argument {index}"), exact(kept.tensor, before, f"argument {index}"))

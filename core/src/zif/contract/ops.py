@@ -137,6 +137,18 @@ class OpTable(ABC):
     def gated_activation(self, gate_up: Array, activation: Activation) -> Array:
         """Return f(gate) * up. gate_up: [..., 2I], gate before up. Returns [..., I], dtype of gate_up."""
 
+    def gated_linear(
+        self, x: Array, weight: Array | QuantizedWeight, bias: Array | None, activation: Activation
+    ) -> Array:
+        """Return `gated_activation` of x @ weight.T + bias, which a platform may do without keeping what is gated.
+
+        x: [T, C]. weight: [2I, C], gate rows before up rows, or quantized, as `quantized_linear` takes it. bias: [2I].
+        Returns [T, I], dtype of x. Whether what is gated is rounded to that dtype first is the platform's choice.
+        """
+        if isinstance(weight, QuantizedWeight):
+            return self.gated_activation(self.quantized_linear(x, weight, bias), activation)
+        return self.gated_activation(self.linear(x, weight, bias), activation)
+
     @abstractmethod
     def route(self, logits: Array, num_experts_per_token: int, routing: Routing) -> RouterOutput:
         """Choose experts for each token. logits: [T, E]."""
@@ -166,6 +178,13 @@ class OpTable(ABC):
 
         hidden: [S, C]. weight: [V, C]. bias: [V], of one dtype. Returns [S, V], float32. A row depends on its hidden
         row alone, to the bit where `linear`'s rows do.
+        """
+        return None
+
+    def quantized_logits(self, hidden: Array, weight: QuantizedWeight, bias: Array | None) -> Array | None:
+        """Do what `logits` does with a quantized weight; None: core widens what `quantized_linear` gives.
+
+        A row of hidden is rounded to codes as there, if at all; only the result is not rounded to the dtype of hidden.
         """
         return None
 

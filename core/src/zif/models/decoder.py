@@ -36,7 +36,10 @@ class Projection:
 
     def logits(self, ops: OpTable, x: torch.Tensor) -> torch.Tensor:
         """Do what `apply` does, unrounded where the platform has it so. x: [S, I]. Returns [S, O], float32."""
-        wide = None if isinstance(self.weight, QuantizedWeight) else ops.logits(x, self.weight, self.bias)
+        if isinstance(self.weight, QuantizedWeight):
+            wide = ops.quantized_logits(x, self.weight, self.bias)
+        else:
+            wide = ops.logits(x, self.weight, self.bias)
         return self.apply(ops, x).float() if wide is None else wide
 
 
@@ -102,8 +105,8 @@ class Mlp:
 
     def run(self, ops: OpTable, x: torch.Tensor) -> torch.Tensor:
         """Transform each token. x: [T, C]. Returns [T, C]."""
-        gate_up = self.gate_up.apply(ops, x)
-        return self.down.apply(ops, ops.gated_activation(gate_up, self.spec.activation))
+        gated = ops.gated_linear(x, self.gate_up.weight, self.gate_up.bias, self.spec.activation)
+        return self.down.apply(ops, gated)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@
 
 #include <stdint.h>
 
-#define ZIF_CPU_ABI 3
+#define ZIF_CPU_ABI 4
 
 #ifdef __cplusplus
 extern "C" {
@@ -53,6 +53,15 @@ typedef struct {
 } zif_cpu_product;
 
 ZIF_CPU_PUBLIC void zif_cpu_linear(const zif_cpu_product* call);
+
+// The same product, of weight's and bias' first half (gates) and second half, each rounded to the dtype as zif_cpu_linear
+// does, then f(gate) * up, in float32. y: [tokens, outputs / 2]. `wide` is not looked at.
+typedef struct {
+    zif_cpu_product product;
+    int32_t activation;
+} zif_cpu_gated_product;
+
+ZIF_CPU_PUBLIC void zif_cpu_gated_linear(const zif_cpu_gated_product* call);
 
 // y = x / rms(x) * (weight + weight_offset), in float32, for each head of each row.
 typedef struct {
@@ -193,7 +202,8 @@ typedef struct {
     const void* call;
 } zif_cpu_entry;
 
-// Make the calls of a list, in order.
+// Make the calls of a list, in order. Norms, rotations and stores that follow each other are made token by token where
+// that gives the same.
 ZIF_CPU_PUBLIC void zif_cpu_run(const zif_cpu_entry* entries, int64_t count);
 
 // The next token of each row: the most likely one at temperature 0, else one drawn, as OpTable.choose_tokens has it.
@@ -228,6 +238,7 @@ typedef struct {
 } zif_cpu_quantized;
 
 // y = x @ weight.T + bias, as OpTable.quantized_linear has it. Sums of 8-bit activations are exact below 131072 inputs.
+// Where `wide` is not 0, y is float32.
 typedef struct {
     zif_cpu_quantized weight;
     const void* x;     // [tokens, inputs], first axis strided
@@ -236,9 +247,18 @@ typedef struct {
     int64_t x_stride;
     int64_t tokens;
     int32_t dtype;
+    int32_t wide;
 } zif_cpu_quantized_product;
 
 ZIF_CPU_PUBLIC void zif_cpu_quantized_linear(const zif_cpu_quantized_product* call);
+
+// What zif_cpu_gated_linear does.
+typedef struct {
+    zif_cpu_quantized_product product;
+    int32_t activation;
+} zif_cpu_gated_quantized_product;
+
+ZIF_CPU_PUBLIC void zif_cpu_gated_quantized_linear(const zif_cpu_gated_quantized_product* call);
 
 // What zif_cpu_experts does with quantized weights, each a stack of one per expert; `outputs` and `inputs` are of one.
 typedef struct {

@@ -16,6 +16,7 @@ namespace {
 namespace paged {
 
 constexpr int64_t kMaxPartialBytes = 64 << 20;
+constexpr int64_t kTasksAtOnce = 8;  // that a thread takes where there are many
 constexpr int64_t kPlaces = kSplitKeys + kPanelKeys + kTileAhead;  // keys behind the last one may be multiplied
 
 // Whether products of T are made by tiles.
@@ -127,14 +128,36 @@ struct HeadRows {
 
     // Put the addresses of rows from - to - 1 of `cache`, which is the call's keys or values.
     void find(const void* cache, int64_t from, int64_t to, const char** rows) const {
-        for (int64_t key = from; key < to;) {
-            const int64_t block = key / call.block_size, end = smaller(to, (block + 1) * call.block_size);
-            const char* row = static_cast<const char*>(cache) + first + (key - block * call.block_size) * bytes +
+        int64_t block = from / call.block_size, base = block * call.block_size;
+        for (int64_t key = from; key < to; ++block, base += call.block_size) {
+            const int64_t end = smaller(to, base + call.block_size);
+            const char* row = static_cast<const char*>(cache) + first + (key - base) * bytes +
                               blocks[block] * call.block_stride * static_cast<int64_t>(sizeof(C));
             for (; key < end; ++key, row += bytes) rows[key - from] = row;
         }
     }
 };
+
+// Put the addresses of a split's keys that some query sees, of `most` at most. Returns their number.
+template <class C>
+int64_t find_keys(const zif_cpu_attention& call, const Place& place, int64_t most, const char** rows) {
+    const KeyRange range = place.unit->keys(call, place.split);
+    const int64_t from = place.split * kSplitKeys + range.from, count = smaller(most, range.to - range.from);
+    HeadRows<C>(call, place.unit->request, place.head).find(call.keys, from, from + count, rows);
+    return count;
+}
+
+// Put what each query row of a unit sees of a split, of whose keys some query sees `range`.
+inline void put_seen(const zif_cpu_attention& call, const Unit& unit, int64_t split, const KeyRange& range,
+                     Seen* seen) {
+    const int64_t group = call.heads / call.kv_heads, base = split * kSplitKeys;
+    for (int64_t row = 0; row < unit.num_queries * group; ++row) {
+        const int64_t position = unit.position + row / group;
+        const int64_t last = larger(range.from, smaller(position + 1 - base, range.to));
+        const int64_t first = smaller(last, larger(range.from, first_visible(call, position) - base));
+        seen[row] = {first, last, range.start, range.stop};
+    }
+}
 
 // Whether no request has more than a few queries in this step, as in decoding.
 inline bool all_few(const zif_cpu_attention& call) {

@@ -1,4 +1,5 @@
-// Norms, rotations and gated activations: every row by itself, in float32.
+// Norms, rotations and gated activations: every row by itself, in float32. Of norms and rotations the functions
+// of the table compute one row.
 #pragma once
 
 #include "pool.h"
@@ -8,24 +9,6 @@
 namespace zif {
 namespace ZIF_ISA {
 namespace {
-
-// What one thread does sooner than another one wakes.
-constexpr int64_t kElementsOfTask = 16384;
-constexpr int64_t kTasksOfThread = 4;
-
-// Run function(begin, end, thread) on ranges that together are all rows.
-template <class Function>
-inline void for_rows(int64_t rows, int64_t elements_of_row, const Function& function) {
-    if (rows <= 0) return;
-    const int64_t threads = num_threads(), most = threads > 1 ? threads * kTasksOfThread : 1;
-    int64_t tasks = rows * elements_of_row / kElementsOfTask;
-    tasks = tasks < most ? tasks : most;
-    tasks = tasks < rows ? tasks : rows;
-    tasks = tasks > 1 ? tasks : 1;
-    parallel_for(tasks, [&](int64_t task, int thread) {
-        function(rows * task / tasks, rows * (task + 1) / tasks, thread);
-    });
-}
 
 // How the elements of one step lie: a whole vector, or the rest of a row.
 struct Whole {
@@ -89,19 +72,14 @@ inline void scale_row(const T* x, float squares, const zif_cpu_norm& call, T* y)
 }
 
 template <class T>
-void rms_norm_typed(const zif_cpu_norm& call) {
-    const int64_t channels = call.channels, size = call.heads * channels;
-    for_rows(call.rows, size, [&](int64_t begin, int64_t end, int) {
-        for (int64_t row = begin; row < end; ++row) {
-            const T* x = static_cast<const T*>(call.x) + row * call.x_stride;
-            T* y = static_cast<T*>(call.y) + row * size;
-            for (int64_t head = 0; head < call.heads; ++head, x += channels, y += channels) {
-                const float squares =
-                    sum_of_squares(channels, [&](int64_t at, auto lanes) { return lanes.load(x + at); });
-                scale_row(x, squares, call, y);
-            }
-        }
-    });
+void rms_norm_typed(const zif_cpu_norm& call, int64_t row) {
+    const int64_t channels = call.channels;
+    const T* x = static_cast<const T*>(call.x) + row * call.x_stride;
+    T* y = static_cast<T*>(call.y) + row * call.heads * channels;
+    for (int64_t head = 0; head < call.heads; ++head, x += channels, y += channels) {
+        const float squares = sum_of_squares(channels, [&](int64_t at, auto lanes) { return lanes.load(x + at); });
+        scale_row(x, squares, call, y);
+    }
 }
 
 // Write residual + x, rounded, and return the sum of its squares.
@@ -114,34 +92,30 @@ inline float add_row(const T* x, const T* residual, T* total, int64_t channels) 
 }
 
 template <class T>
-void add_rms_norm_typed(const zif_cpu_norm& call) {
+void add_rms_norm_typed(const zif_cpu_norm& call, int64_t row) {
     const int64_t channels = call.channels, size = call.heads * channels;
-    for_rows(call.rows, size, [&](int64_t begin, int64_t end, int) {
-        for (int64_t row = begin; row < end; ++row) {
-            const T* x = static_cast<const T*>(call.x) + row * call.x_stride;
-            const T* residual = static_cast<const T*>(call.residual) + row * call.residual_stride;
-            T* total = static_cast<T*>(call.sum) + row * size;
-            T* y = static_cast<T*>(call.y) + row * size;
-            for (int64_t at = 0; at < size; at += channels) {
-                scale_row(total + at, add_row(x + at, residual + at, total + at, channels), call, y + at);
-            }
-        }
-    });
-}
-
-void rms_norm(const zif_cpu_norm* call) {
-    switch (call->dtype) {
-        case ZIF_FLOAT32: return rms_norm_typed<float>(*call);
-        case ZIF_BFLOAT16: return rms_norm_typed<BFloat16>(*call);
-        case ZIF_FLOAT16: return rms_norm_typed<Float16>(*call);
+    const T* x = static_cast<const T*>(call.x) + row * call.x_stride;
+    const T* residual = static_cast<const T*>(call.residual) + row * call.residual_stride;
+    T* total = static_cast<T*>(call.sum) + row * size;
+    T* y = static_cast<T*>(call.y) + row * size;
+    for (int64_t at = 0; at < size; at += channels) {
+        scale_row(total + at, add_row(x + at, residual + at, total + at, channels), call, y + at);
     }
 }
 
-void add_rms_norm(const zif_cpu_norm* call) {
+void rms_norm(const zif_cpu_norm* call, int64_t row, int) {
     switch (call->dtype) {
-        case ZIF_FLOAT32: return add_rms_norm_typed<float>(*call);
-        case ZIF_BFLOAT16: return add_rms_norm_typed<BFloat16>(*call);
-        case ZIF_FLOAT16: return add_rms_norm_typed<Float16>(*call);
+        case ZIF_FLOAT32: return rms_norm_typed<float>(*call, row);
+        case ZIF_BFLOAT16: return rms_norm_typed<BFloat16>(*call, row);
+        case ZIF_FLOAT16: return rms_norm_typed<Float16>(*call, row);
+    }
+}
+
+void add_rms_norm(const zif_cpu_norm* call, int64_t row, int) {
+    switch (call->dtype) {
+        case ZIF_FLOAT32: return add_rms_norm_typed<float>(*call, row);
+        case ZIF_BFLOAT16: return add_rms_norm_typed<BFloat16>(*call, row);
+        case ZIF_FLOAT16: return add_rms_norm_typed<Float16>(*call, row);
     }
 }
 
@@ -199,30 +173,26 @@ inline void rotate_heads(const T* x, const Turn& turn, T* y, int64_t heads, cons
 }
 
 template <class T>
-void rotate_typed(const zif_cpu_rotation& call) {
-    const int64_t rotated = call.rotated, query_size = call.heads * call.head_dim;
-    const int64_t key_size = call.kv_heads * call.head_dim;
-    for_rows(call.tokens, query_size + key_size, [&](int64_t begin, int64_t end, int thread) {
-        float* memory = nullptr;
-        if (call.interleaved) memory = static_cast<float*>(scratch(thread, 0, 4 * rotated * sizeof(float)));
-        for (int64_t token = begin; token < end; ++token) {
-            Turn turn = {call.cos + token * rotated, call.sin + token * rotated, rotated};
-            if (call.interleaved) turn = turn_of_pairs(turn.cos, turn.sin, rotated, memory);
-            const T* query = static_cast<const T*>(call.query) + token * call.query_stride;
-            const T* key = static_cast<const T*>(call.key) + token * call.key_stride;
-            T* rotated_query = static_cast<T*>(call.rotated_query) + token * query_size;
-            T* rotated_key = static_cast<T*>(call.rotated_key) + token * key_size;
-            rotate_heads(query, turn, rotated_query, call.heads, call);
-            rotate_heads(key, turn, rotated_key, call.kv_heads, call);
-        }
-    });
+void rotate_typed(const zif_cpu_rotation& call, int64_t token, int thread) {
+    const int64_t rotated = call.rotated;
+    Turn turn = {call.cos + token * rotated, call.sin + token * rotated, rotated};
+    if (call.interleaved) {
+        auto* memory = static_cast<float*>(scratch(thread, 0, 4 * rotated * sizeof(float)));
+        turn = turn_of_pairs(turn.cos, turn.sin, rotated, memory);
+    }
+    const T* query = static_cast<const T*>(call.query) + token * call.query_stride;
+    const T* key = static_cast<const T*>(call.key) + token * call.key_stride;
+    T* rotated_query = static_cast<T*>(call.rotated_query) + token * call.heads * call.head_dim;
+    T* rotated_key = static_cast<T*>(call.rotated_key) + token * call.kv_heads * call.head_dim;
+    rotate_heads(query, turn, rotated_query, call.heads, call);
+    rotate_heads(key, turn, rotated_key, call.kv_heads, call);
 }
 
-void rotate(const zif_cpu_rotation* call) {
+void rotate(const zif_cpu_rotation* call, int64_t row, int thread) {
     switch (call->dtype) {
-        case ZIF_FLOAT32: return rotate_typed<float>(*call);
-        case ZIF_BFLOAT16: return rotate_typed<BFloat16>(*call);
-        case ZIF_FLOAT16: return rotate_typed<Float16>(*call);
+        case ZIF_FLOAT32: return rotate_typed<float>(*call, row, thread);
+        case ZIF_BFLOAT16: return rotate_typed<BFloat16>(*call, row, thread);
+        case ZIF_FLOAT16: return rotate_typed<Float16>(*call, row, thread);
     }
 }
 

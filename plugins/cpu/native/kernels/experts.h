@@ -1,9 +1,8 @@
 // A gated mixture of experts: the tokens of each expert together, experts and parts of their weights side by side.
 #pragma once
 
-#include "elementwise.h"
-#include "pool.h"
-#include "product.h"
+#include "linear.h"
+#include "quantized.h"
 
 namespace zif {
 namespace ZIF_ISA {
@@ -43,94 +42,105 @@ struct Dispatch {
     }
 };
 
-template <class T>
-class Experts {
+// Experts whose weights are of any kind. Call: zif_cpu_experts_call, or another with its fields but for the weights.
+template <class Product, class Call>
+class Mixture {
 public:
-    explicit Experts(const zif_cpu_experts_call& call) : call_(call), entries_(call.tokens * call.chosen) {}
+    typedef typename Product::Element T;
+    typedef typename Product::Weight Weight;
+
+    // gate_up, down: stacks of one weight for each expert.
+    Mixture(const Call& call, const Weight& gate_up, const Weight& down)
+        : call_(call), gate_up_(gate_up), down_(down), channels_(down.outputs), inner_(down.inputs),
+          entries_(call.tokens * call.chosen) {}
 
     // Tokens in pieces whose scratch memory is bounded.
     int32_t run_pieces() const {
-        const int64_t token_bytes = call_.chosen * (call_.channels + 3 * call_.inner) * int64_t(sizeof(T));
-        const int64_t piece = kPieceBytes / token_bytes > kLeastTokens ? kPieceBytes / token_bytes : kLeastTokens;
+        const int64_t token_bytes = call_.chosen * (channels_ + inner_) * int64_t(sizeof(T));
+        const int64_t piece = kPieceBytes / token_bytes > kLeastPiece ? kPieceBytes / token_bytes : kLeastPiece;
         for (int64_t first = 0; first < call_.tokens; first += piece) {
-            zif_cpu_experts_call part = call_;
+            Call part = call_;
             part.x = typed(call_.x) + first * call_.x_stride;
-            part.y = const_cast<T*>(typed(call_.y)) + first * call_.channels;
+            part.y = const_cast<T*>(typed(call_.y)) + first * channels_;
             part.weights += first * call_.chosen;
             part.ids += first * call_.chosen;
             part.tokens = call_.tokens - first < piece ? call_.tokens - first : piece;
-            if (Experts(part).run() != 0) return -1;
+            if (Mixture(part, gate_up_, down_).run() != 0) return -1;
         }
         return 0;
     }
 
 private:
-    static constexpr int64_t kPieceBytes = 256 << 20;
-    static constexpr int64_t kLeastTokens = 64;
+    static constexpr int64_t kPieceBytes = 128 << 20;
+    static constexpr int64_t kLeastPiece = 64;
 
     int32_t run() {
-        auto* table = static_cast<int64_t*>(scratch(0, 1, (2 * entries_ + 2 * call_.experts + 1) * 8));
+        auto* table = static_cast<int64_t*>(scratch(0, 1, (2 * entries_ + 3 * call_.experts + 2) * 8));
+        offsets_ = table + 2 * entries_ + 2 * call_.experts + 1;
         dispatch_ = {table, table + entries_, table + 2 * entries_, table + 2 * entries_ + call_.experts + 1, 0};
         if (!dispatch_.fill(call_.ids, entries_, call_.experts)) return -1;
-        lay_out();
+        const int64_t row_bytes = aligned(entries_ * channels_ * int64_t(sizeof(T)));
+        auto* memory = static_cast<char*>(scratch(0, 2, row_bytes + entries_ * inner_ * int64_t(sizeof(T))));
+        rows_ = reinterpret_cast<T*>(memory);
+        gated_ = reinterpret_cast<T*>(memory + row_bytes);
         parallel_for(entries_, [&](int64_t place, int) {
             const int64_t token = dispatch_.order[place] / call_.chosen;
-            std::memcpy(rows_ + place * call_.channels, typed(call_.x) + token * call_.x_stride,
-                        call_.channels * sizeof(T));
+            std::memcpy(rows_ + place * channels_, typed(call_.x) + token * call_.x_stride, channels_ * sizeof(T));
         });
-        multiply(rows_, call_.channels, call_.gate_up, call_.gate_up_bias, gate_up_, 2 * call_.inner);
-        const zif_cpu_gating gating = {gate_up_, inner_, 2 * call_.inner, entries_, call_.inner, call_.activation,
-                                       call_.dtype};
-        gated_activation(&gating);
-        multiply(inner_, call_.inner, call_.down, call_.down_bias, rows_, call_.channels);
+        for_products(rows_, gate_up_, inner_, [&](const Product& product, const Part& part, int thread) {
+            const T* bias = bias_of(call_.gate_up_bias, part.expert, 2 * inner_);
+            const Gated<T> gated = {gated_ + dispatch_.starts[part.expert] * inner_, inner_, bias, call_.activation};
+            gated.multiply(product, part.block, part.outputs, thread);
+        });
+        for_products(gated_, down_, channels_, [&](const Product& product, const Part& part, int thread) {
+            const T* bias = bias_of(call_.down_bias, part.expert, channels_);
+            const Target<T> target = {rows_ + dispatch_.starts[part.expert] * channels_, channels_, bias};
+            product.multiply(part.block, part.outputs, target, thread);
+        });
         parallel_for(call_.tokens, [&](int64_t token, int) { combine(token); });
         return 0;
     }
 
+    // A block of an expert's rows and some of its outputs.
+    struct Part {
+        int64_t expert;
+        int64_t block;
+        Range outputs;
+    };
+
     static const T* typed(const void* array) { return static_cast<const T*>(array); }
 
-    void lay_out() {
-        const int64_t widths[] = {call_.channels, 2 * call_.inner, call_.inner};
-        int64_t offsets[4] = {};
-        for (int i = 0; i < 3; ++i) offsets[i + 1] = offsets[i] + aligned(entries_ * widths[i] * int64_t(sizeof(T)));
-        auto* memory = static_cast<char*>(scratch(0, 2, offsets[3]));
-        rows_ = reinterpret_cast<T*>(memory + offsets[0]);
-        gate_up_ = reinterpret_cast<T*>(memory + offsets[1]);
-        inner_ = reinterpret_cast<T*>(memory + offsets[2]);
+    static const T* bias_of(const void* biases, int64_t expert, int64_t outputs) {
+        return biases == nullptr ? nullptr : typed(biases) + expert * outputs;
     }
 
     int64_t count(int64_t expert) const { return dispatch_.starts[expert + 1] - dispatch_.starts[expert]; }
 
-    // The operand of one expert's rows.
-    Operand<T> operand(const T* x, int64_t inputs, int64_t expert, char* memory) const {
-        const int64_t first = dispatch_.starts[expert];
-        return {x + first * inputs, inputs, count(expert), inputs, memory};
+    // The rows of one expert, made ready for its weight.
+    Product product_of(const T* x, const Weight& stack, int64_t i, char* memory) const {
+        const int64_t expert = dispatch_.used[i], first = dispatch_.starts[expert];
+        return {x + first * stack.inputs, stack.inputs, count(expert), Product::entry(stack, expert),
+                memory + offsets_[i]};
     }
 
-    // y = x @ weight[expert].T + bias[expert] for the rows of each expert. x: [entries, inputs]. y: [entries, outputs].
-    void multiply(const T* x, int64_t inputs, const void* weight, const void* bias, T* y, int64_t outputs) const {
-        auto* offsets = static_cast<int64_t*>(scratch(0, 3, (dispatch_.num_used + 1) * 8));
-        offsets[0] = 0;
+    // Make x, [entries, inputs], ready, and call multiply(product, part, thread) for all outputs of each expert: in as
+    // few parts as keep the threads busy, since memory is read in order for long then.
+    template <class Multiply>
+    void for_products(const T* x, const Weight& stack, int64_t outputs, const Multiply& multiply) const {
+        offsets_[0] = 0;
         for (int64_t i = 0; i < dispatch_.num_used; ++i) {
-            offsets[i + 1] = offsets[i] + aligned(Operand<T>::bytes(count(dispatch_.used[i]), inputs));
+            offsets_[i + 1] = offsets_[i] + aligned(Product::bytes(stack, count(dispatch_.used[i])));
         }
-        auto* memory = static_cast<char*>(scratch(0, 0, offsets[dispatch_.num_used]));
-        parallel_for(dispatch_.num_used, [&](int64_t i, int) {
-            const Operand<T> rows = operand(x, inputs, dispatch_.used[i], memory + offsets[i]);
-            for (int64_t part = 0; part < rows.num_parts(); ++part) rows.prepare(part);
+        auto* memory = static_cast<char*>(scratch(0, 0, offsets_[dispatch_.num_used]));
+        parallel_for(dispatch_.num_used, [&](int64_t i, int thread) {
+            const Product product = product_of(x, stack, i, memory);
+            for (int64_t part = 0; part < product.num_parts(); ++part) product.prepare(part, thread);
         });
-        const bool many = Operand<T>::many(entries_ / dispatch_.num_used);
-        const int64_t chunk = many ? large_chunk(outputs, dispatch_.num_used) : kChunk;
-        const int64_t chunks = (outputs + chunk - 1) / chunk;
-        parallel_for(dispatch_.num_used * chunks, [&](int64_t task, int thread) {
-            const int64_t i = task / chunks, begin = task % chunks * chunk, expert = dispatch_.used[i];
-            const int64_t end = begin + chunk < outputs ? begin + chunk : outputs;
-            const T* own_bias = bias == nullptr ? nullptr : typed(bias) + expert * outputs;
-            const T* own_weight = typed(weight) + expert * outputs * inputs;
-            const Target<T> target = {y + dispatch_.starts[expert] * outputs, outputs, own_bias};
-            const Operand<T> rows = operand(x, inputs, expert, memory + offsets[i]);
-            for (int64_t block = 0; block < rows.num_blocks(); ++block) {
-                rows.multiply(block, own_weight, begin, end, target, thread);
+        const int64_t chunk = large_chunk(outputs, dispatch_.num_used);
+        for_chunks(outputs, chunk, dispatch_.num_used, [&](int64_t i, const Range& range, int thread) {
+            const Product product = product_of(x, stack, i, memory);
+            for (int64_t block = 0; block < product.num_blocks(); ++block) {
+                multiply(product, {dispatch_.used[i], block, range}, thread);
             }
         });
     }
@@ -146,37 +156,52 @@ private:
     }
 
     void combine(int64_t token) const {
-        T* y = const_cast<T*>(typed(call_.y)) + token * call_.channels;
-        for (int64_t k = 0; k < call_.channels; k += kLanes) {
-            const int64_t left = call_.channels - k;
+        T* y = const_cast<T*>(typed(call_.y)) + token * channels_;
+        for_vectors(0, channels_, [&](int64_t k, auto lanes) {
             Float total = {};
-            int64_t place = next_choice(token, -1);
-            for (; place < entries_; place = next_choice(token, place)) {
-                const T* row = rows_ + place * call_.channels + k;
-                const Float part = left >= kLanes ? load(row) : load_some(row, left);
-                total += part * call_.weights[dispatch_.order[place]];
+            for (int64_t place = next_choice(token, -1); place < entries_; place = next_choice(token, place)) {
+                total += lanes.load(rows_ + place * channels_ + k) * call_.weights[dispatch_.order[place]];
             }
-            if (left >= kLanes) {
-                store(y + k, total);
-            } else {
-                store_some(y + k, total, left);
-            }
-        }
+            lanes.store(y + k, total);
+        });
     }
 
-    zif_cpu_experts_call call_;
+    Call call_;
+    Weight gate_up_;
+    Weight down_;
+    int64_t channels_;
+    int64_t inner_;
     int64_t entries_;
     Dispatch dispatch_ = {};
-    T* rows_ = nullptr;     // [entries, channels], by place: inputs at first, outputs at last
-    T* gate_up_ = nullptr;  // [entries, 2 * inner]
-    T* inner_ = nullptr;    // [entries, inner]
+    int64_t* offsets_ = nullptr;  // [experts + 1], of what each used expert's rows need
+    T* rows_ = nullptr;           // [entries, channels], by place: inputs at first, outputs at last
+    T* gated_ = nullptr;          // [entries, inner]
 };
 
 int32_t experts(const zif_cpu_experts_call* call) {
+    const auto run = [&](auto element) {
+        typedef decltype(element) T;
+        const PlainWeight<T> gate_up = {static_cast<const T*>(call->gate_up), 2 * call->inner, call->channels};
+        const PlainWeight<T> down = {static_cast<const T*>(call->down), call->channels, call->inner};
+        return Mixture<PlainProduct<T>, zif_cpu_experts_call>(*call, gate_up, down).run_pieces();
+    };
     switch (call->dtype) {
-        case ZIF_FLOAT32: return Experts<float>(*call).run_pieces();
-        case ZIF_BFLOAT16: return Experts<BFloat16>(*call).run_pieces();
-        case ZIF_FLOAT16: return Experts<Float16>(*call).run_pieces();
+        case ZIF_FLOAT32: return run(float());
+        case ZIF_BFLOAT16: return run(BFloat16());
+        case ZIF_FLOAT16: return run(Float16());
+    }
+    return -1;
+}
+
+int32_t quantized_experts(const zif_cpu_quantized_experts_call* call) {
+    const auto run = [&](auto element) {
+        typedef quantized::Product<decltype(element)> Product;
+        return Mixture<Product, zif_cpu_quantized_experts_call>(*call, call->gate_up, call->down).run_pieces();
+    };
+    switch (call->dtype) {
+        case ZIF_FLOAT32: return run(float());
+        case ZIF_BFLOAT16: return run(BFloat16());
+        case ZIF_FLOAT16: return run(Float16());
     }
     return -1;
 }

@@ -1,6 +1,7 @@
-// Products with weights as they lie in a checkpoint: y = x @ weight.T + bias.
+// Products of all tokens of a call, plain or gated, with weights of any kind: y = x @ weight.T + bias.
 #pragma once
 
+#include "gated.h"
 #include "pool.h"
 #include "product.h"
 
@@ -8,43 +9,85 @@ namespace zif {
 namespace ZIF_ISA {
 namespace {
 
-constexpr int64_t kOperandBytes = 64 << 20;  // of activations made ready at once
+// Make activations ready, in pieces: multiply(product, first token). call: x, x_stride, tokens.
+template <class Product, class Call, class Multiply>
+inline void for_pieces(const Call& call, const typename Product::Weight& weight, const Multiply& multiply) {
+    const int64_t most = Product::at_once(weight, call.tokens);
+    for (int64_t first = 0; first < call.tokens; first += most) {
+        const int64_t count = call.tokens - first < most ? call.tokens - first : most;
+        void* const memory = scratch(0, 0, Product::bytes(weight, count));
+        const auto* x = static_cast<const typename Product::Element*>(call.x) + first * call.x_stride;
+        const Product product(x, call.x_stride, count, weight, memory);
+        parallel_for(product.num_parts(), [&](int64_t part, int thread) { product.prepare(part, thread); });
+        multiply(product, first);
+    }
+}
 
-template <class T>
-inline void multiply_rows(const Operand<T>& operand, const T* weight, int64_t outputs, const Target<T>& target,
-                          int64_t chunk) {
-    parallel_for(operand.num_parts(), [&](int64_t part, int) { operand.prepare(part); });
-    const int64_t blocks = operand.num_blocks();
+// Call multiply(block of tokens, outputs, thread) for all blocks and outputs, `chunk` of these at a time.
+template <class Multiply>
+inline void for_chunks(int64_t outputs, int64_t chunk, int64_t blocks, const Multiply& multiply) {
     parallel_for((outputs + chunk - 1) / chunk * blocks, [&](int64_t task, int thread) {
-        const int64_t begin = task / blocks * chunk, end = begin + chunk < outputs ? begin + chunk : outputs;
-        operand.multiply(task % blocks, weight, begin, end, target, thread);
+        const int64_t begin = task / blocks * chunk;
+        multiply(task % blocks, Range{begin, begin + chunk < outputs ? begin + chunk : outputs}, thread);
+    });
+}
+
+// wide: whether y is float32 whatever the dtype of x is.
+template <class Product, class Call>
+inline void linear_of(const Call& call, const typename Product::Weight& weight, bool wide) {
+    typedef typename Product::Element T;
+    const int64_t outputs = weight.outputs;
+    for_pieces<Product>(call, weight, [&](const Product& product, int64_t first) {
+        const int64_t begin = first * outputs;
+        float* sums = wide ? static_cast<float*>(call.y) + begin : nullptr;
+        const Target<T> target = {static_cast<T*>(call.y) + begin, outputs, static_cast<const T*>(call.bias), sums};
+        for_chunks(outputs, product.chunk(outputs), product.num_blocks(),
+                   [&](int64_t block, const Range& range, int thread) {
+                       product.multiply(block, range, target, thread);
+                   });
+    });
+}
+
+template <class Product, class Call>
+inline void gated_linear_of(const Call& call, const typename Product::Weight& weight, int32_t activation) {
+    typedef typename Product::Element T;
+    const int64_t inner = weight.outputs / 2;
+    for_pieces<Product>(call, weight, [&](const Product& product, int64_t first) {
+        const Gated<T> gated = {static_cast<T*>(call.y) + first * inner, inner, static_cast<const T*>(call.bias),
+                                activation};
+        for_chunks(inner, product.chunk(inner), product.num_blocks(),
+                   [&](int64_t block, const Range& range, int thread) {
+                       gated.multiply(product, block, range, thread);
+                   });
     });
 }
 
 template <class T>
-inline void linear_of(const zif_cpu_product& call) {
-    // In pieces, so that memory is bounded; a piece has as many tokens as make reading the weights cheap.
-    const int64_t inputs = call.inputs, outputs = call.outputs;
-    const int64_t most = kOperandBytes / (4 * inputs), piece = most < 512 ? 512 : most / 512 * 512;
-    for (int64_t first = 0; first < call.tokens; first += piece) {
-        const int64_t count = call.tokens - first < piece ? call.tokens - first : piece;
-        void* const memory = scratch(0, 0, Operand<T>::bytes(count, inputs));
-        const T* x = static_cast<const T*>(call.x) + first * call.x_stride;
-        const Operand<T> operand(x, call.x_stride, count, inputs, memory);
-        const int64_t begin = first * outputs;
-        float* wide = call.wide ? static_cast<float*>(call.y) + begin : nullptr;
-        const Target<T> target = {static_cast<T*>(call.y) + begin, outputs, static_cast<const T*>(call.bias), wide};
-        const bool many = Operand<T>::many(count);
-        const int64_t chunk = many ? large_chunk(outputs, operand.num_blocks()) : few_chunk(outputs);
-        multiply_rows(operand, static_cast<const T*>(call.weight), outputs, target, chunk);
-    }
+inline PlainWeight<T> weight_of(const zif_cpu_product& call) {
+    return {static_cast<const T*>(call.weight), call.outputs, call.inputs};
 }
 
 void linear(const zif_cpu_product* call) {
+    const auto multiply = [&](auto element) {
+        typedef decltype(element) T;
+        linear_of<PlainProduct<T>>(*call, weight_of<T>(*call), call->wide != 0);
+    };
     switch (call->dtype) {
-        case ZIF_FLOAT32: return linear_of<float>(*call);
-        case ZIF_BFLOAT16: return linear_of<BFloat16>(*call);
-        case ZIF_FLOAT16: return linear_of<Float16>(*call);
+        case ZIF_FLOAT32: return multiply(float());
+        case ZIF_BFLOAT16: return multiply(BFloat16());
+        case ZIF_FLOAT16: return multiply(Float16());
+    }
+}
+
+void gated_linear(const zif_cpu_gated_product* call) {
+    const auto multiply = [&](auto element) {
+        typedef decltype(element) T;
+        gated_linear_of<PlainProduct<T>>(call->product, weight_of<T>(call->product), call->activation);
+    };
+    switch (call->product.dtype) {
+        case ZIF_FLOAT32: return multiply(float());
+        case ZIF_BFLOAT16: return multiply(BFloat16());
+        case ZIF_FLOAT16: return multiply(Float16());
     }
 }
 

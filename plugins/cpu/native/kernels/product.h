@@ -38,31 +38,55 @@ template <class T>
 constexpr bool kTiled = false;
 #endif
 
-// Activations x, [tokens, inputs], as a product wants them: in words, or packed for tiles.
+// A weight as it lies in a checkpoint. data: [outputs, inputs].
 template <class T>
-class Operand {
+struct PlainWeight {
+    const T* data;
+    int64_t outputs;
+    int64_t inputs;
+};
+
+// Activations x, [tokens, inputs], as a product with a weight wants them: in words, or packed for tiles.
+template <class T>
+class PlainProduct {
 public:
-    // Whether tokens are so many that multiplying them takes longer than reading the weights.
-    static bool many(int64_t tokens) { return tokens > kLeastTokens; }
+    typedef T Element;
+    typedef PlainWeight<T> Weight;
+
+    // One weight of a stack.
+    static Weight entry(const Weight& stack, int64_t index) {
+        return {stack.data + index * stack.outputs * stack.inputs, stack.outputs, stack.inputs};
+    }
 
     // The memory that `tokens` rows need.
-    static int64_t bytes(int64_t tokens, int64_t inputs) {
+    static int64_t bytes(const Weight& weight, int64_t tokens) {
 #if defined(__AMX_BF16__)
-        if constexpr (kTiled<T>) return packed_bytes(tokens, inputs);
+        if constexpr (kTiled<T>) return packed_bytes(tokens, weight.inputs);
 #endif
-        return tokens * num_words(inputs) * 4;
+        return tokens * num_words(weight.inputs) * 4;
+    }
+
+    // Tokens of a call that are made ready at once: memory is bounded, and reading the weights is cheap.
+    static int64_t at_once(const Weight& weight, [[maybe_unused]] int64_t tokens) {
+        const int64_t most = kBytesAtOnce / (4 * weight.inputs);
+        return most < 512 ? 512 : most / 512 * 512;
     }
 
     // memory: 64-byte aligned, as much as `bytes` says; filled by `prepare`.
-    Operand(const T* x, int64_t stride, int64_t tokens, int64_t inputs, void* memory)
-        : x_(x), stride_(stride), tokens_(tokens), inputs_(inputs), memory_(memory) {}
+    PlainProduct(const T* x, int64_t stride, int64_t tokens, const Weight& weight, void* memory)
+        : x_(x), stride_(stride), tokens_(tokens), inputs_(weight.inputs), weight_(weight.data), memory_(memory) {}
+
+    // Outputs of a task.
+    int64_t chunk(int64_t outputs) const {
+        return tokens_ > kLeastTokens ? large_chunk(outputs, num_blocks()) : few_chunk(outputs);
+    }
 
     // Parts to be prepared, each once, in any order.
     int64_t num_parts() const {
         return kTiled<T> ? (tokens_ + kPartRows - 1) / kPartRows : words().num_groups();
     }
 
-    void prepare(int64_t part) const {
+    void prepare(int64_t part, int) const {
 #if defined(__AMX_BF16__)
         if constexpr (kTiled<T>) return pack_tile(x_, stride_, packed(), part);
         else
@@ -73,23 +97,30 @@ public:
     // Parts of the tokens that may be multiplied apart.
     int64_t num_blocks() const { return tokens_ > 0 ? (tokens_ + block_tokens() - 1) / block_tokens() : 1; }
 
-    // One part of the tokens times outputs `begin` to `end` - 1 of weight, [outputs, inputs].
-    void multiply(int64_t block, const T* weight, int64_t begin, int64_t end, const Target<T>& target,
-                  int thread) const {
+    Range tokens_of(int64_t block) const {
         const int64_t first = block * block_tokens();
-        const int64_t last = first + block_tokens() < tokens_ ? first + block_tokens() : tokens_;
+        return {first, first + block_tokens() < tokens_ ? first + block_tokens() : tokens_};
+    }
+
+    // One part of the tokens times some outputs.
+    void multiply(int64_t block, const Range& outputs, const Target<T>& target, int thread) const {
+        const Range tokens = tokens_of(block);
+        const int64_t begin = outputs.first, end = outputs.last;
 #if defined(__AMX_BF16__)
         if constexpr (kTiled<T>) {
-            return TileProduct(packed(), first / kTile, num_tiles(last, kTile), weight, begin, end, target).run();
+            const int64_t tile = tokens.first / kTile, last = num_tiles(tokens.last, kTile);
+            return TileProduct(packed(), tile, last, weight_, begin, end, target).run();
         } else
 #endif
-        return multiply_rows(PlainRows<T>{weight, inputs_}, words(), first, last, begin, end, FloatSums<T>(target), thread);
+        return multiply_rows(PlainRows<T>{weight_, inputs_}, words(), tokens.first, tokens.last, begin, end,
+                             FloatSums<T>(target), thread);
     }
 
 private:
     typedef Multiplier<T> Mul;
 
-    static constexpr int64_t kLeastTokens = kTiled<T> ? 48 : kFewTokens;
+    static constexpr int64_t kLeastTokens = kTiled<T> ? 48 : kFewTokens;  // more take longer than reading the weights
+    static constexpr int64_t kBytesAtOnce = 64 << 20;
     static constexpr int64_t kCachedBytes = 3 << 18;  // of packed tokens, which the second cache holds
 
 #if defined(__AMX_BF16__)
@@ -116,6 +147,7 @@ private:
     int64_t stride_;
     int64_t tokens_;
     int64_t inputs_;
+    const T* weight_;
     void* memory_;
 };
 

@@ -1,6 +1,7 @@
 // Products with weights held as integers, as they lie in a checkpoint.
 #pragma once
 
+#include "linear.h"
 #include "pool.h"
 #include "product.h"
 #include "quantized_decoded.h"
@@ -24,19 +25,40 @@ inline Way way_of(const zif_cpu_quantized& weight, [[maybe_unused]] int64_t toke
     return weight.dynamic_activations ? Way::kIntegers : Way::kFloats;
 }
 
-// One weight of a stack.
-inline zif_cpu_quantized entry(zif_cpu_quantized weight, int64_t index) {
-    const int64_t rows = index * weight.outputs, groups = weight.inputs / weight.group;
-    weight.codes = static_cast<const uint8_t*>(weight.codes) + rows * (weight.inputs * weight.bits / 8);
-    weight.scales += rows * groups;
-    if (weight.zeros != nullptr) weight.zeros += rows * groups;
-    return weight;
+constexpr int64_t kOrderedTokens = 32;  // up to as many read a weight best in few long parts
+
+// Outputs of a task: many, so that memory is read in order for long, but so few that all threads have some.
+constexpr int64_t kTaskBytes = 256 << 10;
+
+inline int64_t chunk_rows(const zif_cpu_quantized& weight, int64_t outputs) {
+    const int64_t row_bytes = weight.inputs * weight.bits / 8;
+    const int64_t share = outputs / (4 * num_threads());
+    const int64_t rows = kTaskBytes / row_bytes < share ? kTaskBytes / row_bytes : share;
+    return rows < kChunk ? kChunk : rows / kChunk * kChunk;
 }
+
+// Tokens that are made ready at once: as the second cache holds by tiles; by vectors they pass in parts anyway, and
+// memory is bounded.
+constexpr int64_t kTiledBytes = 1 << 20;
+constexpr int64_t kTiledTokens = 128;
+constexpr int64_t kVectorBytes = 64 << 20;
 
 // Activations x, [tokens, inputs], as a product with a weight wants them.
 template <class T>
-class Activations {
+class Product {
 public:
+    typedef T Element;
+    typedef zif_cpu_quantized Weight;
+
+    // One weight of a stack.
+    static Weight entry(Weight stack, int64_t index) {
+        const int64_t rows = index * stack.outputs, groups = stack.inputs / stack.group;
+        stack.codes = static_cast<const uint8_t*>(stack.codes) + rows * (stack.inputs * stack.bits / 8);
+        stack.scales += rows * groups;
+        if (stack.zeros != nullptr) stack.zeros += rows * groups;
+        return stack;
+    }
+
     static int64_t bytes(const zif_cpu_quantized& weight, int64_t tokens) {
         switch (way_of<T>(weight, tokens)) {
             case Way::kIntegers: return heads(tokens) + tokens * integer_words(weight) * 4;
@@ -49,13 +71,23 @@ public:
         }
     }
 
+    // Tokens of a call that are made ready at once.
+    static int64_t at_once(const zif_cpu_quantized& weight, int64_t tokens) {
+        const int64_t needed = bytes(weight, tokens);
+        const bool vectors = by_vectors(weight, tokens);
+        const int64_t most = vectors ? kVectorBytes : kTiledBytes, step = vectors ? kPassTokens : kTiledTokens;
+        if (tokens <= step || needed <= most) return tokens;
+        const int64_t some = tokens * most / needed / step * step;
+        return some < step ? step : some;
+    }
+
     static bool by_vectors(const zif_cpu_quantized& weight, int64_t tokens) {
         const Way way = way_of<T>(weight, tokens);
         return way == Way::kIntegers || way == Way::kFloats;
     }
 
     // memory: 64-byte aligned, as much as `bytes` says; filled by `prepare`.
-    Activations(const T* x, int64_t stride, int64_t tokens, const zif_cpu_quantized& weight, void* memory)
+    Product(const T* x, int64_t stride, int64_t tokens, const zif_cpu_quantized& weight, void* memory)
         : x_(x), stride_(stride), tokens_(tokens), weight_(weight), memory_(static_cast<char*>(memory)),
           way_(way_of<T>(weight, tokens)) {}
 
@@ -87,8 +119,18 @@ public:
 #endif
     }
 
-    // All tokens times outputs `begin` to `end` - 1.
-    void multiply(int64_t begin, int64_t end, const Target<T>& target, int thread) const {
+    // All tokens are multiplied together.
+    int64_t num_blocks() const { return 1; }
+    Range tokens_of(int64_t) const { return {0, tokens_}; }
+
+    // Outputs of a task.
+    int64_t chunk(int64_t outputs) const {
+        return tokens_ <= kOrderedTokens ? few_chunk(outputs) : chunk_rows(weight_, outputs);
+    }
+
+    // All tokens times some outputs.
+    void multiply(int64_t, const Range& outputs, const Target<T>& target, int thread) const {
+        const int64_t begin = outputs.first, end = outputs.last;
         switch (way_) {
             case Way::kIntegers: {
                 const IntegerSums<T> sums(own_tokens(), weight_.scales, target);
@@ -155,62 +197,27 @@ private:
     Way way_;
 };
 
-constexpr int64_t kOrderedTokens = 32;  // up to as many read a weight best in few long parts
-
-// Outputs of a task: many, so that memory is read in order for long, but so few that all threads have some.
-constexpr int64_t kTaskBytes = 256 << 10;
-
-inline int64_t chunk_rows(const zif_cpu_quantized& weight) {
-    const int64_t row_bytes = weight.inputs * weight.bits / 8;
-    const int64_t share = weight.outputs / (4 * num_threads());
-    const int64_t rows = kTaskBytes / row_bytes < share ? kTaskBytes / row_bytes : share;
-    return rows < kChunk ? kChunk : rows / kChunk * kChunk;
-}
-
-inline int64_t num_tasks(int64_t outputs, int64_t chunk) { return (outputs + chunk - 1) / chunk; }
-
-// Tokens that are made ready at once: as the second cache holds by tiles; by vectors they pass in parts anyway, and
-// memory is bounded.
-constexpr int64_t kTiledBytes = 1 << 20;
-constexpr int64_t kTiledTokens = 128;
-constexpr int64_t kVectorBytes = 64 << 20;
-
-template <class T>
-inline int64_t tokens_at_once(const zif_cpu_quantized& weight, int64_t tokens) {
-    const int64_t bytes = Activations<T>::bytes(weight, tokens);
-    const bool vectors = Activations<T>::by_vectors(weight, tokens);
-    const int64_t most = vectors ? kVectorBytes : kTiledBytes, step = vectors ? kPassTokens : kTiledTokens;
-    if (tokens <= step || bytes <= most) return tokens;
-    const int64_t some = tokens * most / bytes / step * step;
-    return some < step ? step : some;
-}
-
-template <class T>
-inline void multiply(const zif_cpu_quantized_product& call) {
-    const int64_t most = tokens_at_once<T>(call.weight, call.tokens);
-    for (int64_t first = 0; first < call.tokens; first += most) {
-        const int64_t tokens = call.tokens - first < most ? call.tokens - first : most;
-        void* const memory = scratch(0, 0, Activations<T>::bytes(call.weight, tokens));
-        const T* x = static_cast<const T*>(call.x) + first * call.x_stride;
-        const Activations<T> activations(x, call.x_stride, tokens, call.weight, memory);
-        const int64_t outputs = call.weight.outputs;
-        const Target<T> target = {static_cast<T*>(call.y) + first * outputs, outputs, static_cast<const T*>(call.bias)};
-        parallel_for(activations.num_parts(), [&](int64_t part, int thread) { activations.prepare(part, thread); });
-        const int64_t chunk = tokens <= kOrderedTokens ? few_chunk(outputs) : chunk_rows(call.weight);
-        parallel_for(num_tasks(outputs, chunk), [&](int64_t task, int thread) {
-            const int64_t begin = task * chunk, end = begin + chunk < outputs ? begin + chunk : outputs;
-            activations.multiply(begin, end, target, thread);
-        });
-    }
-}
-
 }  // namespace quantized
 
 void quantized_linear(const zif_cpu_quantized_product* call) {
+    const auto multiply = [&](auto element) {
+        linear_of<quantized::Product<decltype(element)>>(*call, call->weight, call->wide != 0);
+    };
     switch (call->dtype) {
-        case ZIF_FLOAT32: return quantized::multiply<float>(*call);
-        case ZIF_BFLOAT16: return quantized::multiply<BFloat16>(*call);
-        case ZIF_FLOAT16: return quantized::multiply<Float16>(*call);
+        case ZIF_FLOAT32: return multiply(float());
+        case ZIF_BFLOAT16: return multiply(BFloat16());
+        case ZIF_FLOAT16: return multiply(Float16());
+    }
+}
+
+void gated_quantized_linear(const zif_cpu_gated_quantized_product* call) {
+    const auto multiply = [&](auto element) {
+        gated_linear_of<quantized::Product<decltype(element)>>(call->product, call->product.weight, call->activation);
+    };
+    switch (call->product.dtype) {
+        case ZIF_FLOAT32: return multiply(float());
+        case ZIF_BFLOAT16: return multiply(BFloat16());
+        case ZIF_FLOAT16: return multiply(Float16());
     }
 }
 

@@ -290,14 +290,9 @@ inline void multiply_block(const Block& block, const PackedPairs& x, const Total
 inline void put_decoded(const __m512i* rows, int64_t first, int64_t tokens, int64_t output, int64_t end,
                         const Target<BFloat16>& target) {
     const int64_t count = end - output < kTile ? end - output : kTile;
-    Float bias = {};
-    if (target.bias != nullptr) {
-        bias = count == kTile ? load(target.bias + output) : load_some(target.bias + output, count);
-    }
+    const Float bias = target.bias_of(output, count);
     for (int64_t i = 0; i < kTile && first + i < tokens; ++i) {
-        BFloat16* y = target.y + (first + i) * target.stride + output;
-        const Float row = bits_as<Float>(rows[i]) + bias;
-        count == kTile ? store_row(y, row) : store_some(y, row, count);
+        target.put_biased(first + i, output, bits_as<Float>(rows[i]) + bias, count);
     }
 }
 

@@ -95,19 +95,6 @@ struct RoundedToken {
 };
 
 // A whole vector of results.
-template <class T>
-inline void store_row(T* to, Float row) {
-    store(to, row);
-}
-
-#if defined(__AVX512BF16__)
-template <>
-inline void store_row(BFloat16* to, Float row) {
-    const __m256i words = bits_as<__m256i>(_mm512_cvtneps_pbh(bits_as<__m512>(row)));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), words);
-}
-#endif
-
 // Scales and bias at the end of integer sums.
 template <class T>
 struct IntegerSums final : Sums<Int> {
@@ -122,15 +109,9 @@ struct IntegerSums final : Sums<Int> {
 
     void put(int64_t token, int64_t output, Int sums, int64_t count) const override {
         const RoundedToken own = tokens[token];
-        T* y = target.y + token * target.stride + output;
         const Float product = __builtin_convertvector(sums - own.offset, Float) * own.scale;
-        if (count == kLanes) {
-            const Float bias = target.bias == nullptr ? Float{} : load(target.bias + output);
-            store_row(y, fused(product, load(scales + output), bias));
-        } else {
-            const Float bias = target.bias == nullptr ? Float{} : load_some(target.bias + output, count);
-            store_some(y, fused(product, load_some(scales + output, count), bias), count);
-        }
+        const Float scale = count == kLanes ? load(scales + output) : load_some(scales + output, count);
+        target.put_biased(token, output, fused(product, scale, target.bias_of(output, count)), count);
     }
 };
 

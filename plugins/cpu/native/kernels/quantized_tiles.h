@@ -86,18 +86,14 @@ inline void put_sums(const int32_t* sums, const RoundedToken* tokens, int64_t co
                      int64_t token, int64_t output, int64_t end, const Target<T>& target) {
     __m512i rows[16];
     load_transposed(sums, rows);
-    const int64_t left = end - output;
-    const bool whole = left >= kTile;
-    const Float scale = whole ? load(scales + output) : load_some(scales + output, left);
-    Float bias = {};
-    if (target.bias != nullptr) bias = whole ? load(target.bias + output) : load_some(target.bias + output, left);
-    T* y = target.y + token * target.stride + output;
+    const int64_t left = end - output < kTile ? end - output : kTile;
+    const Float scale = left == kTile ? load(scales + output) : load_some(scales + output, left);
+    const Float bias = target.bias_of(output, left);
 #pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i, y += target.stride) {
+    for (int i = 0; i < 16; ++i) {
         if (i >= count) continue;
         const Float product = __builtin_convertvector(bits_as<Int>(rows[i]), Float) * tokens[token + i].scale;
-        const Float row = fused(product, scale, bias);
-        whole ? store_row(y, row) : store_some(y, row, left);
+        target.put_biased(token + i, output, fused(product, scale, bias), left);
     }
 }
 
@@ -113,7 +109,7 @@ public:
     // ahead: codes that will be read next, or null.
     void multiply(const CodeTiles& w, int64_t output, int64_t tile, const int8_t* ahead) {
         for (int64_t i = tile * kTile; i < (tile + 2) * kTile && i < x_.tokens; ++i) {
-            __builtin_prefetch(target_.y + i * target_.stride + output, 1);
+            target_.ask(i, output);
         }
         if (tile + 1 < num_tiles(x_.tokens, kTile)) {
             sums_of<true>(w, tile, ahead);
@@ -186,6 +182,48 @@ private:
     alignas(64) int32_t sums_[2][4][kTileWords];  // [16 outputs][16 tokens]
 };
 
+// One tile of tokens, or two, times 16 outputs at a time: memory is the limit, see `TileProduct::multiply_few`. Sums
+// are put while the next 16 outputs are multiplied, so that memory does not rest. Inputs are whole tiles. Returns the
+// first output that is left.
+template <bool kSecond, class T>
+int64_t multiply_few_codes(const Packed& x, const RoundedToken* tokens, const zif_cpu_quantized& weight, int64_t begin,
+                           int64_t end, const Target<T>& target) {
+    constexpr int kTiles = kSecond ? 2 : 1;
+    alignas(64) int32_t sums[kTiles][kTileWords];
+    const int64_t inputs = weight.inputs;
+    int64_t output = begin;
+    int waiting = 0;  // tiles of the last outputs that are not put
+    const auto put = [&](int64_t last) {
+        const int64_t tile = --waiting, token = tile * kTile;
+        put_sums(sums[tile], tokens, x.tokens - token, weight.scales, token, last, end, target);
+    };
+    for (; output + kTile <= end; output += kTile) {
+        const auto* codes = static_cast<const int8_t*>(weight.codes) + output * inputs;
+        const int8_t* ahead = codes + kTile * inputs;
+        const int64_t to_ask = end - output - kTile < kTile ? end - output - kTile : kTile;
+        _tile_zero(0);
+        _tile_zero(1);
+        for (int64_t step = 0; step < x.steps; ++step) {
+            _tile_loadd(4, codes + step * kTileCodes, inputs);
+            _tile_loadd(5, x.tile(0, step), 64);
+            _tile_dpbssd(0, 4, 5);
+            if (kSecond) {
+                _tile_loadd(6, x.tile(1, step), 64);
+                _tile_dpbssd(1, 4, 6);
+            }
+            for (int64_t i = 0; i < to_ask; ++i) fetch(ahead + i * inputs + step * kTileCodes);
+            if (step % 4 == 2 && waiting > 0) put(output - kTile);
+        }
+        while (waiting > 0) put(output - kTile);
+        _tile_stored(0, sums[0], 64);
+        if (kSecond) _tile_stored(1, sums[kTiles - 1], 64);
+        stored();
+        waiting = kTiles;
+    }
+    while (waiting > 0) put(output - kTile);
+    return output;
+}
+
 // All tokens times outputs `begin` to `end` - 1.
 template <class T>
 void multiply_codes(const Packed& x, const RoundedToken* tokens, const zif_cpu_quantized& weight, int64_t begin,
@@ -194,6 +232,10 @@ void multiply_codes(const Packed& x, const RoundedToken* tokens, const zif_cpu_q
     const auto* codes = static_cast<const int8_t*>(weight.codes);
     const int64_t inputs = weight.inputs, tiles = num_tiles(x.tokens, kTile);
     auto* copy = static_cast<int8_t*>(scratch(thread, 3, x.steps * kBlockRows * kTileCodes));
+    if (tiles <= 2 && inputs % kTileCodes == 0) {
+        const auto few = tiles == 1 ? multiply_few_codes<false, T> : multiply_few_codes<true, T>;
+        begin = few(x, tokens, weight, begin, end, target);
+    }
     CodeProduct<T> product(x, tokens, weight.scales, end, target);
     for (int64_t output = begin; output < end; output += kBlockRows) {
         const int64_t count = end - output < kBlockRows ? end - output : kBlockRows;

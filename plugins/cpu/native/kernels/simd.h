@@ -84,6 +84,14 @@ inline void store(float* to, Float vector) { std::memcpy(to, &vector, sizeof(vec
 
 // Round to nearest, ties to even; what is no number stays none.
 inline void store(BFloat16* to, Float vector) {
+#if defined(__AVX512BF16__)
+    // The instruction takes what is below the normal range for zero.
+    const __m512 wide = bits_as<__m512>(vector);
+    if (__builtin_expect(_mm512_fpclass_ps_mask(wide, 0x20) == 0, 1)) {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), bits_as<__m256i>(_mm512_cvtneps_pbh(wide)));
+        return;
+    }
+#endif
     const UInt bits = bits_as<UInt>(vector);
     const UInt rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     const UInt quiet = (bits >> 16) | 0x40;

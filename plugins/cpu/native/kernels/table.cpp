@@ -8,7 +8,6 @@
 #include "experts.h"
 #include "linear.h"
 #include "quantized.h"
-#include "quantized_experts.h"
 
 namespace zif {
 namespace ZIF_ISA {
@@ -18,8 +17,8 @@ namespace ZIF_ISA {
 
 extern const Kernels kernels;
 const Kernels kernels = {
-    ZIF_TEXT(ZIF_ISA), linear, rms_norm, add_rms_norm, rotate, gated_activation, store_kv, attend, experts, choose,
-    quantized_linear, quantized_experts,
+    ZIF_TEXT(ZIF_ISA), linear, rms_norm, add_rms_norm, rotate, gated_activation, store_kv, ask_for_kv, attend, experts,
+    choose, quantized_linear, gated_linear, gated_quantized_linear, quantized_experts,
 };
 
 }  // namespace ZIF_ISA

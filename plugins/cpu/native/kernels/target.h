@@ -7,6 +7,14 @@ namespace zif {
 namespace ZIF_ISA {
 namespace {
 
+// Some of a product's tokens, or outputs: first to last - 1.
+struct Range {
+    int64_t first;
+    int64_t last;
+
+    int64_t count() const { return last - first; }
+};
+
 // Element (token, output) goes to y[token * stride + output], after the bias is added.
 template <class T>
 struct Target {
@@ -15,9 +23,19 @@ struct Target {
     const T* bias;          // by output, or null
     float* wide = nullptr;  // takes them in place of y, if not null, as they were summed
 
-    // `count` outputs from `output` on, at most a vector's.
+    // The bias of `count` outputs from `output` on, at most a vector's; zeros where there is none.
+    Float bias_of(int64_t output, int64_t count) const {
+        if (bias == nullptr) return Float{};
+        return count == kLanes ? load(bias + output) : load_some(bias + output, count);
+    }
+
     void put_some(int64_t token, int64_t output, Float values, int64_t count) const {
-        if (bias != nullptr) values += count == kLanes ? load(bias + output) : load_some(bias + output, count);
+        if (bias != nullptr) values += bias_of(output, count);
+        put_biased(token, output, values, count);
+    }
+
+    // The same of values that have their bias.
+    void put_biased(int64_t token, int64_t output, Float values, int64_t count) const {
         const int64_t at = token * stride + output;
         if (wide != nullptr) store_vector(wide + at, values, count);
         else store_vector(y + at, values, count);

@@ -149,7 +149,8 @@ inline void put_pair(const float* sums, int64_t token, int64_t output, int64_t e
 }
 
 // Two tiles of outputs by two of tokens, in all inputs. Tiles 0 to 3 sum. kSecond: whether there is a second tile of
-// tokens. weights(k) loads tiles 4 and 5; meanwhile(k) is called at each step.
+// tokens. weights(k) loads tiles 4 and 5; meanwhile(k) is called at each step. Tokens are loaded as what is not used
+// again soon: the first cache is for the weights.
 template <bool kSecond, class Weights, class Meanwhile>
 inline void sum_pairs(const uint32_t* x, int64_t steps, const Weights& weights, const Meanwhile& meanwhile) {
     const uint32_t* second = x + steps * kTileWords;
@@ -159,11 +160,11 @@ inline void sum_pairs(const uint32_t* x, int64_t steps, const Weights& weights, 
     _tile_zero(3);
     for (int64_t k = 0; k < steps; ++k) {
         weights(k);
-        _tile_loadd(6, x + k * kTileWords, 64);
+        _tile_stream_loadd(6, x + k * kTileWords, 64);
         _tile_dpbf16ps(0, 4, 6);
         _tile_dpbf16ps(1, 5, 6);
         if (kSecond) {
-            _tile_loadd(7, second + k * kTileWords, 64);
+            _tile_stream_loadd(7, second + k * kTileWords, 64);
             _tile_dpbf16ps(2, 4, 7);
             _tile_dpbf16ps(3, 5, 7);
         }
@@ -184,16 +185,11 @@ public:
         const TileRegisters registers;
         const int64_t tiles = last_tile_ - tile_;
         const bool whole = x_.inputs % kTileInputs == 0;
-        for (int64_t output = begin_; output < end_; output += kPairRows) {
-            if (!whole || output + kPairRows > end_) {
-                multiply_part(output, output + kPairRows < end_ ? output + kPairRows : end_);
-            } else if (tiles > 2) {
-                multiply_whole(output);
-            } else if (tiles == 2) {
-                multiply_few<true>(output);
-            } else {
-                multiply_few<false>(output);
-            }
+        int64_t output = begin_;
+        if (whole && tiles <= 2) output = tiles == 2 ? multiply_few<true>() : multiply_few<false>();
+        for (; output < end_; output += kPairRows) {
+            if (whole && output + kPairRows <= end_) multiply_whole(output);
+            else multiply_part(output, output + kPairRows < end_ ? output + kPairRows : end_);
         }
     }
 
@@ -221,36 +217,56 @@ private:
         }
     }
 
-    // The same of one tile of tokens, or two. Memory is the limit: it gives more where few rows are read side by side,
-    // and the rows that follow them are asked for meanwhile.
+    // The same of one tile of tokens, or two, for all outputs, 32 by 32. Memory is the limit: it gives more where few rows
+    // are read side by side, the rows that follow them are asked for meanwhile, and sums are put while the next ones are
+    // made, so that it does not rest. Returns the first output that is left.
     template <bool kSecond>
-    void multiply_few(int64_t output) const {
-        alignas(64) float sums[2][kPairWords];
+    int64_t multiply_few() const {
+        constexpr int kTiles = kSecond ? 2 : 1;
+        alignas(64) float sums[kTiles][kPairWords];
+        int64_t output = begin_;
+        int waiting = 0;  // tiles of the last outputs that are not put
+        const auto put = [&](int64_t last) {
+            const int64_t tile = --waiting;
+            put_pair(sums[tile], (tile_ + tile) * kTile, last, last + kPairRows, x_.tokens, target_);
+        };
+        for (; output + kPairRows <= end_; output += kPairRows) {
+            for (int64_t half = 0; half < 2; ++half) {
+                sum_few<kSecond>(output + half * kTile, [&](int64_t k) {
+                    if (k % 4 == 2 && waiting > 0) put(output - kPairRows);
+                });
+                while (waiting > 0) put(output - kPairRows);
+                _tile_stored(0, sums[0] + half * kTileWords, 64);
+                if (kSecond) _tile_stored(1, sums[kTiles - 1] + half * kTileWords, 64);
+                stored();
+            }
+            waiting = kTiles;
+        }
+        while (waiting > 0) put(output - kPairRows);
+        return output;
+    }
+
+    // 16 outputs from `row` on, into tiles 0 and 1.
+    template <bool kSecond, class Meanwhile>
+    void sum_few(int64_t row, const Meanwhile& meanwhile) const {
         const int64_t bytes = x_.inputs * 2, steps = x_.input_tiles();
         const uint32_t* x = x_.tile(tile_, 0);
-        for (int64_t half = 0; half < 2; ++half) {
-            const int64_t row = output + half * kTile;
-            const char* rows = reinterpret_cast<const char*>(weight_ + row * x_.inputs);
-            const char* ahead = rows + kTile * bytes;
-            const int64_t to_ask = row + 2 * kTile <= end_ ? kTile : 0;
-            _tile_zero(0);
-            _tile_zero(1);
-            for (int64_t k = 0; k < steps; ++k) {
-                _tile_loadd(4, rows + k * 64, bytes);
-                _tile_loadd(5, x + k * kTileWords, 64);
-                _tile_dpbf16ps(0, 4, 5);
-                if (kSecond) {
-                    _tile_loadd(6, x + (steps + k) * kTileWords, 64);
-                    _tile_dpbf16ps(1, 4, 6);
-                }
-                for (int64_t i = 0; i < to_ask; ++i) fetch(ahead + i * bytes + k * 64);
+        const char* rows = reinterpret_cast<const char*>(weight_ + row * x_.inputs);
+        const char* ahead = rows + kTile * bytes;
+        const int64_t to_ask = row + 2 * kTile <= end_ ? kTile : 0;
+        _tile_zero(0);
+        _tile_zero(1);
+        for (int64_t k = 0; k < steps; ++k) {
+            _tile_loadd(4, rows + k * 64, bytes);
+            _tile_loadd(5, x + k * kTileWords, 64);
+            _tile_dpbf16ps(0, 4, 5);
+            if (kSecond) {
+                _tile_loadd(6, x + (steps + k) * kTileWords, 64);
+                _tile_dpbf16ps(1, 4, 6);
             }
-            _tile_stored(0, sums[0] + half * kTileWords, 64);
-            if (kSecond) _tile_stored(1, sums[1] + half * kTileWords, 64);
+            for (int64_t i = 0; i < to_ask; ++i) fetch(ahead + i * bytes + k * 64);
+            meanwhile(k);
         }
-        stored();
-        put_pair(sums[0], tile_ * kTile, output, output + kPairRows, x_.tokens, target_);
-        if (kSecond) put_pair(sums[1], (tile_ + 1) * kTile, output, output + kPairRows, x_.tokens, target_);
     }
 
     // Outputs up to 32, inputs of any number.

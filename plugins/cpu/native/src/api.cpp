@@ -3,6 +3,7 @@
 
 #include "isa.h"
 #include "pool.h"
+#include "rows.h"
 
 #if defined(__GLIBC__)
 #include <malloc.h>
@@ -10,6 +11,30 @@
 
 using zif::kernels;
 using zif::OneCall;
+
+namespace {
+
+void compute_alone(const zif::RowWise& kernel, const void* call) {
+    zif::RowRun run;
+    run.add(kernel, call);
+    run.compute();
+}
+
+template <class Call>
+bool is(void (*function)(const void*), void (*entry_point)(const Call*)) {
+    return function == reinterpret_cast<void (*)(const void*)>(entry_point);
+}
+
+// The kernel behind an entry point, null where it is none of rows.
+const zif::RowWise* row_wise_kernel(void (*function)(const void*)) {
+    if (is(function, zif_cpu_rms_norm)) return &zif::kRmsNorm;
+    if (is(function, zif_cpu_add_rms_norm)) return &zif::kAddRmsNorm;
+    if (is(function, zif_cpu_rotate)) return &zif::kRotate;
+    if (is(function, zif_cpu_store_kv)) return &zif::kStore;
+    return nullptr;
+}
+
+}  // namespace
 
 int32_t zif_cpu_abi(void) { return ZIF_CPU_ABI; }
 
@@ -32,30 +57,18 @@ void zif_cpu_linear(const zif_cpu_product* call) {
     kernels().linear(call);
 }
 
-void zif_cpu_rms_norm(const zif_cpu_norm* call) {
-    const OneCall one;
-    kernels().rms_norm(call);
-}
+void zif_cpu_rms_norm(const zif_cpu_norm* call) { compute_alone(zif::kRmsNorm, call); }
 
-void zif_cpu_add_rms_norm(const zif_cpu_norm* call) {
-    const OneCall one;
-    kernels().add_rms_norm(call);
-}
+void zif_cpu_add_rms_norm(const zif_cpu_norm* call) { compute_alone(zif::kAddRmsNorm, call); }
 
-void zif_cpu_rotate(const zif_cpu_rotation* call) {
-    const OneCall one;
-    kernels().rotate(call);
-}
+void zif_cpu_rotate(const zif_cpu_rotation* call) { compute_alone(zif::kRotate, call); }
 
 void zif_cpu_gated_activation(const zif_cpu_gating* call) {
     const OneCall one;
     kernels().gated_activation(call);
 }
 
-void zif_cpu_store_kv(const zif_cpu_kv_rows* call) {
-    const OneCall one;
-    kernels().store_kv(call);
-}
+void zif_cpu_store_kv(const zif_cpu_kv_rows* call) { compute_alone(zif::kStore, call); }
 
 void zif_cpu_attend(const zif_cpu_attention* call) {
     const OneCall one;
@@ -63,7 +76,15 @@ void zif_cpu_attend(const zif_cpu_attention* call) {
 }
 
 void zif_cpu_run(const zif_cpu_entry* entries, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) entries[i].function(entries[i].call);
+    zif::RowRun run;
+    for (int64_t i = 0; i < count; ++i) {
+        const zif_cpu_entry& entry = entries[i];
+        const zif::RowWise* kernel = row_wise_kernel(entry.function);
+        if (kernel != nullptr && run.add(*kernel, entry.call)) continue;
+        run.compute();
+        if (kernel == nullptr || !run.add(*kernel, entry.call)) entry.function(entry.call);
+    }
+    run.compute();
 }
 
 void zif_cpu_choose(const zif_cpu_choice* call) {
@@ -79,6 +100,16 @@ int32_t zif_cpu_experts(const zif_cpu_experts_call* call) {
 void zif_cpu_quantized_linear(const zif_cpu_quantized_product* call) {
     const OneCall one;
     kernels().quantized_linear(call);
+}
+
+void zif_cpu_gated_linear(const zif_cpu_gated_product* call) {
+    const OneCall one;
+    kernels().gated_linear(call);
+}
+
+void zif_cpu_gated_quantized_linear(const zif_cpu_gated_quantized_product* call) {
+    const OneCall one;
+    kernels().gated_quantized_linear(call);
 }
 
 int32_t zif_cpu_quantized_experts(const zif_cpu_quantized_experts_call* call) {

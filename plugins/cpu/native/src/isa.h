@@ -5,19 +5,26 @@
 
 namespace zif {
 
+// One row of a call whose rows are computed each by itself. `thread` as in pool.h.
+template <class Call>
+using RowKernel = void (*)(const Call* call, int64_t row, int thread);
+
 // The kernels of one instruction set. Arguments as in zif_cpu.h.
 struct Kernels {
     const char* isa;
     decltype(&zif_cpu_linear) linear;
-    decltype(&zif_cpu_rms_norm) rms_norm;
-    decltype(&zif_cpu_add_rms_norm) add_rms_norm;
-    decltype(&zif_cpu_rotate) rotate;
+    RowKernel<zif_cpu_norm> rms_norm;
+    RowKernel<zif_cpu_norm> add_rms_norm;
+    RowKernel<zif_cpu_rotation> rotate;
     decltype(&zif_cpu_gated_activation) gated_activation;
-    decltype(&zif_cpu_store_kv) store_kv;
+    RowKernel<zif_cpu_kv_rows> store_kv;
+    RowKernel<zif_cpu_kv_rows> ask_for_kv;  // ask the caches for where store_kv will write
     decltype(&zif_cpu_attend) attend;
     decltype(&zif_cpu_experts) experts;
     decltype(&zif_cpu_choose) choose;
     decltype(&zif_cpu_quantized_linear) quantized_linear;
+    decltype(&zif_cpu_gated_linear) gated_linear;
+    decltype(&zif_cpu_gated_quantized_linear) gated_quantized_linear;
     decltype(&zif_cpu_quantized_experts) quantized_experts;
 };
 

@@ -32,11 +32,29 @@ void parallel_for(int64_t count, const Function& function) {
 
 int num_threads();
 
+// What one thread does sooner than another one wakes.
+constexpr int64_t kElementsOfTask = 16384;
+constexpr int64_t kTasksOfThread = 4;
+
+// Run function(begin, end, thread) on ranges that together are all rows.
+template <class Function>
+inline void for_rows(int64_t rows, int64_t elements_of_row, const Function& function) {
+    if (rows <= 0) return;
+    const int64_t threads = num_threads(), most = threads > 1 ? threads * kTasksOfThread : 1;
+    int64_t tasks = rows * elements_of_row / kElementsOfTask;
+    tasks = tasks < most ? tasks : most;
+    tasks = tasks < rows ? tasks : rows;
+    tasks = tasks > 1 ? tasks : 1;
+    parallel_for(tasks, [&](int64_t task, int thread) {
+        function(rows * task / tasks, rows * (task + 1) / tasks, thread);
+    });
+}
+
 // Returns false when the system gives no more threads; the pool then has those that it got.
 bool use_threads(int count);
 
 // Memory of at least `bytes`, 64-byte aligned, of this thread number, undefined content, kept between calls: valid until
-// the same thread number asks for the same purpose again. Purposes: 0 to 4.
+// the same thread number asks for the same purpose again. Purposes: 0 to 5.
 void* scratch(int thread, int purpose, int64_t bytes);
 
 }  // namespace zif

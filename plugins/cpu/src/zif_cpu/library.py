@@ -17,7 +17,7 @@ from types import MappingProxyType
 from zif.errors import ConfigError, PlatformUnavailableError
 from zif_cpu.settings import keeps_memory, library_file
 
-ABI = 3
+ABI = 4
 """The version of the C ABI that this package calls."""
 
 NO_KERNELS = "torch"
@@ -104,9 +104,11 @@ _ARGUMENTS: Mapping[str, tuple[type, ...]] = MappingProxyType(
         "add_rms_norm": (_P,),
         "rotate": (_P,),
         "gated_activation": (_P,),
+        "gated_linear": (_P,),
         "store_kv": (_P,),
         "attend": (_P,),
         "quantized_linear": (_P,),
+        "gated_quantized_linear": (_P,),
         "choose": (_P,),
         "run": (_P, _I),
     }

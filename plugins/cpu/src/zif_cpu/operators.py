@@ -16,7 +16,16 @@ import torch
 from torch.compiler import is_compiling
 from torch.nn import functional
 
-from zif.contract import Activation, ChosenTokens, DrawOptions, ExpertWeights, NormOutput, RotatedHeads, RouterOutput
+from zif.contract import (
+    Activation,
+    ChosenTokens,
+    DrawOptions,
+    ExpertWeights,
+    NormOutput,
+    QuantizedWeight,
+    RotatedHeads,
+    RouterOutput,
+)
 from zif_cpu import compiled
 from zif_cpu.arguments import ACTIVATIONS, FLOAT32, address_of, code_of, fits, is_vector, row_stride
 from zif_cpu.choices import choose_tokens
@@ -46,6 +55,7 @@ _norm = Struct("5P5q2fi").pack
 _rotation = Struct("6P7q2i").pack
 _gating = Struct("2P3q2i").pack
 _product = Struct("4P4q2i").pack
+_gated_product = Struct("4P4q2iq").pack  # the activation, and what fills the struct up
 
 
 class NativeOps(QuantizedOps):
@@ -59,6 +69,7 @@ class NativeOps(QuantizedOps):
     def __init__(self, library: Library, isa: str, *, batch_invariant: bool = False) -> None:
         raw = self._raw = library.raw
         self._linear_kernel = raw.zif_cpu_linear
+        self._gated_linear_kernel = raw.zif_cpu_gated_linear
         self._rms_norm_kernel = raw.zif_cpu_rms_norm
         self._add_rms_norm_kernel = raw.zif_cpu_add_rms_norm
         self._rotate_kernel = raw.zif_cpu_rotate
@@ -123,6 +134,19 @@ class NativeOps(QuantizedOps):
             return compiled.gated_activation(gate_up, activation)
         return self._gated_activation(gate_up, activation)
 
+    def gated_linear(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor | QuantizedWeight,
+        bias: torch.Tensor | None,
+        activation: Activation,
+    ) -> torch.Tensor:
+        if isinstance(weight, QuantizedWeight):
+            y = None if is_compiling() else self._gated_quantized_linear(x, weight, bias, activation)
+        else:
+            y = None if is_compiling() else self._gated_linear(x, weight, bias, activation)
+        return super().gated_linear(x, weight, bias, activation) if y is None else y
+
     def experts(
         self, x: torch.Tensor, weights: ExpertWeights, routed: RouterOutput, activation: Activation
     ) -> torch.Tensor:
@@ -153,6 +177,31 @@ class NativeOps(QuantizedOps):
         return choose_tokens(self._raw, logits, options)
 
     def _linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        stride, code = self._served(x, weight, bias)
+        if not stride:
+            return super().linear(x, weight, bias)
+        (tokens, inputs), outputs = x.shape, weight.shape[0]
+        y = x.new_empty(tokens, outputs)
+        arrays = x.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr(), y.data_ptr()
+        self._linear_kernel(_product(*arrays, stride, tokens, inputs, outputs, code, False))
+        return y
+
+    def _gated_linear(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: Activation
+    ) -> torch.Tensor | None:
+        """Return None where `_linear` would not be native, or there is nothing to gate."""
+        stride, code = self._served(x, weight, bias)
+        if not stride or weight.shape[0] % 2:
+            return None
+        (tokens, inputs), outputs = x.shape, weight.shape[0]
+        y = x.new_empty(tokens, outputs // 2)
+        arrays = x.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr(), y.data_ptr()
+        sizes = stride, tokens, inputs, outputs
+        self._gated_linear_kernel(_gated_product(*arrays, *sizes, code, False, ACTIVATIONS[activation]))
+        return y
+
+    def _served(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[int, int]:
+        """Return the stride of x and the dtype's code where the library multiplies these, else a stride of 0."""
         shape, weight_shape = x.shape, weight.shape
         code = code_of(x, weight)
         if (
@@ -160,16 +209,11 @@ class NativeOps(QuantizedOps):
             or not len(shape) == len(weight_shape) == 2
             or not shape[0] <= self._max_tokens[code]
             or shape[1] != weight_shape[1]
-            or not (stride := row_stride(x, shape))
             or not weight.is_contiguous()
             or (bias is not None and not fits(bias, x, weight_shape[:1]))
         ):
-            return super().linear(x, weight, bias)
-        tokens, outputs = shape[0], weight_shape[0]
-        y = x.new_empty(tokens, outputs)
-        arrays = x.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr(), y.data_ptr()
-        self._linear_kernel(_product(*arrays, stride, tokens, shape[1], outputs, code, False))
-        return y
+            return 0, 0
+        return row_stride(x, shape), code
 
     def _rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float, weight_offset: float) -> torch.Tensor:
         shape = x.shape

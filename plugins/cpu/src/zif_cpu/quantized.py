@@ -5,6 +5,7 @@ What the library does not serve goes to the reference: 8-bit activations with se
 
 from ctypes import CDLL, byref
 from struct import Struct
+from typing import NamedTuple
 
 import torch
 from torch.compiler import is_compiling
@@ -18,7 +19,8 @@ from zif_cpu.library import QuantizedCall, QuantizedExpertsCall
 MAX_EXACT_INPUTS = 131072
 """Up to as many products of two 8-bit codes have a sum that 32 bits hold."""
 
-_product = Struct("3P3q2i3P2qi").pack  # zif_cpu_quantized_product of zif_cpu.h
+_product = Struct("3P3q2i3P2q2i").pack  # zif_cpu_quantized_product of zif_cpu.h
+_gated_product = Struct("3P3q2i3P2q2iq").pack  # the same with an activation, and what fills the struct up
 
 Held = tuple[int, int, int, int, int, int, int, int]
 """The fields of `zif_cpu_quantized`, in order."""
@@ -29,6 +31,7 @@ class QuantizedOps(ReferenceOps):
 
     def _take_quantized(self, raw: CDLL) -> None:
         self._quantized_linear_kernel = raw.zif_cpu_quantized_linear
+        self._gated_quantized_linear_kernel = raw.zif_cpu_gated_quantized_linear
         self._quantized_experts_kernel = raw.zif_cpu_quantized_experts
 
     def quantized_linear(self, x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | None) -> torch.Tensor:
@@ -43,22 +46,34 @@ class QuantizedOps(ReferenceOps):
             return compiled.quantized_experts(x, weights, routed, activation)
         return self._quantized_experts(x, weights, routed, activation)
 
+    def quantized_logits(
+        self, hidden: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        call = None if is_compiling() else _product_of(hidden, weight, bias)
+        if call is None:
+            return super().quantized_linear(hidden.float(), weight, None if bias is None else bias.float())
+        y = torch.empty(len(hidden), len(weight.codes), dtype=torch.float32)
+        self._quantized_linear_kernel(_product(*call.before, y.data_ptr(), *call.after, True))
+        return y
+
     def _quantized_linear(self, x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | None) -> torch.Tensor:
-        shape, code = x.shape, code_of(x, x)
-        rows = weight.codes.shape[:-1]
-        if (
-            code is None
-            or len(shape) != 2
-            or len(rows) != 1
-            or not (stride := row_stride(x, shape))
-            or (held := _held(weight, rows, shape[1])) is None
-            or not fits(bias, x, rows)
-        ):
+        call = _product_of(x, weight, bias)
+        if call is None:
             return super().quantized_linear(x, weight, bias)
-        tokens, outputs = shape[0], rows[0]
-        y = x.new_empty(tokens, outputs)
-        arrays = x.data_ptr(), 0 if bias is None else bias.data_ptr(), y.data_ptr()
-        self._quantized_linear_kernel(_product(*held, *arrays, stride, tokens, code))
+        y = x.new_empty(len(x), len(weight.codes))
+        self._quantized_linear_kernel(_product(*call.before, y.data_ptr(), *call.after, False))
+        return y
+
+    def _gated_quantized_linear(
+        self, x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | None, activation: Activation
+    ) -> torch.Tensor | None:
+        """Return None where `_quantized_linear` would not be native, or there is nothing to gate."""
+        call = _product_of(x, weight, bias)
+        if call is None or len(weight.codes) % 2:
+            return None
+        y = x.new_empty(len(x), len(weight.codes) // 2)
+        after = *call.after, False, ACTIVATIONS[activation]
+        self._gated_quantized_linear_kernel(_gated_product(*call.before, y.data_ptr(), *after))
         return y
 
     def _quantized_experts(
@@ -72,6 +87,29 @@ class QuantizedOps(ReferenceOps):
         if self._quantized_experts_kernel(byref(call)):
             return super().quantized_experts(x, weights, routed, activation)  # which says what is wrong with the ids
         return y
+
+
+class _Call(NamedTuple):
+    """The fields of `zif_cpu_quantized_product` before its result and after it."""
+
+    before: tuple[int, ...]
+    after: tuple[int, int, int]
+
+
+def _product_of(x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | None) -> _Call | None:
+    """Return the call of a product, or None where the library does not serve the arguments."""
+    shape, code = x.shape, code_of(x, x)
+    rows = weight.codes.shape[:-1]
+    if (
+        code is None
+        or len(shape) != 2
+        or len(rows) != 1
+        or not (stride := row_stride(x, shape))
+        or (held := _held(weight, rows, shape[1])) is None
+        or not fits(bias, x, rows)
+    ):
+        return None
+    return _Call((*held, x.data_ptr(), 0 if bias is None else bias.data_ptr()), (stride, shape[0], code))
 
 
 def serves(scheme: WeightScheme, inputs: int) -> bool:
