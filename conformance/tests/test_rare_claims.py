@@ -12,6 +12,7 @@ from zif_conformance.proof import Proof
 from zif_conformance.subject import Subject
 from zif_conformance.suite import test_l2_gated as gated
 from zif_conformance.suite import test_l2_logits as logits
+from zif_conformance.suite import test_l2_quantized_logits as quantized_logits
 from zif_conformance.suite import test_l4_graphs as graphs
 from zif_conformance.suite import test_l4_independence as independence
 from zif_conformance.tiny_models.models import TinyModels
@@ -23,6 +24,7 @@ _ROW_BY_ROW = Edit("operators.py", _PRODUCT, "product = torch.stack([weight.floa
 _LOGITS = "return _linear(hidden.float(), weight, bias)"
 _GATED = "return _gated(gate_up, activation).to(x.dtype)"
 _LEFT = Edit("operators.py", _LOGITS, "return None")
+_LEFT_CODES = Edit("operators.py", "return quantized_product(hidden.float(), weight, bias)", "return None")
 _QUERY_BY_QUERY = Edit(
     "attention.py",
     "score(queries, keys, values, request.visible, params)",
@@ -158,6 +160,33 @@ def test_logits_row_by_row_do_not_depend_on_the_batch(edits):
 def test_logits_summed_otherwise_in_odd_batches_do(operator):
     with pytest.raises(AssertionError, match="G1"):
         _logits_by_batch(*_summed_otherwise(operator))
+
+
+def _quantized_logits_by_batch(*edits):
+    with applied([_CLAIMED, *edits]):
+        quantized_logits.test_bits_do_not_depend_on_the_batch(Subject.find("reference"), "float32", "w8a16", _ignore)
+
+
+def _by_rows(call, rows):
+    """Return an edit by which a quantized product is taken row by row, and one where it differs in odd batches."""
+    part = call.replace(rows, f"{rows}[i : i + 1]")
+    by_row = f"torch.cat([{part} for i in range(len({rows}))])"
+    return Edit("operators.py", call, by_row), Edit("operators.py", call, f"{by_row} * (1 + len({rows}) % 2 * 2**-20)")
+
+
+@pytest.mark.parametrize(
+    ("call", "rows", "edits"),
+    [
+        ("quantized_product(hidden.float(), weight, bias)", "hidden", ()),
+        ("quantized_product(x.float(), weight, bias).to(x.dtype)", "x", (_LEFT_CODES,)),
+    ],
+    ids=["given", "left to quantized_linear"],
+)
+def test_logits_of_codes_row_by_row_do_not_depend_on_the_batch_and_others_do(call, rows, edits):
+    by_row, by_batch = _by_rows(call, rows)
+    _quantized_logits_by_batch(by_row, *edits)
+    with pytest.raises(AssertionError, match="G1"):
+        _quantized_logits_by_batch(by_batch, *edits)
 
 
 def _gated_by_batch(*edits):

@@ -117,6 +117,15 @@ def test_gated_activation(activation: Activation, dtype: torch.dtype) -> None:
     assert_near(OPS.gated_activation(gate_up, activation), exact_activation(gate_up, activation), dtype)
 
 
+@pytest.mark.parametrize("columns", [1, 3, 5, 21])
+@pytest.mark.parametrize("activation", Activation)
+def test_an_odd_width_has_no_gate_for_each_up(activation: Activation, columns: int) -> None:
+    with pytest.raises(ValueError, match=f"{columns} columns"):
+        OPS.gated_activation(random(6, columns), activation)
+    with pytest.raises(ValueError, match=f"{columns} columns"):
+        OPS.gated_linear(random(6, 4), random(columns, 4), None, activation)
+
+
 def exact_routing(logits: np.ndarray, count: int, routing: Routing) -> tuple[list[int], list[float]]:
     """Route one token by the definition."""
     chosen = sorted(range(len(logits)), key=lambda expert: (-logits[expert], expert))[:count]

@@ -308,6 +308,13 @@ _ACTIVATIONS = (
         _HALVES,
         _HALVES.replace("-1)", "-1)[:2]"),
     ),
+    _fault(
+        "activation-odd-width-broadcast",
+        "An odd width is parted unevenly: of three columns, two gates meet one up.",
+        "parts of an array that differ by one",
+        _HALVES,
+        "gate, up = gate_up.chunk(2, dim=-1)",
+    ),
 )
 
 MUTANTS = (

@@ -1,4 +1,4 @@
-"""Faults of products and experts (L2): linear, gated products, logits, routing, mixtures."""
+"""Faults of products and experts (L2): linear, gated products, routing, mixtures."""
 
 from zif_conformance.mutants.bank import Edit, Mutant
 
@@ -9,7 +9,6 @@ def _fault(name: str, broken: str, origin: str, before: str, after: str) -> Muta
     return Mutant(f"ops-{name}", "L2", broken, origin, (Edit(_FILE, before, after),))
 
 
-_LOGITS = "return _linear(hidden.float(), weight, bias)"
 _LINEAR = "return _linear(x.float(), weight, bias).to(x.dtype)"
 _GATE_UP = "gate_up = _linear(x.float(), weight, bias)"
 _GATED = "return _gated(gate_up, activation).to(x.dtype)"
@@ -164,93 +163,6 @@ _GATED_PRODUCTS = (
     ),
 )
 
-_HEADS = (
-    _fault(
-        "logits-rounded",
-        "Logits are rounded to the model's dtype and widened again.",
-        "the output matrix run as any other projection",
-        _LOGITS,
-        "return _linear(hidden.float(), weight, bias).to(hidden.dtype).float()",
-    ),
-    _fault(
-        "logits-in-bfloat16",
-        "Logits come rounded to bfloat16, as float32.",
-        "one kernel of an output type for all models",
-        _LOGITS,
-        "return _linear(hidden.float(), weight, bias).bfloat16().float()",
-    ),
-    _fault(
-        "logits-not-widened",
-        "Logits come in the model's dtype.",
-        "dtype of results",
-        _LOGITS,
-        "return _linear(hidden.float(), weight, bias).to(hidden.dtype)",
-    ),
-    _fault(
-        "logits-bias-dropped",
-        "The bias is left out.",
-        "biases of output matrices ignored by a back end",
-        _LOGITS,
-        "return _linear(hidden.float(), weight, None)",
-    ),
-    _fault(
-        "logits-one-scale-for-all",
-        "Hidden rows are divided by a power of two that fits the whole batch, and logits multiplied by it.",
-        "scales of a whole tensor where each row has its own",
-        _LOGITS,
-        "scale = torch.cat((hidden.float().abs().flatten(), torch.ones(1))).max().log2().ceil().exp2()\n"
-        "        wide_bias = None if bias is None else bias.float() / scale\n"
-        "        return _linear(hidden.float() / scale, weight, wide_bias) * scale",
-    ),
-    _fault(
-        "logits-rows-swapped",
-        "The first two rows of many come in each other's place.",
-        "row order of packed batches",
-        _LOGITS,
-        "out = _linear(hidden.float(), weight, bias)\n"
-        "        return torch.cat((out[:2].flip(0), out[2:])) if len(out) > 16 else out",
-    ),
-    _fault(
-        "logits-tail-of-vocabulary-lost",
-        "Logits beyond a multiple of 16 are 0.",
-        "tails of the vocabulary",
-        _LOGITS,
-        "out = _linear(hidden.float(), weight, bias)\n"
-        "        out[:, len(weight) // 16 * 16 or len(weight) :] = 0\n        return out",
-    ),
-    _fault(
-        "logits-strides-ignored",
-        "Hidden rows are read as if they were dense.",
-        "wrong stride of a view into a batch",
-        _LOGITS,
-        "dense = torch.as_strided(hidden, hidden.shape, (hidden.shape[1], 1))\n"
-        "        return _linear(dense.float(), weight, bias)",
-    ),
-    _fault(
-        "logits-single-row-left",
-        "A single row is left to linear, more are not.",
-        "kernels that decline some shapes",
-        _LOGITS,
-        "return _linear(hidden.float(), weight, bias) if len(hidden) != 1 else None",
-    ),
-    _fault(
-        "logits-hidden-overwritten",
-        "Hidden states of float32 are overwritten with zeros.",
-        "scratch memory shared with an argument",
-        _LOGITS,
-        "wide = hidden.float()\n        out = _linear(wide, weight, bias)\n        wide.zero_()\n        return out",
-    ),
-    _fault(
-        "logits-short-bias-padded",
-        "A bias that is too short is filled up with zeros instead of refused.",
-        "shape checks left to the kernel",
-        _LOGITS,
-        "full = None if bias is None else functional.pad(bias, (0, len(weight) - len(bias)))\n"
-        "        return _linear(hidden.float(), weight, full)",
-    ),
-)
-
-
 _EXPERTS = (
     _fault(
         "route-tie-to-highest",
@@ -385,7 +297,6 @@ _EXPERTS = (
 MUTANTS = (
     *_PRODUCTS,
     *_GATED_PRODUCTS,
-    *_HEADS,
     *_EXPERTS,
 )
-"""Every fault of products, gated products, logits, routing and experts."""
+"""Every fault of products, gated products, routing and experts."""

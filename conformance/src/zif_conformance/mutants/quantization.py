@@ -335,6 +335,12 @@ VARIANTS = (
         ),
     ),
     Variant(
+        "variant-quantized-logits-left-to-linear",
+        "L2",
+        "Logits of codes are what quantized_linear gives.",
+        (Edit("operators.py", "return quantized_product(hidden.float(), weight, bias)", "return None"),),
+    ),
+    Variant(
         "variant-quantized-experts-rounded-between",
         "L2",
         "What is between the two products of an expert is rounded to bfloat16's bits where the model has them.",

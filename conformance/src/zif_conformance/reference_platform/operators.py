@@ -122,6 +122,12 @@ class TorchOperators(OpTable):
         self._faults.kernel()
         return _linear(hidden.float(), weight, bias)
 
+    def quantized_logits(
+        self, hidden: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        self._faults.kernel()
+        return quantized_product(hidden.float(), weight, bias)
+
     def choose_tokens(self, logits: torch.Tensor, options: DrawOptions) -> ChosenTokens:
         self._faults.kernel()
         peaks = logits.amax(dim=-1)

@@ -1,6 +1,6 @@
 """What the tests of operators share: their marks, a call on the device, and its arguments afterwards. No test."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -9,12 +9,13 @@ import torch
 
 from zif.contract import Device, QuantizedWeight
 from zif.errors import ZifError
-from zif_conformance.gates import exact, guarded, hold
+from zif_conformance.gates import GateResult, exact, guarded, hold
 from zif_conformance.marks import cases, exercises
 from zif_conformance.oracle.inputs import moved
 from zif_conformance.oracle.operators import device_run
 from zif_conformance.oracle.quantization import DrawnWeight
 from zif_conformance.oracle.quantized_cases import SCHEMES, ExpertsCase, GatedCase, ProductCase
+from zif_conformance.subject import Subject
 
 DTYPES = ("float32", "bfloat16", "float16")
 REFUSALS = (ValueError, RuntimeError, IndexError, TypeError, AssertionError, ZifError)
@@ -52,6 +53,36 @@ def run_one(device: Device, operator: str, *arguments: object) -> torch.Tensor:
     (result,) = device_run(device.ops, device.array_device, operator, *arguments)
     device.synchronize()
     return result.cpu()
+
+
+def run_if_served(device: Device, operator: str, *arguments: object) -> torch.Tensor | None:
+    """Return the result of an operator that may leave its work to another one, on the host; None where it does."""
+    got = getattr(device.ops, operator)(*moved(arguments, lambda tensor: tensor.to(device.array_device, copy=True)))
+    device.synchronize()
+    return None if got is None else got.cpu()
+
+
+def note_left(record_gate: Any, operator: str, other: str) -> None:
+    """Record that the platform leaves an operator's work to another one, which the contract allows."""
+    hold(record_gate, GateResult("G1", 0.0, 0.0, f"left to {other}: {operator} answers None"))
+
+
+def check_always_or_never(answers: Mapping[Any, torch.Tensor | None], record_gate: Any) -> None:
+    """Hold an operator to answer all calls or none. answers: by what tells a call from the others."""
+    left = [call for call, answer in answers.items() if answer is None]
+    answered = [call for call, answer in answers.items() if answer is not None]
+    few = min(answered, left, key=len)
+    where = f"of {len(answers)} calls those that are answered otherwise than most: {few[:3]}"
+    hold(record_gate, GateResult("G1", len(few), 0.0, where))
+
+
+def check_batches(subject: Subject, run: Callable[[Device, slice], torch.Tensor], record_gate: Any) -> None:
+    """Hold rows of a batch of 40 to be, to the bit, those of smaller ones, where the batch is to have no influence."""
+    with subject.opened(subject.workload(batch_invariant=True)) as device:
+        together = run(device, slice(0, 40))
+        for begin, end in ((0, 1), (39, 40), (7, 8), (3, 5), (20, 37), (0, 32)):
+            got = run(device, slice(begin, end))
+            hold(record_gate, exact(got, together[begin:end], f"rows {begin} to {end - 1} of 40"))
 
 
 def stored(dtype: str, weight: DrawnWeight) -> str:

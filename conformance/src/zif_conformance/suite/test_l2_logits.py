@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import pytest
@@ -14,7 +15,16 @@ from zif_conformance.oracle.inputs import Inputs, moved, strided
 from zif_conformance.oracle.operators import declared_run, exact_run, sequential_product
 from zif_conformance.plugin import ClaimsInTest
 from zif_conformance.subject import Subject
-from zif_conformance.suite.operator_calls import DTYPES, REFUSALS, by_dtype
+from zif_conformance.suite.operator_calls import (
+    DTYPES,
+    REFUSALS,
+    by_dtype,
+    check_always_or_never,
+    check_batches,
+    note_left,
+    run_if_served,
+    run_one,
+)
 
 Arguments = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 """hidden: [S, C]. weight: [V, C]. bias: [V]."""
@@ -110,20 +120,13 @@ def test_bits_do_not_depend_on_the_batch(
 ) -> None:
     """Of `linear`, where logits are left to it."""
     hidden, weight, bias = _arguments(dtype, (40, 65, vocab_size), has_bias)
-    with subject.opened(subject.workload(batch_invariant=True)) as device:
 
-        def run(begin: int, end: int) -> torch.Tensor:
-            arguments = hidden[begin:end], weight, bias
-            got = _logits(device, arguments)
-            if got is not None:
-                return got
-            answer = device.ops.linear(*_on_device(device, arguments))
-            device.synchronize()
-            return answer.cpu()
+    def run(device: Device, rows: slice) -> torch.Tensor:
+        arguments = hidden[rows], weight, bias
+        got = _logits(device, arguments)
+        return run_one(device, "linear", *arguments) if got is None else got
 
-        together = run(0, 40)
-        for begin, end in ((0, 1), (39, 40), (7, 8), (3, 5), (20, 37), (0, 32)):
-            hold(record_gate, exact(run(begin, end), together[begin:end], f"rows {begin} to {end - 1} of 40"))
+    check_batches(subject, run, record_gate)
 
 
 @conforms(level="L2", gate="G1", clause=("9.2", "9.9"), negative=True, safety=Safety.MEMORY)
@@ -151,8 +154,8 @@ def test_nothing_around_arguments_is_written(
 def test_strides_do_not_matter(device: Device, dtype: str, shape: tuple[int, int, int], record_gate: Any) -> None:
     """Rows of a wider array of NaN, on the device: a row read at the wrong place shows."""
     arguments = _arguments(dtype, shape, has_bias=True)
-    hidden, weight, bias = _on_device(device, arguments)
-    got = device.ops.logits(strided(hidden), weight, bias)
+    on_device: tuple[Any, ...] = moved(arguments, lambda tensor: tensor.to(device.array_device, copy=True))
+    got = device.ops.logits(strided(on_device[0]), *on_device[1:])
     if got is None:
         _left_to_linear(record_gate)
         return
@@ -162,16 +165,9 @@ def test_strides_do_not_matter(device: Device, dtype: str, shape: tuple[int, int
 
 @conforms(level="L2", gate="G1", clause="9.9", negative=True)
 def test_a_platform_that_leaves_logits_always_does(device: Device, claims: ClaimsInTest, record_gate: Any) -> None:
-    answered: list[tuple[object, ...]] = []
-    left: list[tuple[object, ...]] = []
-    for dtype in (dtype for dtype in DTYPES if claims.has(f"dtype:{dtype}")):
-        for shape in SHAPES:
-            for has_bias in (False, True):
-                answer = _logits(device, _arguments(dtype, shape, has_bias))
-                (left if answer is None else answered).append((dtype, shape, has_bias))
-    few = min(answered, left, key=len)
-    where = f"of {len(answered) + len(left)} calls those that are answered otherwise than most: {few[:3]}"
-    hold(record_gate, GateResult("G1", len(few), 0.0, where))
+    dtypes = [dtype for dtype in DTYPES if claims.has(f"dtype:{dtype}")]
+    calls = product(dtypes, SHAPES, (False, True))
+    check_always_or_never({call: _logits(device, _arguments(*call)) for call in calls}, record_gate)
 
 
 @conforms(level="L2", clause=("9.1", "9.9"), negative=True, safety=Safety.MEMORY)
@@ -204,14 +200,8 @@ def _arguments(dtype: str, shape: tuple[int, int, int], has_bias: bool) -> Argum
     return draw.normal(rows, channels), weight, draw.normal(vocab_size) if has_bias else None
 
 
-def _on_device(device: Device, arguments: Arguments) -> tuple[Any, ...]:
-    return moved(arguments, lambda tensor: tensor.to(device.array_device, copy=True))
-
-
 def _logits(device: Device, arguments: Arguments) -> torch.Tensor | None:
-    got = device.ops.logits(*_on_device(device, arguments))
-    device.synchronize()
-    return None if got is None else got.cpu()
+    return run_if_served(device, "logits", *arguments)
 
 
 def _near(got: torch.Tensor, arguments: Arguments) -> GateResult:
@@ -242,5 +232,4 @@ def _holds(
 
 
 def _left_to_linear(record_gate: Any) -> None:
-    """Record that the platform leaves logits to `linear`, which the clause allows."""
-    hold(record_gate, GateResult("G1", 0.0, 0.0, "left to linear: logits answers None"))
+    note_left(record_gate, "logits", "linear")

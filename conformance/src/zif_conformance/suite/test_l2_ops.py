@@ -208,6 +208,7 @@ def test_one_element_carries_a_product(device: Device, dtype: str, place: int, r
         ("gated_linear", lambda a: (a[0], a[1][:, 1:], *a[2:])),
         ("gated_linear", lambda a: (*a[:2], a[2][2:], a[3])),
         ("gated_linear", lambda a: (a[0], a[1][1:], a[2][1:], a[3])),
+        ("gated_linear", lambda a: (a[0], a[1][:3], a[2][:3], a[3])),
         ("rms_norm", lambda a: (a[0], a[1][1:], *a[2:])),
         ("add_rms_norm", lambda a: (a[0], a[1][1:], *a[2:])),
         ("add_rms_norm", lambda a: (a[0], a[1][:, 1:], *a[2:])),
@@ -215,6 +216,7 @@ def test_one_element_carries_a_product(device: Device, dtype: str, place: int, r
         ("rotate", lambda a: (*a[:2], a[2][1:], a[3][1:], a[4])),
         ("rotate", lambda a: (*a[:2], a[2].repeat(1, 4), a[3].repeat(1, 4), a[4])),
         ("gated_activation", lambda a: (a[0][:, 1:], *a[1:])),
+        ("gated_activation", lambda a: (a[0][:, :3], *a[1:])),
     ],
     ids=[
         "inner-size",
@@ -222,6 +224,7 @@ def test_one_element_carries_a_product(device: Device, dtype: str, place: int, r
         "gated-inner-size",
         "gated-bias-size",
         "odd-rows-of-gates",
+        "three-rows-of-gates",
         "norm-weight",
         "residual-rows",
         "residual-columns",
@@ -229,6 +232,7 @@ def test_one_element_carries_a_product(device: Device, dtype: str, place: int, r
         "angle-rows",
         "angle-pairs",
         "odd-width",
+        "width-of-three",
     ],
 )
 def test_shapes_that_do_not_fit_are_refused(

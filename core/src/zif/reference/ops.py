@@ -52,6 +52,9 @@ class ReferenceOps(OpTable):
         return RotatedHeads(rotate(query, cos, sin), rotate(key, cos, sin))
 
     def gated_activation(self, gate_up: torch.Tensor, activation: Activation) -> torch.Tensor:
+        if gate_up.shape[-1] % 2:
+            # Two parts that differ by one may still be broadcast.
+            raise ValueError(f"gate_up has {gate_up.shape[-1]!r} columns; gate and up must be of one width")
         gate, up = _wide(gate_up).chunk(2, dim=-1)
         return _gated(gate, up, activation).to(gate_up.dtype)
 
