@@ -67,7 +67,9 @@ inline void split_query(const T* from, int64_t head_dim, SplitRow& row) {
     const Float divisor = splat(row.unit > 0 ? row.unit : 1.0f);
     std::memset(row.parts(), 0, SplitRow::size(head_dim) - 128);
     for (int64_t at = 0; at < head_dim; at += kLanes) {
-        const __m512i whole = _mm512_cvtps_epi32(bits_as<__m512>(widened(from + at, head_dim - at) / divisor));
+        // Below the normal range the unit is too coarse: held, so that parts have their bits.
+        const Float ratio = widened(from + at, head_dim - at) / divisor, most = splat(kQueryParts);
+        const __m512i whole = _mm512_cvtps_epi32(bits_as<__m512>(max(min(ratio, most), -most)));
         const __m512i high = _mm512_srai_epi32(_mm512_add_epi32(whole, _mm512_set1_epi32(64)), 7);
         const __m512i low = _mm512_sub_epi32(whole, _mm512_slli_epi32(high, 7));
         char* part = row.parts() + at / kCodes * (2 * kCodes) + at % kCodes;
@@ -189,7 +191,7 @@ inline void add_codes(const ValueCodes& values, const uint8_t* parts, const floa
             __m512i some[4];
             unpack_codes(values.rows + key, at, left, some);
 #pragma GCC unroll 4
-            for (int i = 0; i < 4; ++i) __builtin_prefetch(values.coming[key + i] + at, 0, 2);
+            for (int i = 0; i < 4; ++i) __builtin_prefetch(values.coming[key - values.from + i] + at, 0, 2);
 #pragma GCC unroll 16
             for (int part = 0; part < 2 * kRows; ++part) {
                 int32_t weights;

@@ -159,7 +159,8 @@ inline void put_seen(const zif_cpu_attention& call, const Unit& unit, int64_t sp
     }
 }
 
-// Whether no request has more than a few queries in this step, as in decoding.
+// Whether no request has more than a few queries in this step, as in decoding, and the number may decide how they are
+// computed.
 inline bool all_few(const zif_cpu_attention& call) {
     for (int64_t i = 0; i < call.num_requests; ++i) {
         const int32_t* start = call.query_start + call.requests[i];

@@ -21,7 +21,6 @@ struct Int8 {
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t larger(int64_t a, int64_t b) { return a < b ? b : a; }
-inline int64_t rounded_up(int64_t count, int64_t multiple) { return (count + multiple - 1) / multiple * multiple; }
 
 template <class C>
 int64_t row_bytes(int64_t head_dim) {
@@ -192,14 +191,7 @@ inline bool all_finite(const char* row, int64_t head_dim) {
     return sum(sums) == 0;
 }
 
-// Write a vector of a head to its row of the cache.
-template <class C, class T>
-inline void write_row(const T* from, int64_t head_dim, char* row) {
-    static_assert(sizeof(C) == sizeof(T));
-    std::memcpy(row, from, head_dim * sizeof(C));
-}
-
-// As codes: round(x / scale), ties to even; scale = largest / 127, or no number where an element is not finite.
+// Write a vector of a head to its row of the cache as codes: round(x / scale), ties to even; scale = largest / 127, or no number where an element is not finite.
 template <class T>
 inline void write_codes(const T* from, int64_t head_dim, char* row) {
     Float largest = {}, spoiled = {};

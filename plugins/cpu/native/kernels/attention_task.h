@@ -247,7 +247,7 @@ struct HeadTask {
 #endif
         if constexpr (kIntegers) {
             const int64_t from = range.start, to = rounded_up(range.to, 4);
-            const ValueCodes codes = {values, coming - from, from, to, call.head_dim};
+            const ValueCodes codes = {values, coming, from, to, call.head_dim};
             if (unit.few) return split.add(codes, scores, rows, softmax.weighted, width);
         }
         std::memset(softmax.weighted, 0, held * width * sizeof(float));

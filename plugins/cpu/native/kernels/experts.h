@@ -8,8 +8,6 @@ namespace zif {
 namespace ZIF_ISA {
 namespace {
 
-inline int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
-
 // Which entries (token, choice) go to which expert. An entry is token * chosen + choice; its place is where it stands
 // when entries are ordered by expert, and by entry within one.
 struct Dispatch {
@@ -79,7 +77,7 @@ private:
         offsets_ = table + 2 * entries_ + 2 * call_.experts + 1;
         dispatch_ = {table, table + entries_, table + 2 * entries_, table + 2 * entries_ + call_.experts + 1, 0};
         if (!dispatch_.fill(call_.ids, entries_, call_.experts)) return -1;
-        const int64_t row_bytes = aligned(entries_ * channels_ * int64_t(sizeof(T)));
+        const int64_t row_bytes = rounded_up(entries_ * channels_ * int64_t(sizeof(T)), 64);
         auto* memory = static_cast<char*>(scratch(0, 2, row_bytes + entries_ * inner_ * int64_t(sizeof(T))));
         rows_ = reinterpret_cast<T*>(memory);
         gated_ = reinterpret_cast<T*>(memory + row_bytes);
@@ -129,7 +127,7 @@ private:
     void for_products(const T* x, const Weight& stack, int64_t outputs, const Multiply& multiply) const {
         offsets_[0] = 0;
         for (int64_t i = 0; i < dispatch_.num_used; ++i) {
-            offsets_[i + 1] = offsets_[i] + aligned(Product::bytes(stack, count(dispatch_.used[i])));
+            offsets_[i + 1] = offsets_[i] + rounded_up(Product::bytes(stack, count(dispatch_.used[i])), 64);
         }
         auto* memory = static_cast<char*>(scratch(0, 0, offsets_[dispatch_.num_used]));
         parallel_for(dispatch_.num_used, [&](int64_t i, int thread) {

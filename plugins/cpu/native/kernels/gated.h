@@ -12,7 +12,7 @@ namespace zif {
 namespace ZIF_ISA {
 namespace {
 
-constexpr int64_t kGatedBytes = 512 << 10;  // of a part
+constexpr int64_t kGatedBytes = 512 << 10;  // of a part, unless the fewest outputs need more
 constexpr int64_t kGatedStep = 32;          // outputs of a part are a multiple of it
 
 // Where a gated product goes.

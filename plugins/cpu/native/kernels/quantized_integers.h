@@ -86,15 +86,12 @@ namespace quantized {
 
 typedef Multiplier<int8_t> Integers;
 
-inline int64_t rounded_up(int64_t count, int64_t step) { return (count + step - 1) / step * step; }
-
 // A token rounded to integers: `offset` is what `kShift` added to each of its sums.
 struct RoundedToken {
     float scale;
     int32_t offset;
 };
 
-// A whole vector of results.
 // Scales and bias at the end of integer sums.
 template <class T>
 struct IntegerSums final : Sums<Int> {

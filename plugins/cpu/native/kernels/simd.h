@@ -40,6 +40,8 @@ inline To bits_as(const From& from) {
     return to;
 }
 
+inline int64_t rounded_up(int64_t count, int64_t multiple) { return (count + multiple - 1) / multiple * multiple; }
+
 inline Float load(const float* from) {
     Float vector;
     std::memcpy(&vector, from, sizeof(vector));

@@ -82,7 +82,8 @@ void zif_cpu_run(const zif_cpu_entry* entries, int64_t count) {
         const zif::RowWise* kernel = row_wise_kernel(entry.function);
         if (kernel != nullptr && run.add(*kernel, entry.call)) continue;
         run.compute();
-        if (kernel == nullptr || !run.add(*kernel, entry.call)) entry.function(entry.call);
+        if (kernel == nullptr) entry.function(entry.call);
+        else run.add(*kernel, entry.call);
     }
     run.compute();
 }

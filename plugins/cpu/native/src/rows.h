@@ -4,6 +4,8 @@
 // next one reads stays in its cache, and threads wait for each other once.
 #pragma once
 
+#include <cassert>
+
 #include "isa.h"
 #include "pool.h"
 
@@ -35,11 +37,13 @@ private:
 // What a call touches, in a form that all have. The cache is not named: no other call of rows touches it, and no two
 // tokens have the same slot.
 struct Touched {
+    static constexpr int kMost = 6;
+
     int64_t rows = 0;
     int64_t elements = 0;  // of a row, for the time that it takes
     int64_t element_bytes = 0;
     int count = 0;
-    Piece pieces[6];
+    Piece pieces[kMost];
 
     Touched() = default;
     Touched(int64_t rows, int64_t elements, int32_t dtype)
@@ -50,6 +54,7 @@ struct Touched {
     }
 
     void add_bytes(const void* first, int64_t step, int64_t bytes, bool written = false) {
+        assert(count < kMost);
         pieces[count++] = {static_cast<const char*>(first), step, bytes, written};
     }
 

@@ -247,6 +247,24 @@ def test_codes_with_scales_err_as_little_as_elements(native, dtype, head_dim, ex
 
 @pytest.mark.parametrize("dtype", CODES)
 @pytest.mark.parametrize("kv_dtype", [None, torch.int8])
+@pytest.mark.parametrize("window", [None, 100])
+def test_of_many_requests_that_decode_each_is_as_alone(native, threads, dtype, kv_dtype, window):
+    """So many that a thread takes several of their heads at once."""
+    requests = tuple((1 + row % 3, 5 + 37 * row % 600) for row in range(40))
+    step = PagedStep(StepCase(requests, dtype=dtype, kv_dtype=kv_dtype, window=window, group_size=2, head_dim=64))
+    expected, got = step.expected(), step.run(native)
+    error = (got.double() - expected).abs().max()
+    assert error <= {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype] * expected.abs().max()
+    threads(3)
+    assert torch.equal(step.run(native), got)
+    ends = torch.tensor([length for length, _ in requests]).cumsum(0).tolist()
+    for row in (0, 7, 16, 39):
+        own = slice(ends[row] - requests[row][0], ends[row])
+        assert torch.equal(step.run(RawAttention(native.raw, [row]))[own], got[own]), row
+
+
+@pytest.mark.parametrize("dtype", CODES)
+@pytest.mark.parametrize("kv_dtype", [None, torch.int8])
 @pytest.mark.parametrize("head_dim", [33, 64])
 @pytest.mark.parametrize("window", [None, 100])
 @pytest.mark.parametrize("batch_invariant", [False, True])

@@ -11,7 +11,7 @@ from zif_cpu.operators import NativeOps
 # Tokens, inputs, inner: borders of vectors, tiles and parts, none of their multiples, many tokens and many outputs.
 SHAPES = (
     *((1, 1, 1), (1, 64, 16), (2, 31, 5), (3, 96, 33), (8, 80, 64), (16, 32, 17), (17, 260, 31), (33, 128, 100)),
-    *((64, 96, 65), (130, 64, 300), (400, 256, 96), (1030, 160, 40), (40, 1024, 2100)),
+    *((64, 96, 65), (130, 64, 300), (400, 256, 96), (1030, 160, 40), (40, 1024, 2100), (515, 4096, 33)),
 )
 SCHEMES = {
     "w8a8": WeightScheme(8, dynamic_activations=True),
