@@ -63,8 +63,8 @@ class NativeOps(QuantizedOps):
 
     With `batch_invariant` all products are native: the library sums in one order for any number of tokens, torch
     does not.
-    Within `torch.compile` methods are nodes of the graph, which run the same code (`zif_cpu.compiled`); gated products are
-    two.
+    Within `torch.compile` methods are nodes of the graph, which run the same code (`zif_cpu.compiled`); a gated product
+    is two.
     """
 
     def __init__(self, library: Library, isa: str, *, batch_invariant: bool = False) -> None:
