@@ -7,7 +7,7 @@ asserts it. Called by the suite's tests; imports no platform.
 from zif_conformance.gates.exact import GuardedTensor, exact, guarded
 from zif_conformance.gates.model import model_divergence, model_top1
 from zif_conformance.gates.nmse import NMSE_LIMITS, nmse, nmse_of_rows
-from zif_conformance.gates.ratio import ratio
+from zif_conformance.gates.ratio import ratio, tolerance
 from zif_conformance.gates.result import GateResult, hold
 from zif_conformance.gates.scaling import borders, scaling
 from zif_conformance.gates.specials import specials
@@ -31,5 +31,6 @@ __all__ = [
     "ratio",
     "scaling",
     "specials",
+    "tolerance",
     "ulp",
 ]

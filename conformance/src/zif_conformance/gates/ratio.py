@@ -36,6 +36,8 @@ def ratio(got: torch.Tensor, exact: torch.Tensor, declared: Sequence[torch.Tenso
 def tolerance(exact: torch.Tensor, declared: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
     """Return the allowed error of each row, [..., 1], float64."""
     size = exact.double().abs().amax(-1, keepdim=True)
+    if not size.numel():
+        return size
     shares = [
         ((run.double() - exact).abs().amax(-1, keepdim=True) / size).nan_to_num(0.0, 0.0).max() for run in declared
     ]

@@ -19,10 +19,12 @@ def ulp(
     roundings: int,
     magnitude: torch.Tensor | None = None,
     compute: torch.dtype = torch.float32,
+    inherited: torch.Tensor | float = 0.0,
 ) -> GateResult:
     """Compare an elementwise result with float64, where `roundings` operations in `compute` lead to it.
 
     `magnitude` is the size of the terms that were added, where they may cancel (default: the result's own size).
+    `inherited` is how far off each element may be since its operands were results themselves.
     """
     if got.shape != exact.shape:
         return GateResult("G2", torch.inf, 1.0, f"shape {tuple(got.shape)}, not {tuple(exact.shape)}")
@@ -30,7 +32,7 @@ def ulp(
         return GateResult("G2", 0.0, 1.0, "empty")
     wide, exact = got.detach().cpu().double(), exact.double()
     size = exact.abs() if magnitude is None else torch.maximum(magnitude.double().abs(), exact.abs())
-    limit = _OUTPUT_STEPS * rounding_step(exact, got.dtype) + roundings * rounding_step(size, compute)
+    limit = _OUTPUT_STEPS * rounding_step(exact, got.dtype) + roundings * rounding_step(size, compute) + inherited
     error = torch.where(wide == exact, 0.0, (wide - exact).abs())
     at = worst(error, limit)
     where = f"element {at} of {exact.numel()} is {wide.flatten()[at]:.9g}, not {exact.flatten()[at]:.9g}"

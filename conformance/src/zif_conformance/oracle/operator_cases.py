@@ -9,11 +9,13 @@ from dataclasses import dataclass
 import torch
 
 from zif.contract import Activation, ExpertWeights, RouterOutput, Routing
-from zif_conformance.gates import GateResult, exact, ratio, ulp
+from zif_conformance.gates import GateResult, exact, ratio, tolerance, ulp
 from zif_conformance.oracle.inputs import Inputs, strided
-from zif_conformance.oracle.operators import declared_run, sequential_product
+from zif_conformance.oracle.operators import declared_run, exact_run, sequential_product
 
 Arguments = tuple[object, ...]
+
+_ACTIVATION_ROUNDINGS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,12 +91,22 @@ def _gated_product_case(shape: tuple[int, int, int], activation: Activation, has
         return strided(draw.normal(tokens, channels)), weight, draw.normal(2 * inner) if has_bias else None, activation
 
     def judge(arguments: Arguments, runs: Runs) -> list[GateResult]:
-        # Both runs round what is gated, which costs more than it does to keep it in float32.
-        (in_sequence,) = declared_run("gated_activation", sequential_product(*arguments[:3]), activation)  # type: ignore[arg-type]
-        return [ratio(runs.got[0], runs.exact[0], [runs.declared[0], in_sequence], "result")]
+        product = arguments[:3]
+        gated = exact_run("linear", *product)[0]
+        runs_of_product = [*declared_run("linear", *product), sequential_product(*product)]  # type: ignore[arg-type]
+        off = _spread(gated, tolerance(gated, runs_of_product, runs.got[0].dtype), activation)
+        return [ulp(runs.got[0], runs.exact[0], _ACTIVATION_ROUNDINGS, _gated_size(gated), inherited=off)]
 
     name = f"{activation.value}-{tokens}x{channels}x{inner}" + ("-bias" if has_bias else "")
     return OperatorCase("gated_linear", name, arguments, judge)
+
+
+def _spread(gate_up: torch.Tensor, off: torch.Tensor, activation: Activation) -> torch.Tensor:
+    """Return how far off an activation is where its gates and ups are. gate_up: [T, 2I], off: [T, 1]; both float64."""
+    (right,) = exact_run("gated_activation", gate_up, activation)
+    gate, up = gate_up.chunk(2, -1)
+    corners = [torch.cat((gate + a * off, up + b * off), -1) for a in (-1, 1) for b in (-1, 1)]
+    return torch.stack([(exact_run("gated_activation", at, activation)[0] - right).abs() for at in corners]).amax(0)
 
 
 def _norms() -> list[OperatorCase]:
@@ -192,10 +204,15 @@ def _activation_case(shape: tuple[int, int], activation: Activation) -> Operator
     def judge(arguments: Arguments, runs: Runs) -> list[GateResult]:
         source = arguments[0]
         assert isinstance(source, torch.Tensor)
-        gate, up = source.double().chunk(2, -1)
-        return [ulp(runs.got[0], runs.exact[0], 16, gate * (up.abs() + 1))]
+        return [ulp(runs.got[0], runs.exact[0], _ACTIVATION_ROUNDINGS, _gated_size(source))]
 
     return OperatorCase("gated_activation", f"{activation.value}-{shape[0]}x{shape[1]}", arguments, judge)
+
+
+def _gated_size(gate_up: torch.Tensor) -> torch.Tensor:
+    """Return the size of the terms of an activation, which may cancel. gate_up: [T, 2I]."""
+    gate, up = gate_up.double().chunk(2, -1)
+    return gate * (up.abs() + 1)
 
 
 def _routes() -> list[OperatorCase]:
