@@ -66,6 +66,7 @@ def all_mutants() -> tuple[Mutant, ...]:
         operators,
         package,
         planning,
+        prepared,
         products,
         quantization,
         tables,
@@ -79,6 +80,7 @@ def all_mutants() -> tuple[Mutant, ...]:
         choices,
         products,
         heads,
+        prepared,
         quantization,
         masks,
         attention,
@@ -93,6 +95,6 @@ def all_mutants() -> tuple[Mutant, ...]:
 
 def all_variants() -> tuple[Variant, ...]:
     """Return the legitimate variants."""
-    from zif_conformance.mutants import quantization, variants
+    from zif_conformance.mutants import prepared, quantization, variants
 
-    return (*variants.VARIANTS, *quantization.VARIANTS)
+    return (*variants.VARIANTS, *prepared.VARIANTS, *quantization.VARIANTS)

@@ -7,6 +7,7 @@ a platform overrides the ones it is better at, and its plan reports the others a
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -185,6 +186,17 @@ class OpTable(ABC):
         """Do what `logits` does with a quantized weight; None: core widens what `quantized_linear` gives.
 
         A row of hidden is rounded to codes as there, if at all; only the result is not rounded to the dtype of hidden.
+        """
+        return None
+
+    def prepare_weight(self, weight: Array, allocate: Callable[[int], Array]) -> Array | None:
+        """Return what `linear`, `gated_linear` and `logits` are given in place of a matrix, or None: the matrix itself.
+
+        weight: [O, I], filled, of a floating dtype. Called once per matrix, when the model is loaded; nothing but those
+        operators sees what is returned, and with it they give what they give with the matrix, to the bit. Core
+        then overwrites the matrix or gives back its memory, unless something else reads it. allocate(num_bytes), within
+        the call, lends device memory for as long as the model is there, [num_bytes], uint8, or raises
+        `OutOfMemoryError`, which may be passed on: the matrix then stays, as with None, and what was lent goes back.
         """
         return None
 

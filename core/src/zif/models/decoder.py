@@ -17,6 +17,9 @@ from zif.models.rope import Angles, Rotary
 from zif.models.spec import AttentionSpec, DecoderSpec, MlpSpec, MoeSpec, QKNorm, RopeSpec
 
 Weight = torch.Tensor | QuantizedWeight
+"""Numbers, or codes with scales, or what a platform made of numbers that only products read (`multiplied`): that is a
+tensor to a type checker alone, and nothing here looks into it."""
+
 Weights = Mapping[str, Weight]
 """Weights by the decoder's own names, "layers.3.qkv"."""
 
@@ -205,10 +208,31 @@ class Decoder(Model):
         return self._ops.add_rms_norm(update, residual, in_norm.weight, in_norm.eps, in_norm.offset)
 
 
+def multiplied(spec: DecoderSpec) -> dict[str, str]:
+    """Map the names of the weights that `linear`, `gated_linear` or `logits` are given to those of the tensors held.
+
+    They differ where the output matrix is the embedding: under its own name it is what only products read. Under
+    all other names nothing else reads a tensor. The largest come last.
+    """
+    names = [
+        f"layers.{index}.{name}" for index in range(len(spec.layers)) for name in _matrices(spec.layers[index].mlp)
+    ]
+    held = dict(zip(names, names, strict=True))
+    if spec.head is Head.TOKENS:
+        held["lm_head"] = "embedding" if spec.tied_embeddings else "lm_head"
+    return held
+
+
+def _matrices(mlp: MlpSpec | MoeSpec) -> tuple[str, ...]:
+    """Name the matrices of a layer that are no experts'."""
+    return ("qkv", "output", *(("gate_up", "down") if isinstance(mlp, MlpSpec) else ("router",)))
+
+
 def _lm_head(spec: DecoderSpec, weights: Weights) -> Projection | None:
     if spec.head is not Head.TOKENS:
         return None
-    return Projection(weights["embedding" if spec.tied_embeddings else "lm_head"], None)
+    is_embedding = spec.tied_embeddings and "lm_head" not in weights
+    return Projection(weights["embedding" if is_embedding else "lm_head"], None)
 
 
 def _embedding_multiplier(spec: DecoderSpec, dtype: torch.dtype) -> float:
@@ -266,7 +290,7 @@ def _optional_tensor(weights: Weights, name: str) -> torch.Tensor | None:
 
 
 def _tensor(weights: Weights, name: str) -> torch.Tensor:
-    """Return a weight that is never held as codes."""
+    """Return a weight that is held as numbers, never as codes or as a platform has it."""
     weight = weights[name]
-    assert isinstance(weight, torch.Tensor), f"{name} is held as codes"
+    assert isinstance(weight, torch.Tensor), f"{name} is not held as numbers"
     return weight

@@ -6,7 +6,7 @@
 
 #include <stdint.h>
 
-#define ZIF_CPU_ABI 4
+#define ZIF_CPU_ABI 5
 
 #ifdef __cplusplus
 extern "C" {
@@ -38,6 +38,15 @@ ZIF_CPU_PUBLIC int32_t zif_cpu_keep_memory(void);
 // Operators take a struct: to a caller from another language, each argument costs as much as a row, and calls of one form
 // can be put into a list (zif_cpu_run).
 
+// A weight of bfloat16 in 12 bits, without loss (zif_cpu_compact_weight). Inputs are pieces of ZIF_COMPACT_INPUTS.
+enum { ZIF_COMPACT_INPUTS = 128, ZIF_COMPACT_ROWS = 16 };
+typedef struct {
+    const uint8_t* rows;         // [outputs, inputs / 128, 192]
+    const uint32_t* first;       // [ceil(outputs / 16) * inputs / 128 + 1], the first exception of 16 rows in a piece
+    const uint32_t* exceptions;  // number, its input in the piece << 16, its row of the 16 << 23
+    uint8_t uppers[16];          // upper bytes by code
+} zif_cpu_compact;
+
 // y = x @ weight.T + bias, summed in float32. All of one dtype; where `wide` is not 0, y is float32: sums as they are.
 typedef struct {
     const void* x;       // [tokens, inputs], first axis strided
@@ -50,9 +59,26 @@ typedef struct {
     int64_t outputs;
     int32_t dtype;
     int32_t wide;
+    const zif_cpu_compact* compact;  // of ZIF_BFLOAT16, in place of `weight`; or null
 } zif_cpu_product;
 
 ZIF_CPU_PUBLIC void zif_cpu_linear(const zif_cpu_product* call);
+
+// Hold a weight in 12 bits. `compact` points to what is filled: rows, and first with room for an entry more; room for
+// `capacity` exceptions.
+typedef struct {
+    const void* weight;  // [outputs, inputs], bfloat16
+    const zif_cpu_compact* compact;
+    int64_t outputs;
+    int64_t inputs;    // a multiple of ZIF_COMPACT_INPUTS
+    int64_t capacity;  // below 2**32
+} zif_cpu_compaction;
+
+// Returns 0, or -1 when there are more exceptions than there is room: what is filled is then of no use.
+ZIF_CPU_PUBLIC int32_t zif_cpu_compact_weight(const zif_cpu_compaction* call);
+
+// The opposite: the weight as it was, to `weight`.
+ZIF_CPU_PUBLIC void zif_cpu_unpack_weight(const zif_cpu_compaction* call);
 
 // The same product, of weight's and bias' first half (gates) and second half, each rounded to the dtype as zif_cpu_linear
 // does, then f(gate) * up, in float32. y: [tokens, outputs / 2]. `wide` is not looked at.

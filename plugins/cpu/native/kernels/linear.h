@@ -67,7 +67,16 @@ inline PlainWeight<T> weight_of(const zif_cpu_product& call) {
     return {static_cast<const T*>(call.weight), call.outputs, call.inputs};
 }
 
+#if defined(__AMX_BF16__)
+inline CompactWeight compact_of(const zif_cpu_product& call) { return {call.compact, call.outputs, call.inputs}; }
+#endif
+
 void linear(const zif_cpu_product* call) {
+#if defined(__AMX_BF16__)
+    if (call->compact != nullptr) {
+        return linear_of<RowProduct<CompactWeight>>(*call, compact_of(*call), call->wide != 0);
+    }
+#endif
     const auto multiply = [&](auto element) {
         typedef decltype(element) T;
         linear_of<PlainProduct<T>>(*call, weight_of<T>(*call), call->wide != 0);
@@ -80,6 +89,11 @@ void linear(const zif_cpu_product* call) {
 }
 
 void gated_linear(const zif_cpu_gated_product* call) {
+#if defined(__AMX_BF16__)
+    if (call->product.compact != nullptr) {
+        return gated_linear_of<RowProduct<CompactWeight>>(call->product, compact_of(call->product), call->activation);
+    }
+#endif
     const auto multiply = [&](auto element) {
         typedef decltype(element) T;
         gated_linear_of<PlainProduct<T>>(call->product, weight_of<T>(call->product), call->activation);

@@ -3,6 +3,7 @@
 
 #include <type_traits>
 
+#include "compact_tiles.h"
 #include "panels.h"
 #include "target.h"
 #include "tiles.h"
@@ -41,17 +42,21 @@ constexpr bool kTiled = false;
 // A weight as it lies in a checkpoint. data: [outputs, inputs].
 template <class T>
 struct PlainWeight {
+    typedef T Element;
+
     const T* data;
     int64_t outputs;
     int64_t inputs;
 };
 
 // Activations x, [tokens, inputs], as a product with a weight wants them: in words, or packed for tiles.
-template <class T>
-class PlainProduct {
+// WeightOf: PlainWeight, or CompactWeight where there are tiles.
+template <class WeightOf>
+class RowProduct {
 public:
+    typedef typename WeightOf::Element T;
     typedef T Element;
-    typedef PlainWeight<T> Weight;
+    typedef WeightOf Weight;
 
     // One weight of a stack.
     static Weight entry(const Weight& stack, int64_t index) {
@@ -73,8 +78,8 @@ public:
     }
 
     // memory: 64-byte aligned, as much as `bytes` says; filled by `prepare`.
-    PlainProduct(const T* x, int64_t stride, int64_t tokens, const Weight& weight, void* memory)
-        : x_(x), stride_(stride), tokens_(tokens), inputs_(weight.inputs), weight_(weight.data), memory_(memory) {}
+    RowProduct(const T* x, int64_t stride, int64_t tokens, const Weight& weight, void* memory)
+        : x_(x), stride_(stride), tokens_(tokens), inputs_(weight.inputs), weight_(weight), memory_(memory) {}
 
     // Outputs of a task.
     int64_t chunk(int64_t outputs) const {
@@ -105,14 +110,14 @@ public:
     // One part of the tokens times some outputs.
     void multiply(int64_t block, const Range& outputs, const Target<T>& target, int thread) const {
         const Range tokens = tokens_of(block);
-        const int64_t begin = outputs.first, end = outputs.last;
+        [[maybe_unused]] const int64_t begin = outputs.first, end = outputs.last;
 #if defined(__AMX_BF16__)
         if constexpr (kTiled<T>) {
             const int64_t tile = tokens.first / kTile, last = num_tiles(tokens.last, kTile);
-            return TileProduct(packed(), tile, last, weight_, begin, end, target).run();
+            return multiply_tiles(weight_, tile, last, outputs, target, thread);
         } else
 #endif
-        return multiply_rows(PlainRows<T>{weight_, inputs_}, words(), tokens.first, tokens.last, begin, end,
+        return multiply_rows(PlainRows<T>{weight_.data, inputs_}, words(), tokens.first, tokens.last, begin, end,
                              FloatSums<T>(target), thread);
     }
 
@@ -125,6 +130,16 @@ private:
 
 #if defined(__AMX_BF16__)
     PackedRows packed() const { return {static_cast<const uint32_t*>(memory_), tokens_, inputs_}; }
+
+    void multiply_tiles(const PlainWeight<BFloat16>& weight, int64_t tile, int64_t last, const Range& outputs,
+                        const Target<BFloat16>& target, int) const {
+        TileProduct(packed(), tile, last, weight.data, outputs.first, outputs.last, target).run();
+    }
+
+    void multiply_tiles(const CompactWeight& weight, int64_t tile, int64_t last, const Range& outputs,
+                        const Target<BFloat16>& target, int thread) const {
+        CompactTileProduct(packed(), tile, last, weight, outputs.first, outputs.last, target).run(thread);
+    }
 #endif
 
     int64_t block_tokens() const {
@@ -147,9 +162,12 @@ private:
     int64_t stride_;
     int64_t tokens_;
     int64_t inputs_;
-    const T* weight_;
+    const Weight weight_;
     void* memory_;
 };
+
+template <class T>
+using PlainProduct = RowProduct<PlainWeight<T>>;
 
 }  // namespace
 }  // namespace ZIF_ISA

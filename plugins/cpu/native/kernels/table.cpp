@@ -4,6 +4,7 @@
 #include "attention.h"
 #include "attention_write.h"
 #include "choice.h"
+#include "compact.h"
 #include "elementwise.h"
 #include "experts.h"
 #include "linear.h"
@@ -19,6 +20,7 @@ extern const Kernels kernels;
 const Kernels kernels = {
     ZIF_TEXT(ZIF_ISA), linear, rms_norm, add_rms_norm, rotate, gated_activation, store_kv, ask_for_kv, attend, experts,
     choose, quantized_linear, gated_linear, gated_quantized_linear, quantized_experts,
+    compact_weight, unpack_weight,
 };
 
 }  // namespace ZIF_ISA

@@ -117,3 +117,13 @@ int32_t zif_cpu_quantized_experts(const zif_cpu_quantized_experts_call* call) {
     const OneCall one;
     return kernels().quantized_experts(call);
 }
+
+int32_t zif_cpu_compact_weight(const zif_cpu_compaction* call) {
+    const OneCall one;
+    return kernels().compact_weight(call);
+}
+
+void zif_cpu_unpack_weight(const zif_cpu_compaction* call) {
+    const OneCall one;
+    kernels().unpack_weight(call);
+}

@@ -26,6 +26,8 @@ struct Kernels {
     decltype(&zif_cpu_gated_linear) gated_linear;
     decltype(&zif_cpu_gated_quantized_linear) gated_quantized_linear;
     decltype(&zif_cpu_quantized_experts) quantized_experts;
+    decltype(&zif_cpu_compact_weight) compact_weight;
+    decltype(&zif_cpu_unpack_weight) unpack_weight;
 };
 
 // The table in use: at first the best that this processor runs.

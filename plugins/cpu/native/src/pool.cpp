@@ -23,7 +23,7 @@ namespace zif {
 namespace {
 
 constexpr int kSpins = 4000;  // some 20 to 60 microseconds: the time between two kernels of one step
-constexpr int kPurposes = 6;
+constexpr int kPurposes = 7;
 
 struct Work {
     void (*task)(const void*, int64_t, int) = nullptr;

@@ -54,7 +54,7 @@ inline void for_rows(int64_t rows, int64_t elements_of_row, const Function& func
 bool use_threads(int count);
 
 // Memory of at least `bytes`, 64-byte aligned, of this thread number, undefined content, kept between calls: valid until
-// the same thread number asks for the same purpose again. Purposes: 0 to 5.
+// the same thread number asks for the same purpose again. Purposes: 0 to 6.
 void* scratch(int thread, int purpose, int64_t bytes);
 
 }  // namespace zif

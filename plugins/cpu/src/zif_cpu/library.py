@@ -17,7 +17,7 @@ from types import MappingProxyType
 from zif.errors import ConfigError, PlatformUnavailableError
 from zif_cpu.settings import keeps_memory, library_file
 
-ABI = 4
+ABI = 5
 """The version of the C ABI that this package calls."""
 
 NO_KERNELS = "torch"
@@ -110,6 +110,7 @@ _ARGUMENTS: Mapping[str, tuple[type, ...]] = MappingProxyType(
         "quantized_linear": (_P,),
         "gated_quantized_linear": (_P,),
         "choose": (_P,),
+        "unpack_weight": (_P,),
         "run": (_P, _I),
     }
 )
@@ -203,6 +204,7 @@ def _declare(raw: ctypes.CDLL) -> tuple[str, ...]:
     for name, arguments in _ARGUMENTS.items():
         function = getattr(raw, f"zif_cpu_{name}")
         function.argtypes, function.restype = arguments, None
+    raw.zif_cpu_compact_weight.argtypes, raw.zif_cpu_compact_weight.restype = (_P,), _N
     raw.zif_cpu_experts.argtypes, raw.zif_cpu_experts.restype = (_P,), _N
     raw.zif_cpu_quantized_experts.argtypes, raw.zif_cpu_quantized_experts.restype = (_P,), _N
     raw.zif_cpu_use_isa.argtypes = (ctypes.c_char_p,)

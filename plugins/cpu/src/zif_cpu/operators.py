@@ -6,11 +6,12 @@ errors are the reference's too. For inference: nothing here keeps what a gradien
 """
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from ctypes import byref
 from struct import Struct
 from types import MappingProxyType
+from typing import cast
 
 import torch
 from torch.compiler import is_compiling
@@ -29,6 +30,7 @@ from zif.contract import (
 from zif_cpu import compiled
 from zif_cpu.arguments import ACTIVATIONS, FLOAT32, address_of, code_of, fits, is_vector, row_stride
 from zif_cpu.choices import choose_tokens
+from zif_cpu.compact import CompactWeight, addresses_of, compact_weight, plain
 from zif_cpu.library import DTYPE_CODES, ExpertsCall, Library
 from zif_cpu.quantized import QuantizedOps
 from zif_cpu.recording import Recorder
@@ -50,12 +52,15 @@ MAX_TOKENS_BY_ISA: Mapping[tuple[str, str], int] = MappingProxyType(
 """Where it is another number: (instruction set, dtype)."""
 
 
+Matrix = torch.Tensor | CompactWeight
+"""A weight of `linear`, `gated_linear` and `logits`."""
+
 # The structs of zif_cpu.h. Packed into bytes they cost a call 0.4 us; the same values as arguments cost 1.9 to 2.8.
 _norm = Struct("5P5q2fi").pack
 _rotation = Struct("6P7q2i").pack
 _gating = Struct("2P3q2i").pack
-_product = Struct("4P4q2i").pack
-_gated_product = Struct("4P4q2iq").pack  # the activation, and what fills the struct up
+_product = Struct("4P4q2iP").pack
+_gated_product = Struct("4P4q2iPq").pack  # the activation, and what fills the struct up
 
 
 class NativeOps(QuantizedOps):
@@ -82,6 +87,7 @@ class NativeOps(QuantizedOps):
             code: _ANY_NUMBER if batch_invariant else MAX_TOKENS_BY_ISA.get((isa, dtype), MAX_TOKENS)
             for dtype, code in DTYPE_CODES.items()
         }
+        self._compacts = isa == "amx"  # other products wait for instructions more than for memory
         compiled.register(
             compiled.Eager(
                 self._linear,
@@ -106,9 +112,13 @@ class NativeOps(QuantizedOps):
         finally:
             vars(self).update(kernels)
 
-    def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def prepare_weight(self, weight: torch.Tensor, allocate: Callable[[int], torch.Tensor]) -> torch.Tensor | None:
+        # A tensor to type checkers: core hands it to the operators below, and looks into none.
+        return cast(torch.Tensor | None, compact_weight(self._raw, weight, allocate) if self._compacts else None)
+
+    def linear(self, x: torch.Tensor, weight: Matrix, bias: torch.Tensor | None) -> torch.Tensor:
         if is_compiling():
-            return compiled.linear(x, weight, bias)
+            return compiled.linear(x, plain(weight), bias)
         return self._linear(x, weight, bias)
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float, weight_offset: float) -> torch.Tensor:
@@ -155,66 +165,45 @@ class NativeOps(QuantizedOps):
             return compiled.experts(x, weights, routed, activation)
         return self._experts(x, weights, routed, activation)
 
-    def logits(self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        shape, weight_shape = hidden.shape, weight.shape
-        code = code_of(hidden, weight)
-        if (
-            is_compiling()
-            or code is None
-            or not len(shape) == len(weight_shape) == 2
-            or shape[1] != weight_shape[1]
-            or not (stride := row_stride(hidden, shape))
-            or not weight.is_contiguous()
-            or not fits(bias, hidden, weight_shape[:1])
-        ):
-            return functional.linear(hidden.float(), weight.float(), None if bias is None else bias.float())
-        tokens, outputs = shape[0], weight_shape[0]
+    def logits(self, hidden: torch.Tensor, weight: Matrix, bias: torch.Tensor | None) -> torch.Tensor:
+        stride, code = (0, 0) if is_compiling() else _served(hidden, weight, bias)
+        if not stride:
+            return functional.linear(hidden.float(), plain(weight).float(), None if bias is None else bias.float())
+        (tokens, inputs), outputs = hidden.shape, weight.shape[0]
         y = torch.empty(tokens, outputs, dtype=torch.float32)
-        arrays = hidden.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr(), y.data_ptr()
-        self._linear_kernel(_product(*arrays, stride, tokens, shape[1], outputs, code, True))
+        address, compact = addresses_of(weight)
+        arrays = hidden.data_ptr(), address, 0 if bias is None else bias.data_ptr(), y.data_ptr()
+        self._linear_kernel(_product(*arrays, stride, tokens, inputs, outputs, code, True, compact))
         return y
 
     def choose_tokens(self, logits: torch.Tensor, options: DrawOptions) -> ChosenTokens | None:
         return choose_tokens(self._raw, logits, options)
 
-    def _linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        stride, code = self._served(x, weight, bias)
-        if not stride:
-            return super().linear(x, weight, bias)
+    def _linear(self, x: torch.Tensor, weight: Matrix, bias: torch.Tensor | None) -> torch.Tensor:
+        stride, code = _served(x, weight, bias)
+        if not stride or x.shape[0] > self._max_tokens[code]:
+            return super().linear(x, plain(weight), bias)
         (tokens, inputs), outputs = x.shape, weight.shape[0]
         y = x.new_empty(tokens, outputs)
-        arrays = x.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr(), y.data_ptr()
-        self._linear_kernel(_product(*arrays, stride, tokens, inputs, outputs, code, False))
+        address, compact = addresses_of(weight)
+        arrays = x.data_ptr(), address, 0 if bias is None else bias.data_ptr(), y.data_ptr()
+        self._linear_kernel(_product(*arrays, stride, tokens, inputs, outputs, code, False, compact))
         return y
 
     def _gated_linear(
-        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: Activation
+        self, x: torch.Tensor, weight: Matrix, bias: torch.Tensor | None, activation: Activation
     ) -> torch.Tensor | None:
         """Return None where `_linear` would not be native, or there is nothing to gate."""
-        stride, code = self._served(x, weight, bias)
-        if not stride or weight.shape[0] % 2:
+        stride, code = _served(x, weight, bias)
+        if not stride or x.shape[0] > self._max_tokens[code] or weight.shape[0] % 2:
             return None
         (tokens, inputs), outputs = x.shape, weight.shape[0]
         y = x.new_empty(tokens, outputs // 2)
-        arrays = x.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr(), y.data_ptr()
+        address, compact = addresses_of(weight)
+        arrays = x.data_ptr(), address, 0 if bias is None else bias.data_ptr(), y.data_ptr()
         sizes = stride, tokens, inputs, outputs
-        self._gated_linear_kernel(_gated_product(*arrays, *sizes, code, False, ACTIVATIONS[activation]))
+        self._gated_linear_kernel(_gated_product(*arrays, *sizes, code, False, compact, ACTIVATIONS[activation]))
         return y
-
-    def _served(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[int, int]:
-        """Return the stride of x and the dtype's code where the library multiplies these, else a stride of 0."""
-        shape, weight_shape = x.shape, weight.shape
-        code = code_of(x, weight)
-        if (
-            code is None
-            or not len(shape) == len(weight_shape) == 2
-            or not shape[0] <= self._max_tokens[code]
-            or shape[1] != weight_shape[1]
-            or not weight.is_contiguous()
-            or (bias is not None and not fits(bias, x, weight_shape[:1]))
-        ):
-            return 0, 0
-        return row_stride(x, shape), code
 
     def _rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float, weight_offset: float) -> torch.Tensor:
         shape = x.shape
@@ -303,6 +292,24 @@ class NativeOps(QuantizedOps):
         if self._experts_kernel(byref(call)):
             return super().experts(x, weights, routed, activation)  # which says what is wrong with the ids
         return y
+
+
+def _served(x: torch.Tensor, weight: Matrix, bias: torch.Tensor | None) -> tuple[int, int]:
+    """Return the stride of x and the dtype's code where the library multiplies these, else a stride of 0."""
+    shape, weight_shape = x.shape, weight.shape
+    if isinstance(weight, CompactWeight):
+        code, is_dense = code_of(x, x), x.dtype is torch.bfloat16
+    else:
+        code, is_dense = code_of(x, weight), weight.is_contiguous()
+    if (
+        code is None
+        or not is_dense
+        or not len(shape) == len(weight_shape) == 2
+        or shape[1] != weight_shape[1]
+        or not fits(bias, x, weight_shape[:1])
+    ):
+        return 0, 0
+    return row_stride(x, shape), code
 
 
 def _experts_call(

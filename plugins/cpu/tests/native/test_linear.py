@@ -31,7 +31,7 @@ def multiply(library, x, weight, bias=None, wide=False):
     y = guarded[32:-32].view(tokens, outputs)
     arrays = x.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr(), y.data_ptr()
     sizes = x.stride(0), tokens, x.shape[1], outputs, DTYPE_CODES[str(x.dtype).removeprefix("torch.")]
-    library.raw.zif_cpu_linear(Struct("4P4q2i").pack(*arrays, *sizes, wide))
+    library.raw.zif_cpu_linear(Struct("4P4q2iP").pack(*arrays, *sizes, wide, 0))
     outside = torch.cat((guarded[:32], guarded[-32:]))
     assert bool((outside == 7).all()), "written outside of the result"
     return y

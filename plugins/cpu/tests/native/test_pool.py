@@ -69,7 +69,7 @@ def test_a_child_process_computes_too():
 
         def multiply():
             at = [array.ctypes.data for array in (x, weight, y)]
-            library.raw.zif_cpu_linear(Struct("4P4qi").pack(at[0], at[1], 0, at[2], 64, 2, 64, 128, 0))
+            library.raw.zif_cpu_linear(Struct("4P4q2iP").pack(at[0], at[1], 0, at[2], 64, 2, 64, 128, 0, 0, 0))
             return int(y.sum())
 
         assert multiply() == 2 * 128 * 64
@@ -111,7 +111,7 @@ def test_a_thread_leaves_the_processor_of_the_one_that_calls():
         x, weight, y = (np.ones(shape, np.float32) for shape in ((64, 512), (512, 512), (64, 512)))
         at = [array.ctypes.data for array in (x, weight, y)]
         for _ in range(20):
-            library.raw.zif_cpu_linear(Struct("4P4qi").pack(at[0], at[1], 0, at[2], 512, 64, 512, 512, 0))
+            library.raw.zif_cpu_linear(Struct("4P4q2iP").pack(at[0], at[1], 0, at[2], 512, 64, 512, 512, 0, 0, 0))
         assert (y == 512).all()
         assert shared not in os.sched_getaffinity(worker), os.sched_getaffinity(worker)
         """
