@@ -1,7 +1,8 @@
 """What zif has to reach, as ratios within one set of results; and the floors that the machine sets.
 
 A floor is the time in which the weights of a step can be read and its products computed at the best rates that any of
-the rounds measured, whichever is longer; an engine's share of it is floor time over its own.
+the rounds measured, whichever is longer; an engine's share of it is floor time over its own. Weights count as 16 or 8
+bits: an engine that holds the same numbers in fewer may be faster than the floor.
 """
 
 import math

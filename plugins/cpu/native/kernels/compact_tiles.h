@@ -14,6 +14,13 @@ namespace {
 
 constexpr int64_t kPieceTiles = kPieceInputs / kTileInputs;
 
+inline void zero_sums() {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+}
+
 // 16 rows after 16 rows, piece by piece, each as kPieceTiles tiles beside those that are multiplied.
 class TileUnpacker {
 public:
@@ -158,7 +165,8 @@ private:
         const uint32_t* x = x_.tile(tile, first);
         const uint32_t* second = tile + 1 < last_tile_ ? x_.tile(tile + 1, first) : x;
         float* const sums = sums_ + pair * 2 * kPairWords;
-        load_sums(panel.piece == 0 ? nullptr : sums);
+        if (panel.piece == 0) zero_sums();
+        else load_sums(sums);
         const int64_t rows = next.output < outputs_.last ? rows_of(next) : 0, share = num_tiles(kPairRows, pairs_);
         const int64_t row = pair * share, end = row + share < rows ? row + share : rows;
         const int64_t tokens = x_.tokens - tile * kTile;
@@ -193,13 +201,6 @@ private:
     }
 
     static void load_sums(const float* sums) {
-        if (sums == nullptr) {
-            _tile_zero(0);
-            _tile_zero(1);
-            _tile_zero(2);
-            _tile_zero(3);
-            return;
-        }
         _tile_loadd(0, sums, 64);
         _tile_loadd(1, sums + kTileWords, 64);
         _tile_loadd(2, sums + 2 * kTileWords, 64);
@@ -243,18 +244,18 @@ public:
         const TileRegisters registers;
         const int64_t tiles = last_tile_ - tile_;
         int64_t output = begin_;
-        if (tiles <= 2) output = tiles == 2 ? multiply_few<true>() : multiply_few<false>();
+        if (tiles <= 4) output = tiles > 2 ? tiles > 3 ? multiply_few<4>() : multiply_few<3>()
+                               : tiles > 1 ? multiply_few<2>() : multiply_few<1>();
         if (output >= end_) return;
         void* const memory = scratch(thread, 6, CompactPanels::bytes(num_tiles(tiles, 2)));
         CompactPanels(x_, tile_, last_tile_, weight_, {output, end_}, target_, memory).run();
     }
 
 private:
-    // One tile of tokens, or two, for all whole 32 outputs, which are put while the next ones are made. Returns the
-    // first output that is left.
-    template <bool kSecond>
+    // Up to four tiles of tokens for all whole 32 outputs, which are put while the next ones are made. Returns the first
+    // output that is left.
+    template <int kTiles>
     int64_t multiply_few() const {
-        constexpr int kTiles = kSecond ? 2 : 1;
         alignas(64) float sums[kTiles][kPairWords];
         const int64_t end = begin_ + (end_ - begin_) / kPairRows * kPairRows;
         TileUnpacker unpacker(weight_, begin_, end);
@@ -268,15 +269,16 @@ private:
         };
         for (int64_t output = begin_; output < end; output += kPairRows) {
             for (int64_t half = 0; half < 2; ++half) {
-                _tile_zero(0);
-                _tile_zero(1);
+                zero_sums();
                 for (int64_t piece = 0; piece < weight_.num_pieces(); ++piece) {
-                    multiply_piece<kSecond>(unpacker, piece);
+                    multiply_piece<kTiles>(unpacker, piece);
                     if (waiting > 0) put(output - kPairRows);
                 }
                 while (waiting > 0) put(output - kPairRows);
                 _tile_stored(0, sums[0] + half * kTileWords, 64);
-                if (kSecond) _tile_stored(1, sums[kTiles - 1] + half * kTileWords, 64);
+                if constexpr (kTiles > 1) _tile_stored(1, sums[1] + half * kTileWords, 64);
+                if constexpr (kTiles > 2) _tile_stored(2, sums[2] + half * kTileWords, 64);
+                if constexpr (kTiles > 3) _tile_stored(3, sums[3] + half * kTileWords, 64);
                 stored();
             }
             waiting = kTiles;
@@ -285,22 +287,30 @@ private:
         return end;
     }
 
-    // Into tiles 0 and 1, what was unpacked last, while the next piece is.
-    template <bool kSecond>
+    // Into tiles 0 to 3, what was unpacked last, while the next piece is.
+    template <int kTiles>
     __attribute__((always_inline)) void multiply_piece(TileUnpacker& unpacker, int64_t piece) const {
         const uint32_t* x = x_.tile(tile_, piece * kPieceTiles);
-        const uint32_t* second = x + x_.input_tiles() * kTileWords;
-        const uint16_t* tiles = unpacker.tile(0);
+        const int64_t next = x_.input_tiles() * kTileWords;
+        const uint16_t* weights = unpacker.tile(0);
         const bool more = !unpacker.done();
 #pragma GCC unroll 4
-        for (int i = 0; i < kPieceTiles; ++i) {
+        for (int i = 0; i < kPieceTiles; ++i, x += kTileWords) {
             if (more) unpacker.unpack(i);
-            _tile_loadd(4, tiles + i * kTileWords * 2, 64);
-            _tile_loadd(5, x + i * kTileWords, 64);
+            _tile_loadd(4, weights + i * kTileWords * 2, 64);
+            _tile_loadd(5, x, 64);
             _tile_dpbf16ps(0, 4, 5);
-            if (kSecond) {
-                _tile_loadd(6, second + i * kTileWords, 64);
+            if constexpr (kTiles > 1) {
+                _tile_loadd(6, x + next, 64);
                 _tile_dpbf16ps(1, 4, 6);
+            }
+            if constexpr (kTiles > 2) {
+                _tile_loadd(7, x + 2 * next, 64);
+                _tile_dpbf16ps(2, 4, 7);
+            }
+            if constexpr (kTiles > 3) {
+                _tile_loadd(5, x + 3 * next, 64);
+                _tile_dpbf16ps(3, 4, 5);
             }
         }
     }

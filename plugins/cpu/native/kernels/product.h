@@ -124,7 +124,10 @@ public:
 private:
     typedef Multiplier<T> Mul;
 
-    static constexpr int64_t kLeastTokens = kTiled<T> ? 48 : kFewTokens;  // more take longer than reading the weights
+    static constexpr bool kCompact = !std::is_same_v<Weight, PlainWeight<T>>;
+
+    // More take longer than reading the weights.
+    static constexpr int64_t kLeastTokens = kCompact ? 64 : kTiled<T> ? 48 : kFewTokens;
     static constexpr int64_t kBytesAtOnce = 64 << 20;
     static constexpr int64_t kCachedBytes = 3 << 18;  // of packed tokens, which the second cache holds
 

@@ -183,6 +183,8 @@ def _plan_notes(workload: Workload, device: DeviceInfo, kernels: Kernels) -> Ite
         yield f"torch computes in place of native kernels: {kernels.reason}"
     else:
         yield f"native kernels: {kernels.isa}" + ("" if kernels.isa != "portable" else ", which are slow")
+        if kernels.isa == "amx" and workload.dtype == "bfloat16":
+            yield "matrices of bfloat16 take 12 bits per weight, without loss"
         if workload.batch_invariant:
             yield "batch-invariant: torch makes no products"
     native = {"bfloat16": {"amx_bf16", "avx512_bf16", "bf16", "svebf16"}, "float16": {"avx512_fp16", "asimd"}}
