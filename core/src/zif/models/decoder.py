@@ -211,8 +211,8 @@ class Decoder(Model):
 def multiplied(spec: DecoderSpec) -> dict[str, str]:
     """Map the names of the weights that `linear`, `gated_linear` or `logits` are given to those of the tensors held.
 
-    They differ where the output matrix is the embedding: under its own name it is what only products read. Under
-    all other names nothing else reads a tensor. The largest come last.
+    They differ where the output matrix is the embedding ("lm_head": "embedding"), a tensor that others read, too. All
+    other tensors are read by products alone. The largest come last.
     """
     names = [
         f"layers.{index}.{name}" for index in range(len(spec.layers)) for name in _matrices(spec.layers[index].mlp)

@@ -117,9 +117,9 @@ class _Loader(AbstractContextManager["_Loader"]):
             matrix, memory = weights[source], f"{name}, prepared"
             if isinstance(matrix, QuantizedWeight):
                 continue
-            left = matrix.nbytes if name == source else 0
+            freed = matrix.nbytes if name == source else 0
             try:
-                prepared = ops.prepare_weight(matrix, partial(self._lend_within, memory, max_bytes + left))
+                prepared = ops.prepare_weight(matrix, partial(self._lend_within, memory, max_bytes + freed))
             except OutOfMemoryError:
                 prepared = None
             if prepared is None:

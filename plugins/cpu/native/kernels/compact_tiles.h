@@ -48,7 +48,7 @@ public:
         if (quarter == 3) finish_piece();
     }
 
-    // The piece that was finished last.
+    // The piece that was finished last, until the next one is.
     const uint16_t* tile(int64_t index) const { return tiles_[1 - at_] + index * kTileWords * 2; }
 
 private:
@@ -313,6 +313,7 @@ private:
                 _tile_dpbf16ps(3, 4, 5);
             }
         }
+        stored();  // what is unpacked next must not be stored before these were loaded
     }
 
     const PackedRows& x_;

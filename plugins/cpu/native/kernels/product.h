@@ -129,7 +129,7 @@ private:
     // More take longer than reading the weights.
     static constexpr int64_t kLeastTokens = kCompact ? 64 : kTiled<T> ? 48 : kFewTokens;
     static constexpr int64_t kBytesAtOnce = 64 << 20;
-    static constexpr int64_t kCachedBytes = 3 << 18;  // of packed tokens, which the second cache holds
+    static constexpr int64_t kCachedBytes = kCompact ? 5 << 18 : 3 << 18;  // of packed tokens, which the second cache holds
 
 #if defined(__AMX_BF16__)
     PackedRows packed() const { return {static_cast<const uint32_t*>(memory_), tokens_, inputs_}; }

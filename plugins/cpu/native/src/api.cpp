@@ -34,6 +34,10 @@ const zif::RowWise* row_wise_kernel(void (*function)(const void*)) {
     return nullptr;
 }
 
+const zif::Kernels& kernels_of(const zif_cpu_product& call) {
+    return call.compact != nullptr ? zif::best_kernels() : kernels();
+}
+
 }  // namespace
 
 int32_t zif_cpu_abi(void) { return ZIF_CPU_ABI; }
@@ -54,7 +58,7 @@ int32_t zif_cpu_keep_memory(void) {
 
 void zif_cpu_linear(const zif_cpu_product* call) {
     const OneCall one;
-    kernels().linear(call);
+    kernels_of(*call).linear(call);
 }
 
 void zif_cpu_rms_norm(const zif_cpu_norm* call) { compute_alone(zif::kRmsNorm, call); }
@@ -105,7 +109,7 @@ void zif_cpu_quantized_linear(const zif_cpu_quantized_product* call) {
 
 void zif_cpu_gated_linear(const zif_cpu_gated_product* call) {
     const OneCall one;
-    kernels().gated_linear(call);
+    kernels_of(call->product).gated_linear(call);
 }
 
 void zif_cpu_gated_quantized_linear(const zif_cpu_gated_quantized_product* call) {
@@ -120,10 +124,10 @@ int32_t zif_cpu_quantized_experts(const zif_cpu_quantized_experts_call* call) {
 
 int32_t zif_cpu_compact_weight(const zif_cpu_compaction* call) {
     const OneCall one;
-    return kernels().compact_weight(call);
+    return zif::best_kernels().compact_weight(call);
 }
 
 void zif_cpu_unpack_weight(const zif_cpu_compaction* call) {
     const OneCall one;
-    kernels().unpack_weight(call);
+    zif::best_kernels().unpack_weight(call);
 }

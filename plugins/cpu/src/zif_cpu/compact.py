@@ -16,7 +16,7 @@ PIECE_INPUTS = 128
 
 _GROUP_ROWS = 16
 _NUMBERS_PER_EXCEPTION = 256
-"""As many numbers at least come on an exception."""
+"""There is room for one exception per so many numbers."""
 
 _ALIGNMENT = 64
 
@@ -48,20 +48,17 @@ class CompactWeight:
     shape: of the matrix. address: of its struct. Keeps its memory.
     """
 
-    __slots__ = ("_memory", "_raw", "_struct", "address", "shape")
+    __slots__ = ("_memory", "_struct", "address", "shape")
 
-    def __init__(self, raw: ctypes.CDLL, shape: torch.Size, memory: torch.Tensor, struct: _Compact) -> None:
-        self._raw = raw
+    def __init__(self, shape: torch.Size, memory: torch.Tensor, struct: _Compact) -> None:
         self._memory = memory
         self._struct = struct
         self.shape = shape
         self.address = ctypes.addressof(struct)
 
-    def unpacked(self) -> torch.Tensor:
-        """Return the matrix, [O, I], bfloat16: for what only torch computes."""
-        weight = torch.empty(self.shape, dtype=torch.bfloat16)
-        self._raw.zif_cpu_unpack_weight(ctypes.byref(_Compaction(weight.data_ptr(), self.address, *self.shape, 0)))
-        return weight
+    def unpacking(self, weight: torch.Tensor) -> bytes:
+        """Return the struct of the call that fills `weight`, [O, I], bfloat16, with the matrix."""
+        return bytes(_Compaction(weight.data_ptr(), self.address, *self.shape, 0))
 
 
 def compact_weight(
@@ -79,14 +76,9 @@ def compact_weight(
     memory = allocate(sum(sizes))
     rows = memory.data_ptr()
     struct = _Compact(rows, rows + sizes[0], rows + sizes[0] + sizes[1])
-    compact = CompactWeight(raw, weight.shape, memory, struct)
+    compact = CompactWeight(weight.shape, memory, struct)
     call = _Compaction(weight.data_ptr(), compact.address, outputs, inputs, capacity)
     return None if raw.zif_cpu_compact_weight(ctypes.byref(call)) else compact
-
-
-def plain(weight: torch.Tensor | CompactWeight) -> torch.Tensor:
-    """Return the matrix itself."""
-    return weight.unpacked() if isinstance(weight, CompactWeight) else weight
 
 
 def addresses_of(weight: torch.Tensor | CompactWeight) -> tuple[int, int]:

@@ -30,7 +30,7 @@ from zif.contract import (
 from zif_cpu import compiled
 from zif_cpu.arguments import ACTIVATIONS, FLOAT32, address_of, code_of, fits, is_vector, row_stride
 from zif_cpu.choices import choose_tokens
-from zif_cpu.compact import CompactWeight, addresses_of, compact_weight, plain
+from zif_cpu.compact import CompactWeight, addresses_of, compact_weight
 from zif_cpu.library import DTYPE_CODES, ExpertsCall, Library
 from zif_cpu.quantized import QuantizedOps
 from zif_cpu.recording import Recorder
@@ -69,7 +69,7 @@ class NativeOps(QuantizedOps):
     With `batch_invariant` all products are native: the library sums in one order for any number of tokens, torch
     does not.
     Within `torch.compile` methods are nodes of the graph, which run the same code (`zif_cpu.compiled`); a gated product
-    is two.
+    is two, and prepared weights break the graph.
     """
 
     def __init__(self, library: Library, isa: str, *, batch_invariant: bool = False) -> None:
@@ -81,6 +81,7 @@ class NativeOps(QuantizedOps):
         self._rotate_kernel = raw.zif_cpu_rotate
         self._gated_activation_kernel = raw.zif_cpu_gated_activation
         self._experts_kernel = raw.zif_cpu_experts
+        self._unpack_kernel = raw.zif_cpu_unpack_weight
         self._take_quantized(raw)
         self._limits_experts = isa == "avx512_bf16" and not batch_invariant
         self._max_tokens = {
@@ -118,7 +119,7 @@ class NativeOps(QuantizedOps):
 
     def linear(self, x: torch.Tensor, weight: Matrix, bias: torch.Tensor | None) -> torch.Tensor:
         if is_compiling():
-            return compiled.linear(x, plain(weight), bias)
+            return compiled.linear(x, self._plain(weight), bias)
         return self._linear(x, weight, bias)
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float, weight_offset: float) -> torch.Tensor:
@@ -168,7 +169,9 @@ class NativeOps(QuantizedOps):
     def logits(self, hidden: torch.Tensor, weight: Matrix, bias: torch.Tensor | None) -> torch.Tensor:
         stride, code = (0, 0) if is_compiling() else _served(hidden, weight, bias)
         if not stride:
-            return functional.linear(hidden.float(), plain(weight).float(), None if bias is None else bias.float())
+            return functional.linear(
+                hidden.float(), self._plain(weight).float(), None if bias is None else bias.float()
+            )
         (tokens, inputs), outputs = hidden.shape, weight.shape[0]
         y = torch.empty(tokens, outputs, dtype=torch.float32)
         address, compact = addresses_of(weight)
@@ -182,13 +185,21 @@ class NativeOps(QuantizedOps):
     def _linear(self, x: torch.Tensor, weight: Matrix, bias: torch.Tensor | None) -> torch.Tensor:
         stride, code = _served(x, weight, bias)
         if not stride or x.shape[0] > self._max_tokens[code]:
-            return super().linear(x, plain(weight), bias)
+            return super().linear(x, self._plain(weight), bias)
         (tokens, inputs), outputs = x.shape, weight.shape[0]
         y = x.new_empty(tokens, outputs)
         address, compact = addresses_of(weight)
         arrays = x.data_ptr(), address, 0 if bias is None else bias.data_ptr(), y.data_ptr()
         self._linear_kernel(_product(*arrays, stride, tokens, inputs, outputs, code, False, compact))
         return y
+
+    def _plain(self, weight: Matrix) -> torch.Tensor:
+        """Return the matrix itself, for what only torch computes."""
+        if not isinstance(weight, CompactWeight):
+            return weight
+        unpacked = torch.empty(weight.shape, dtype=torch.bfloat16)
+        self._unpack_kernel(weight.unpacking(unpacked))
+        return unpacked
 
     def _gated_linear(
         self, x: torch.Tensor, weight: Matrix, bias: torch.Tensor | None, activation: Activation

@@ -5,9 +5,10 @@ import torch
 
 from zif.contract import Activation
 from zif.errors import OutOfMemoryError
-from zif_cpu.compact import CompactWeight, plain
+from zif_cpu.compact import CompactWeight
 from zif_cpu.library import Library, load_library
 from zif_cpu.operators import NativeOps
+from zif_cpu.recording import NativeCall, Recorder, Slab
 
 # Outputs, inputs: borders of tiles, panels and pieces, and odd numbers of each.
 SHAPES = ((1, 128), (2, 128), (16, 256), (33, 384), (64, 512), (100, 640), (48, 1152), (1000, 1024), (70, 3072))
@@ -65,7 +66,7 @@ def test_numbers_come_back(ops, shape, share):
     compact = ops.prepare_weight(weight, lend)
     assert isinstance(compact, CompactWeight)
     assert compact.shape == weight.shape
-    assert torch.equal(bits(plain(compact)), bits(weight))
+    assert torch.equal(bits(ops._plain(compact)), bits(weight))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -83,6 +84,27 @@ def test_products_are_those_of_the_matrix(ops, shape, share):
             if outputs % 2 == 0:
                 got, want = (ops.gated_linear(x, w, bias, Activation.SILU) for w in (compact, weight))
                 assert same(got, want), tokens
+
+
+def test_another_instruction_set_in_use_changes_nothing(ops):
+    weight = drawn(64, 256, 20)
+    compact, x = ops.prepare_weight(weight, lend), torch.randn(9, 256).bfloat16()
+    want = ops.linear(x, weight, None)
+    load_library().use("portable", 2)
+    assert same(ops.linear(x, compact, None), want)
+    assert torch.equal(bits(ops._plain(compact)), bits(weight))
+
+
+def test_a_recorded_step_unpacks_anew(ops):
+    weights = [drawn(64, 256, 20) for _ in range(2)]
+    forms = [ops.prepare_weight(weight, lend) for weight in weights]
+    recorder = Recorder(Slab())
+    gaps = torch.randn(3, 512).bfloat16()[:, ::2]
+    with ops.recording(recorder), recorder:
+        outputs = [ops.linear(gaps, form, None) for form in forms]
+    assert sum(isinstance(item, NativeCall) for item in recorder.items) == 2
+    for output, weight in zip(outputs, weights, strict=True):
+        assert same(output, ops.linear(gaps, weight, None))
 
 
 def test_nothing_but_rows_is_written(ops):
