@@ -1,12 +1,14 @@
 """Weights in 12 bits: the numbers and the products are those of the matrix, to the bit."""
 
+from struct import Struct
+
 import pytest
 import torch
 
 from zif.contract import Activation
 from zif.errors import OutOfMemoryError
 from zif_cpu.compact import CompactWeight
-from zif_cpu.library import Library, load_library
+from zif_cpu.library import DTYPE_CODES, Library, load_library
 from zif_cpu.operators import NativeOps
 from zif_cpu.recording import NativeCall, Recorder, Slab
 
@@ -107,15 +109,18 @@ def test_a_recorded_step_unpacks_anew(ops):
         assert same(output, ops.linear(gaps, weight, None))
 
 
-def test_nothing_but_rows_is_written(ops):
-    weight, guarded = drawn(96, 256), torch.full((70, 96 + 64), 7.0).bfloat16()
-    compact = ops.prepare_weight(weight, lend)
-    for tokens in (5, 20, 70):
-        x = torch.randn(tokens, 256).bfloat16()
-        guarded.fill_(7.0)
-        guarded[:tokens, :96] = ops.linear(x, compact, None)
-        assert same(guarded[:tokens, :96].contiguous(), ops.linear(x, weight, None))
-        assert bool((guarded[tokens:] == 7).all())
+@pytest.mark.parametrize("tokens", [5, 20, 40, 70, 129])
+@pytest.mark.parametrize("outputs", [7, 32, 100])
+def test_nothing_around_the_result_is_written(ops, tokens, outputs):
+    """The result lies in the middle of memory whose rest must stay as it is."""
+    weight, x = drawn(outputs, 256, 6), torch.randn(tokens, 256).bfloat16()
+    compact, want = ops.prepare_weight(weight, lend), ops.linear(x, weight, None)
+    memory = torch.full((tokens * outputs + 256,), 7.0).bfloat16()
+    y = memory[128:-128]
+    sizes = 256, tokens, 256, outputs, DTYPE_CODES["bfloat16"]
+    ops._linear_kernel(Struct("4P4q2iP").pack(x.data_ptr(), 0, 0, y.data_ptr(), *sizes, 0, compact.address))
+    assert same(y.view(tokens, outputs), want)
+    assert bool((memory[:128] == 7).all() and (memory[-128:] == 7).all())
 
 
 def test_what_torch_computes_gets_the_matrix(ops):
