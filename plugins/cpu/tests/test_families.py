@@ -4,9 +4,11 @@ The conditions are those that must never change a token: how prompts are cut int
 whether requests lose their blocks on the way, and how large blocks are.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+import torch
 
 from support.checkpoints import FAMILIES
 from support.greedy_parity import (
@@ -18,6 +20,7 @@ from support.greedy_parity import (
     settings,
 )
 from zif import LLM, SamplingParams
+from zif_cpu import programs, ranges
 from zif_cpu.library import choose_kernels
 from zif_cpu.programs import Program
 
@@ -73,3 +76,36 @@ def test_steps_of_few_tokens_are_recorded(family: str, root: Path, monkeypatch: 
     with LLM.from_settings(settings(checkpoint(family, root), model_impl="native")) as llm:
         llm.generate({"prompt_token_ids": list(prompts()[7])}, greedy, use_tqdm=False)
     assert repeated
+
+
+@pytest.mark.skipif(choose_kernels(None).isa is None, reason="no native kernels here: there is nothing to record")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_programs_of_many_tokens_change_no_bit(family: str, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Batch-invariant: all products are native, of any instruction set and dtype.
+    conditions = {"max_num_batched_tokens": 256, "batch_invariant": True, "enable_prefix_caching": False}
+    steps = [(40, 30), (40, 40), (45, 45), (40, 45), (20, 25, 35), (41, 34), (32, 40), (44, 44), (30, 30, 30), (50, 40)]
+    used: list[int] = []
+    run = Program.__call__
+
+    def noted(program: Program, inputs: ranges.Inputs, prepared: Mapping[int, programs.Prepared]) -> torch.Tensor:
+        used.append(len(inputs.token_ids))
+        return run(program, inputs, prepared)
+
+    def answers() -> list[object]:
+        greedy = SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True, logprobs=5)
+        found = []
+        with LLM.from_settings(settings(checkpoint(family, root), model_impl="native", **conditions)) as llm:
+            for lengths in steps:
+                given = [{"prompt_token_ids": [5 + (7 * at + n) % 110 for at in range(n)]} for n in lengths]
+                outputs = [answer.outputs[0] for answer in llm.generate(given, greedy, use_tqdm=False)]
+                found.append([(output.token_ids, output.logprobs) for output in outputs])
+        return found
+
+    monkeypatch.setattr(Program, "__call__", noted)
+    expected = answers()
+    if family == "llama3":
+        assert [number for number in used if number > programs.MAX_TOKENS] == [85, 80, 88, 90, 90]
+    monkeypatch.setattr(programs, "MAX_TORCH_CALLS_OF_MANY", -1)
+    used.clear()
+    assert answers() == expected
+    assert max(used, default=0) <= programs.MAX_TOKENS

@@ -29,6 +29,8 @@ public:
     ~RowTiles() { _tile_release(); }
 };
 
+constexpr int64_t kBlockRows = 2 * kTile;  // that are multiplied together
+
 // Where operands and sums of a block lie, strides in bytes.
 struct TileOperands {
     const char* rows;        // [row tiles of 16][steps of 64 bytes]
@@ -106,7 +108,7 @@ inline void multiply_square(const TileOperands& of, Ahead& ahead) {
 // All rows by `columns`, a multiple of 32.
 inline void multiply_tiles(const TileOperands& all, int64_t rows, int64_t columns, Ahead& ahead) {
     stored();
-    for (int64_t row = 0; row < rows; row += 2 * kTile) {
+    for (int64_t row = 0; row < rows; row += kBlockRows) {
         const bool square = rows - row > kTile;
         int64_t at = 0;
         while (at < columns) {

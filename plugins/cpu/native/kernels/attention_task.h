@@ -195,13 +195,13 @@ struct HeadTask {
             }
 #if defined(__AMX_BF16__)
             if constexpr (kTiled) {
-                TileOperands of = {};
-                of.rows = reinterpret_cast<const char*>(query), of.row_stride = words * 4;
-                of.columns = reinterpret_cast<const char*>(panels);
-                of.column_step = 1024, of.column_stride = words * 64;
-                of.sums = reinterpret_cast<char*>(scores + key), of.sum_stride = kScoreStride * 4;
-                of.steps = words / kTile;
-                multiply_tiles(of, held, at_once, ahead);
+                // The first rows see none of the last keys.
+                int64_t row = 0;
+                while (last_seen(row) <= key) row += kBlockRows;
+                multiply_tiles({reinterpret_cast<const char*>(query + row * words), words * 4,
+                                reinterpret_cast<const char*>(panels), 1024, words * 64, words / kTile,
+                                reinterpret_cast<char*>(scores + row * kScoreStride + key), kScoreStride * 4, false},
+                               held - row, at_once, ahead);
                 continue;
             }
 #endif
@@ -263,32 +263,50 @@ struct HeadTask {
     }
 
 #if defined(__AMX_BF16__)
-    // sums = weights[row] @ values of keys start - stop - 1, of `count` rows; of these keys first - last - 1 are read.
-    void add_pairs(const KeyRange& range, int64_t row, int64_t count, float* sums, Ahead& ahead) {
-        // Of one tile of rows values are used once: few at a time, they stay in the first cache.
-        const int64_t at_once = count > 16 ? kSplitKeys : kKeyStep;
-        for (int64_t key = range.start; key < range.stop; key += at_once) {
-            const int64_t end = smaller(range.stop, key + at_once);
-            for (int64_t i = key; i < end; i += kKeyStep) {
-                char* tiles = reinterpret_cast<char*>(packed) + (i - key) / kKeyStep * width * 64;
-                const auto pair = few_or_tiles() ? pair_values<C, true> : pair_values<C, false>;
-                pair(values + i, range.from - i, range.to - i, call.head_dim, width, tiles, ahead);
-            }
-            multiply_tiles({reinterpret_cast<const char*>(weights + row * kStride + key), kStride * 2,
-                            reinterpret_cast<const char*>(packed), width * 64, 1024, (end - key) / kKeyStep,
-                            reinterpret_cast<char*>(sums), width * 4, key > range.start},
-                           count, width, ahead);
+    // How many keys some row of a block sees.
+    int64_t last_seen(int64_t row) const { return seen[smaller(row + kBlockRows, rows) - 1].last; }
+
+    // Put the values of keys i - i + kKeyStep - 1 into tiles; of keys start - stop - 1 those from - to - 1 are read.
+    void pair_step(const KeyRange& range, int64_t i, char* tiles, Ahead& ahead) const {
+        const auto pair = few_or_tiles() ? pair_values<C, true> : pair_values<C, false>;
+        pair(values + i, range.from - i, range.to - i, call.head_dim, width, tiles, ahead);
+    }
+
+    // sums = weights[row] @ values of keys start - stop - 1, of a tile of rows; of these keys from - to - 1 are read.
+    void add_pairs(const KeyRange& range, int64_t row, float* sums, Ahead& ahead) {
+        // Values are used once: few at a time, they stay in the first cache.
+        char* tiles = reinterpret_cast<char*>(packed);
+        for (int64_t key = range.start; key < range.stop; key += kKeyStep) {
+            pair_step(range, key, tiles, ahead);
+            multiply_tiles({reinterpret_cast<const char*>(weights + row * kStride + key), kStride * 2, tiles,
+                            width * 64, 1024, 1, reinterpret_cast<char*>(sums), width * 4, key > range.start},
+                           smaller(held, kTile), width, ahead);
+        }
+    }
+
+    // The same of all rows, a block at a time with the keys that it sees.
+    void add_blocks(const KeyRange& range, float* sums, Ahead& ahead) {
+        char* tiles = reinterpret_cast<char*>(packed);
+        for (int64_t key = range.start; key < range.stop; key += kKeyStep) {
+            pair_step(range, key, tiles + (key - range.start) * width * 2, ahead);
+        }
+        for (int64_t row = 0; row < held; row += kBlockRows) {
+            const int64_t steps = (rounded_up(last_seen(row), kKeyStep) - range.start) / kKeyStep;
+            multiply_tiles({reinterpret_cast<const char*>(weights + row * kStride + range.start), kStride * 2, tiles,
+                            width * 64, 1024, steps, reinterpret_cast<char*>(sums + row * width), width * 4, false},
+                           smaller(held - row, kBlockRows), width, ahead);
         }
     }
 
     void add_tiles(const KeyRange& range, const Softmax& softmax, Ahead& ahead) {
         const RowTiles registers(rows);
-        add_pairs(range, 0, held, softmax.weighted, ahead);
+        if (held > kTile) add_blocks(range, softmax.weighted, ahead);
+        else add_pairs(range, 0, softmax.weighted, ahead);
         if (!spoiled(range)) return;
         // A weight of zero does not hide what is no number: each row alone, with the values that it sees.
         float* sums = scores;
         for (int64_t row = 0; row < rows; ++row) {
-            add_pairs({seen[row].first, seen[row].last, range.start, range.stop}, row, smaller(held, 16), sums, ahead);
+            add_pairs({seen[row].first, seen[row].last, range.start, range.stop}, row, sums, ahead);
             std::memcpy(softmax.weighted + row * width, sums, width * sizeof(float));
         }
     }
@@ -312,10 +330,7 @@ struct HeadTask {
         read_scales(values, range.start, range.stop, value_scales);
         const Scaling scaling = Scaling::of(call.scale, call.softcap, kScaled ? key_scales : nullptr,
                                             kScaled ? value_scales : nullptr);
-        for (int64_t row = 0; row < rows; ++row) {
-            soften(scores + row * kScoreStride, weights + row * kStride, seen[row], scaling, softmax.maximum + row,
-                   softmax.total + row);
-        }
+        soften_rows(scores, weights, seen, rows, scaling, softmax);
         const int64_t blocks = width / (kColumns * kLanes) * rows / (2 * kRowsAtOnce);
         const int64_t steps = (range.to - range.from) / 4 * (1 + blocks);
         Ahead ahead(coming, few_or_tiles() ? 0 : num_coming, row_bytes<C>(call.head_dim), steps);
@@ -353,13 +368,12 @@ struct HeadTask {
     void run_all() {
         const Softmax whole(running, held), part(fresh, held);
         keep_query();
-        if (unit.num_splits == 1 && call.sinks == nullptr) {
-            attend_split(unit.first_split, whole);
-            return finish(whole);
-        }
-        start(whole);
-        for (int64_t i = 0; i < unit.num_splits; ++i) {
-            attend_split(unit.first_split + i, part);
+        // Without a sink the first split is all that there is: merged with nothing it would give the same.
+        int64_t done = 0;
+        if (call.sinks != nullptr) start(whole);
+        else attend_split(unit.first_split + done++, whole);
+        for (; done < unit.num_splits; ++done) {
+            attend_split(unit.first_split + done, part);
             whole.merge(part, rows, width);
         }
         finish(whole);

@@ -1,12 +1,16 @@
-"""Steps of few tokens as programs: all native calls of a forward pass in one list that one call runs.
+"""Steps as programs: all native calls of a forward pass in one list that one call runs.
 
 A pass is recorded when its number of tokens comes for the second time, and repeated from then on: without Python
 between the kernels, without asking for memory. Only what core's runner hands over changes: token ids and positions,
 which are copied, and what attention prepared, whose fields are put into the recorded calls.
+
+Of many tokens hardly a number comes twice. There two recordings, of few and of more, make one program of all numbers
+between them (`zif_cpu.ranges`), and numbers beyond are recorded to widen it.
 """
 
 import ctypes
 import logging
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -17,7 +21,8 @@ import torch
 
 from zif.contract import GraphRunner
 from zif_cpu.library import Library
-from zif_cpu.recording import NativeCall, NotRecordableError, Recorder, Slab, StepCalls, TorchCall
+from zif_cpu.ranges import CountedCall, Inputs, Recording, Words, common, padded
+from zif_cpu.recording import Item, NativeCall, NotRecordableError, Recorder, Slab, StepCalls, TorchCall
 
 logger = logging.getLogger(__name__)
 
@@ -25,10 +30,13 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 MAX_TOKENS = 64
-"""Steps of more tokens run as they are: there the kernels take a hundred times as long as the calls between them."""
+"""Steps of up to as many tokens have a program for each number of tokens; of more, one for all up to a power of two."""
 
 MAX_TORCH_CALLS = 1000
 """A pass that leaves more than so many operations to torch is not worth recording."""
+
+MAX_TORCH_CALLS_OF_MANY = 32
+"""The same for many tokens, of which products must all be native: a program leaves torch one thread."""
 
 
 class Recorded(Protocol):
@@ -67,22 +75,29 @@ class _StepRows:
 
 
 class Program:
-    """One recorded pass. Not for use by several threads at a time.
+    """A recorded pass, or, with a second recording of fewer tokens, all between the two. For one thread at a time.
 
     Leaves torch one thread; `HostDevice.watch`, in which every step runs, gives back what it had.
     """
 
-    def __init__(self, library: Library, recorder: Recorder, inputs: "_Inputs", output: torch.Tensor) -> None:
+    def __init__(self, library: Library, recording: Recording, fewer: Recording | None = None) -> None:
         self._run = library.raw.zif_cpu_run
-        self._inputs = inputs
-        self._output = output
-        self._steps = [_step_rows(group, calls) for (group, _), calls in recorder.steps.items()]
-        self._kept = recorder.items
-        self._parts = _parts(recorder.items, {(step.group, step.kind): step.rows for step in self._steps})
+        self._kept = recording, fewer
+        self._inputs, self._output = recording.inputs, recording.output
+        self._steps = [_step_rows(group, calls) for (group, _), calls in recording.recorder.steps.items()]
+        self._words = recording.words()
+        items: Sequence[Item | CountedCall] = recording.recorder.items
+        self._counts = np.empty(0, np.int64)
+        if fewer is not None:
+            found = common(fewer, recording)
+            items, self._counts = found.items, found.counts
+        self._parts = _parts(items, self._words, {(step.group, step.kind): step.rows for step in self._steps})
 
-    def __call__(self, inputs: "_Inputs", prepared: Mapping[int, Prepared]) -> torch.Tensor:
-        self._inputs.token_ids.copy_(inputs.token_ids)
-        self._inputs.positions.copy_(inputs.positions)
+    def __call__(self, inputs: Inputs, prepared: Mapping[int, Prepared]) -> torch.Tensor:
+        num_tokens = len(inputs.token_ids)
+        self._inputs.token_ids[:num_tokens].copy_(inputs.token_ids)
+        self._inputs.positions[:num_tokens].copy_(inputs.positions)
+        self._words[self._counts] = num_tokens
         for step in self._steps:
             step.fill(prepared[step.group])
         # What torch computes here, and with the rows that are sampled, is small. Its threads would wait for one another
@@ -91,17 +106,39 @@ class Program:
         for part in self._parts:
             if isinstance(part, ctypes.Array):
                 self._run(part, len(part))
+            elif isinstance(part, CountedCall):
+                part(num_tokens)
             else:
                 part()
-        return self._output.clone()
+        return self._output[:num_tokens].clone()
 
 
-@dataclass(frozen=True, slots=True)
-class _Inputs:
-    """token_ids, positions: [T], int64."""
+@dataclass(eq=False, slots=True)
+class _Range:
+    """What is recorded of steps that share a program. room: the most tokens that they have.
 
-    token_ids: torch.Tensor
-    positions: torch.Tensor
+    least, most: the recordings of the fewest and of the most tokens.
+    """
+
+    room: int
+    least: Recording | None = None
+    most: Recording | None = None
+    program: Program | None = None
+
+    def find(self, num_tokens: int) -> Program | None:
+        if self.least is None or self.most is None or not self.least.num_tokens <= num_tokens <= self.most.num_tokens:
+            return None
+        return self.program
+
+    def add(self, library: Library, recording: Recording) -> None:
+        """Serve this number of tokens from now on, too. Raises `NotRecordableError` where its calls are others."""
+        least, most = self.least or recording, self.most or recording
+        if recording.num_tokens < least.num_tokens:
+            least = recording
+        if recording.num_tokens > most.num_tokens:
+            most = recording
+        self.program = Program(library, most, None if least is most else least)
+        self.least, self.most = least, most
 
 
 class StepPrograms(GraphRunner):
@@ -121,50 +158,69 @@ class StepPrograms(GraphRunner):
 
 @dataclass(eq=False, slots=True)
 class _Wrapped:
-    """One function with its programs, by number of tokens. None: seen once, or not recordable when in `failed`."""
+    """One function with its programs, by the most tokens that one serves. No entry: no such step was seen.
+
+    Steps of more than `most` tokens run as they are.
+    """
 
     graphs: StepPrograms
     function: Callable[..., torch.Tensor]
-    programs: dict[int, Program | None] = field(default_factory=dict)
-    failed: bool = False
+    ranges: dict[int, _Range] = field(default_factory=dict)
+    most: int = sys.maxsize
 
     def __call__(self, *arguments: Any, **named: Any) -> torch.Tensor:
-        prepared = None if named or self.failed else _repeatable(arguments)
+        prepared = None if named else _repeatable(arguments)
         if prepared is None:
             return self.function(*arguments, **named)
-        num_tokens = len(arguments[0])
-        if num_tokens not in self.programs:
-            self.programs[num_tokens] = None
+        inputs = Inputs(arguments[0], arguments[1])
+        num_tokens = len(inputs.token_ids)
+        room = _room(num_tokens)
+        if room > self.most or room not in self.ranges:
+            self.ranges.setdefault(room, _Range(room))
             return self.function(*arguments)
-        inputs = _Inputs(arguments[0], arguments[1])
-        program = self.programs[num_tokens]
-        if program is None:
-            try:
-                return self._record(inputs, arguments[2])
-            except NotRecordableError as error:
-                logger.info("steps run call by call: %s", error)
-                self.failed = True
-                self.programs.clear()
-                return self.function(*arguments)
-        return program(inputs, prepared)
+        known = self.ranges[room]
+        if program := known.find(num_tokens):
+            return program(inputs, prepared)
+        try:
+            return self._record(known, inputs, arguments[2])
+        except NotRecordableError as error:
+            self.most = 0 if room <= MAX_TOKENS else room // 2
+            logger.info("steps of more than %d tokens run call by call: %s", self.most, error)
+            self.ranges = {size: one for size, one in self.ranges.items() if size <= self.most}
+            return self.function(*arguments)
 
-    def _record(self, inputs: _Inputs, attend: Any) -> torch.Tensor:
-        """Run a step as it is and keep it as a program."""
-        graphs = self.graphs
-        graphs.slab = graphs.slab or Slab()
-        kept = _Inputs(inputs.token_ids.clone(), inputs.positions.clone())
-        recorder = Recorder(graphs.slab)
+    def _record(self, known: _Range, inputs: Inputs, attend: Any) -> torch.Tensor:
+        """Run a step as it is and keep it as a program, or as part of one."""
+        graphs, num_tokens = self.graphs, len(inputs.token_ids)
+        slab = graphs.slab = graphs.slab or Slab()
+        recorder = Recorder(slab, num_tokens, known.room)
+        kept = Inputs(*(slab.empty(one.shape, one.dtype).copy_(one) for one in (inputs.token_ids, inputs.positions)))
         with _all(graphs.sources, recorder), recorder:
             output = self.function(kept.token_ids, kept.positions, attend)
-        if sum(not isinstance(item, NativeCall) for item in recorder.items) > MAX_TORCH_CALLS:
-            raise NotRecordableError(f"torch computes more than {MAX_TORCH_CALLS} of its operations")
-        self.programs[len(kept.token_ids)] = Program(graphs.library, recorder, kept, output)
-        return output.clone()
+        _ensure_worth(recorder, known.room > MAX_TOKENS)
+        result = output.clone()
+        known.add(graphs.library, Recording(kept, recorder, output))
+        return result
+
+
+def _ensure_worth(recorder: Recorder, is_of_many: bool) -> None:
+    """Raise `NotRecordableError` where what torch computes takes too long for programs."""
+    others = [item for item in recorder.items if not isinstance(item, NativeCall)]
+    most = MAX_TORCH_CALLS_OF_MANY if is_of_many else MAX_TORCH_CALLS
+    if len(others) > most:
+        raise NotRecordableError(f"torch computes more than {most} of their operations")
+    if is_of_many and any(isinstance(item, TorchCall) and item.multiplies for item in others):
+        raise NotRecordableError("torch makes products of theirs")
+
+
+def _room(num_tokens: int) -> int:
+    """Return the most tokens that a step has which shares the program."""
+    return num_tokens if num_tokens <= MAX_TOKENS else 1 << (num_tokens - 1).bit_length()
 
 
 def _repeatable(arguments: tuple[Any, ...]) -> Mapping[int, Prepared] | None:
-    """Return what attention prepared, by layer group, where native calls alone serve this step of few tokens."""
-    if len(arguments) != 3 or not 0 < len(arguments[0]) <= MAX_TOKENS:
+    """Return what attention prepared, by layer group, where native calls alone serve this step."""
+    if len(arguments) != 3 or not len(arguments[0]):
         return None
     prepared = getattr(arguments[2], "prepared", None)
     if not isinstance(prepared, Mapping) or not all(getattr(one, "repeatable", False) for one in prepared.values()):
@@ -181,25 +237,27 @@ def _all(sources: tuple[Recorded, ...], recorder: Recorder) -> Iterator[None]:
 
 
 def _step_rows(group: int, calls: StepCalls) -> _StepRows:
-    size = ctypes.sizeof(calls.kind)
-    rows = np.frombuffer(b"".join(calls.calls), np.uint8).reshape(-1, size).copy()
-    shared = np.ones(size, np.bool_)
-    for name in calls.layer_fields:
-        place = getattr(calls.kind, name)
-        shared[place.offset : place.offset + place.size] = False
-    return _StepRows(group, calls.kind, rows, np.flatnonzero(shared))
+    return _StepRows(group, calls.kind, calls.rows(), np.flatnonzero(calls.is_shared()))
 
 
 def _parts(
-    items: Sequence[NativeCall | TorchCall],
-    rows: Mapping[tuple[int, type[ctypes.Structure]], "np.ndarray[Any, np.dtype[np.uint8]]"],
-) -> "list[ctypes.Array[_Entry] | TorchCall]":
+    items: Sequence[Item | CountedCall],
+    words: Words,
+    rows: Mapping[tuple[int, type[ctypes.Structure]], np.ndarray[Any, np.dtype[np.uint8]]],
+) -> "list[ctypes.Array[_Entry] | Callable[[], None] | CountedCall]":
     """Put native calls that follow each other into one list."""
-    parts: list[ctypes.Array[_Entry] | TorchCall] = []
+    parts: list[ctypes.Array[_Entry] | Callable[[], None] | CountedCall] = []
     run: list[_Entry] = []
+    place = words.ctypes.data
     for item in (*items, None):
         if isinstance(item, NativeCall):
-            run.append(_Entry(item.function, _address(item, rows)))
+            if item.struct is not None:
+                run.append(_Entry(item.function, place))
+                place += len(padded(item.struct))
+            else:
+                assert item.group is not None, "a call without its struct"
+                structs = rows[item.group]
+                run.append(_Entry(item.function, structs.ctypes.data + item.index * structs.strides[0]))
             continue
         if run:
             parts.append((_Entry * len(run))(*run))
@@ -207,13 +265,3 @@ def _parts(
         if item is not None:
             parts.append(item)
     return parts
-
-
-def _address(
-    item: NativeCall, rows: Mapping[tuple[int, type[ctypes.Structure]], "np.ndarray[Any, np.dtype[np.uint8]]"]
-) -> int:
-    if item.struct is not None:
-        return ctypes.addressof(item.struct)
-    assert item.group is not None, "a call without its struct"
-    structs = rows[item.group]
-    return structs.ctypes.data + item.index * structs.strides[0]

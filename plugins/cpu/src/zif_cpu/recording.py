@@ -14,13 +14,14 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-SLAB_BYTES = 128 << 20
+SLAB_BYTES = 512 << 20
 """Address space for the results of one pass; the system gives memory only to what is touched."""
 
 _ALIGNMENT = 64
 
 _aten = torch.ops.aten
 _UNREPEATABLE = frozenset((torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output))
+_PRODUCTS = frozenset((_aten.mm, _aten.addmm, _aten.bmm, _aten.baddbmm, _aten.linear, _aten.matmul))
 _EMPTY = frozenset((_aten.empty.memory_format, _aten.new_empty.default, _aten.empty_like.default))
 
 
@@ -37,22 +38,30 @@ class Slab:
         self._free: list[tuple[int, int]] = []
         self.begin()
 
-    def begin(self) -> None:
-        """Start a pass: all is free. What earlier passes hold is theirs while they run."""
+    def begin(self, num_tokens: int = 0, room: int = 0) -> None:
+        """Start a pass: all is free. What earlier passes hold is theirs while they run.
+
+        Arrays of `num_tokens` rows get memory for `room`: passes of other numbers of tokens then put theirs at the same
+        places.
+        """
         self._free = [(self._start, len(self._memory))]
         self._pass = object()
+        self._num_tokens, self._room = num_tokens, room
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """Return an array of undefined content. Raises `NotRecordableError` when the slab has no room."""
         count = 1
         for extent in shape:
             count *= extent
-        num_bytes = count * dtype.itemsize
-        begin = self._take(max(_ALIGNMENT, -(-num_bytes // _ALIGNMENT) * _ALIGNMENT))
+        num_bytes = reserved = count * dtype.itemsize
+        if self._num_tokens and shape and shape[0] == self._num_tokens:
+            reserved = num_bytes // self._num_tokens * self._room
+        reserved = max(_ALIGNMENT, -(-reserved // _ALIGNMENT) * _ALIGNMENT)
+        begin = self._take(reserved)
         piece = self._memory[begin : begin + num_bytes]
         # The array keeps the piece, and the piece tells when nobody keeps it.
         array = torch.from_numpy(piece)
-        weakref.finalize(piece, self._give_back, self._pass, begin, num_bytes)
+        weakref.finalize(piece, self._give_back, self._pass, begin, begin + reserved)
         return array.view(dtype).view(tuple(shape))
 
     def _take(self, num_bytes: int) -> int:
@@ -62,10 +71,9 @@ class Slab:
                 return begin
         raise NotRecordableError(f"the pass needs more than {len(self._memory) >> 20} MiB for its results")
 
-    def _give_back(self, owner: object, begin: int, num_bytes: int) -> None:
+    def _give_back(self, owner: object, begin: int, end: int) -> None:
         if owner is not self._pass:
             return
-        end = begin + max(_ALIGNMENT, -(-num_bytes // _ALIGNMENT) * _ALIGNMENT)
         spans = sorted([*self._free, (begin, end)])
         merged = [spans[0]]
         for start, stop in spans[1:]:
@@ -87,28 +95,65 @@ class StepCalls:
     layer_fields: tuple[str, ...]
     calls: list[bytes] = field(default_factory=list)
 
+    def rows(self) -> "np.ndarray[Any, np.dtype[np.uint8]]":
+        """Return a copy of the structs, [calls, bytes]."""
+        return np.frombuffer(b"".join(self.calls), np.uint8).reshape(len(self.calls), -1).copy()
+
+    def is_shared(self) -> "np.ndarray[Any, np.dtype[np.bool_]]":
+        """Return which bytes of the struct are the step's."""
+        shared = np.ones(ctypes.sizeof(self.kind), np.bool_)
+        for name in self.layer_fields:
+            place = getattr(self.kind, name)
+            shared[place.offset : place.offset + place.size] = False
+        return shared
+
 
 @dataclass(frozen=True, slots=True)
 class NativeCall:
     """One call: the address of a function and its struct, or where in `StepCalls` the struct is."""
 
     function: int
-    struct: ctypes.Array[ctypes.c_char] | None
+    struct: bytes | None
     group: tuple[int, type[ctypes.Structure]] | None = None
     index: int = 0
 
 
-TorchCall = Callable[[], None]
+@dataclass(frozen=True, slots=True)
+class TorchCall:
+    """One operation of torch. results: the arrays that get what it gives; none where it changes its arguments."""
+
+    function: Any
+    arguments: Sequence[Any]
+    named: Mapping[str, Any]
+    results: Sequence[torch.Tensor]
+
+    @property
+    def multiplies(self) -> bool:
+        """Whether it is a product of matrices."""
+        return self.function.overloadpacket in _PRODUCTS
+
+    def __call__(self) -> None:
+        given = self.function(*self.arguments, **self.named)
+        if self.results:
+            for result, one in zip(self.results, _arrays(given), strict=True):
+                result.copy_(one)
+
+
+Item = NativeCall | Callable[[], None]
+"""One call of a pass: a native one, one of torch, or another that nothing is known of."""
 
 
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Record one pass. `items` are its calls in order, `steps` those whose structs change from step to step."""
+    """Record one pass. `items` are its calls in order, `steps` those whose structs change from step to step.
 
-    def __init__(self, slab: Slab) -> None:
+    num_tokens, room: as `Slab.begin` has them.
+    """
+
+    def __init__(self, slab: Slab, num_tokens: int = 0, room: int = 0) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        slab.begin()
+        slab.begin(num_tokens, room)
         self._slab = slab
-        self.items: list[NativeCall | TorchCall] = []
+        self.items: list[Item] = []
         self.steps: dict[tuple[int, type[ctypes.Structure]], StepCalls] = {}
 
     @classmethod
@@ -118,7 +163,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def call(self, function: int, struct: bytes) -> None:
         """Record a native call whose struct is the same every time."""
-        self.items.append(NativeCall(function, ctypes.create_string_buffer(struct, len(struct))))
+        self.items.append(NativeCall(function, struct))
 
     def heard(self, function: Any) -> Callable[[Any], Any]:
         """Return what calls `function`, of a struct as bytes or by reference, and records the call."""
@@ -153,7 +198,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             raise NotRecordableError(f"what {func} gives depends on more than shapes")
         result = func(*args, **options)
         if func._schema.is_mutable:
-            self.items.append(lambda: func(*args, **options))
+            self.items.append(TorchCall(func, args, options, ()))
             return result
         outputs = _arrays(result)
         if not outputs:
@@ -162,13 +207,16 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         given = {array.untyped_storage().data_ptr() for array in _arrays((*args, *options.values()))}
         if not given.isdisjoint(output.untyped_storage().data_ptr() for output in outputs):
             return result
-
-        def repeat() -> None:
-            for output, again in zip(outputs, _arrays(func(*args, **options)), strict=True):
-                output.copy_(again)
-
-        self.items.append(repeat)
+        if isinstance(result, torch.Tensor):
+            outputs = [result := self._moved(result)]
+        self.items.append(TorchCall(func, args, options, outputs))
         return result
+
+    def _moved(self, array: torch.Tensor) -> torch.Tensor:
+        """Return a dense array as one of the slab."""
+        if not array.is_contiguous() or not array.numel():
+            return array
+        return self._slab.empty(array.shape, array.dtype).copy_(array)
 
 
 def _described(func: Any, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Sequence[int], torch.dtype]:

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from zif.contract import Activation
 from zif_cpu.operators import NativeOps
-from zif_cpu.programs import MAX_TOKENS, StepPrograms
+from zif_cpu.programs import MAX_TOKENS, MAX_TORCH_CALLS_OF_MANY, StepPrograms
 from zif_cpu.recording import NotRecordableError, Recorder, Slab
 
 
@@ -33,7 +33,7 @@ class Forward:
     """A small network of native calls and torch's operations; counts how often it runs as it is."""
 
     def __init__(self, library, extra=None):
-        self.ops = NativeOps(library, library.isas[-1])
+        self.ops = NativeOps(library, library.isas[-1], batch_invariant=True)  # products are native at any number
         self.extra = extra or (lambda x: x)
         self.embedding = random(50, 64)
         self.up, self.down, self.norm = random(256, 64, seed=1), random(64, 128, seed=2), random(64, seed=3)
@@ -100,14 +100,100 @@ def test_rows_picked_by_numbers_are_picked_anew(library):
     assert forward.num_calls == 5 + 2
 
 
-@pytest.mark.parametrize(
-    ("num_tokens", "repeatable", "states"), [(MAX_TOKENS + 1, True, ()), (3, False, ()), (3, True, (object(),))]
-)
+@pytest.mark.parametrize("num_tokens", [3, MAX_TOKENS + 1])
+@pytest.mark.parametrize(("repeatable", "states"), [(False, ()), (True, (object(),))])
 def test_other_steps_run_as_they_are(forward, library, num_tokens, repeatable, states):
     wrapped = StepPrograms(library, (forward.ops,)).wrap(forward)
     for _ in range(4):
         wrapped(*inputs(num_tokens, 0), Attend(repeatable), *states)
     assert forward.num_calls == 4
+
+
+def test_many_tokens_share_a_program_between_the_numbers_that_were_recorded(forward, library):
+    wrapped = StepPrograms(library, (forward.ops,)).wrap(forward)
+    sizes = [100, 100, 100, 80, 99, 85, 80, 100, 128, 127, 3, 101, 65, 66, 128, 3, 200, 129, 3, 131, 140, 256, 255, 90]
+    as_they_are = [True, True, False, True, *[False] * 4, True, False, True, False, True, False, False, True]
+    as_they_are += [True, True, False, True, True, True, False, False]
+    for seed, (num_tokens, is_run) in enumerate(zip(sizes, as_they_are, strict=True)):
+        expected = forward(*inputs(num_tokens, seed), Attend())
+        before = forward.num_calls
+        assert torch.equal(wrapped(*inputs(num_tokens, seed), Attend()), expected)
+        assert forward.num_calls - before == is_run, f"step {seed}"
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        lambda x: x * (len(x) // 2),
+        lambda x: x * float(len(x)),
+        lambda x: x + x[len(x) - 1],
+        lambda x: x + x[: len(x) // 2].sum(),
+        lambda x: x.t().contiguous().t() + 1,
+        lambda x: torch.stack([x, x + 1])[1] * 2,
+        lambda x: (x.view(len(x), 2, 32).transpose(1, 2) * 2).flatten(1),
+        lambda x: torch.topk(x.float(), 3).values,
+        lambda x: x[:-1].contiguous(),
+        lambda x: x[:, torch.tensor([3, 1, 1])],
+        lambda x: x + 1 if len(x) % 3 else x * 2,
+        lambda x: x + 1 if len(x) % 3 else x,
+    ],
+    ids=[
+        "half",
+        "float",
+        "last",
+        "some",
+        "columns",
+        "stacked",
+        "transposed",
+        "largest",
+        "fewer",
+        "constant",
+        "other",
+        "more",
+    ],
+)
+def test_what_depends_on_the_number_of_many_tokens_runs_as_it_is(library, extra):
+    forward, plain = Forward(library, extra), Forward(library)
+    wrapped = StepPrograms(library, (forward.ops,)).wrap(forward)
+    for seed, num_tokens in enumerate([100, 99, 98, 99, 97, 128, 110, 111, 3, 3, 3]):
+        expected = extra(plain(*inputs(num_tokens, seed), Attend()))
+        assert torch.equal(wrapped(*inputs(num_tokens, seed), Attend()), expected)
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        lambda x: x + torch.arange(len(x))[:, None],
+        lambda x: x * torch.zeros(len(x), 1).add_(len(x)),
+        lambda x: torch.cat([x, x.split(32, dim=1)[1]], dim=1),
+    ],
+    ids=["numbers of rows", "the number", "in pieces"],
+)
+def test_what_torch_computes_of_many_tokens_is_computed_anew(library, extra):
+    forward, plain = Forward(library, extra), Forward(library)
+    wrapped = StepPrograms(library, (forward.ops,)).wrap(forward)
+    for seed, num_tokens in enumerate([100, 97, 109, 99, 108, 97, 109, 100]):
+        expected = extra(plain(*inputs(num_tokens, seed), Attend()))
+        assert torch.equal(wrapped(*inputs(num_tokens, seed), Attend()), expected)
+    assert forward.num_calls == 3
+
+
+def test_of_many_tokens_torch_keeps_what_takes_it_long(library):
+    forward = Forward(library, lambda x: sum([x + i for i in range(MAX_TORCH_CALLS_OF_MANY)]))
+    wrapped = StepPrograms(library, (forward.ops,)).wrap(forward)
+    for seed, num_tokens in enumerate([100, 100, 100, 300, 300, 3, 3, 3, 3]):
+        expected = forward(*inputs(num_tokens, seed), Attend())
+        assert torch.equal(wrapped(*inputs(num_tokens, seed), Attend()), expected)
+    # As it is: each of many tokens, once more where recording was given up, and two of the four of few.
+    assert forward.num_calls == 9 + 5 + 1 + 2
+
+
+def test_a_product_of_many_tokens_that_torch_makes_is_not_recorded(library):
+    forward = Forward(library, lambda x: functional.linear(x, torch.eye(64, dtype=x.dtype)))
+    wrapped = StepPrograms(library, (forward.ops,)).wrap(forward)
+    for num_tokens in (100, 100, 100, 3, 3, 3):
+        wrapped(*inputs(num_tokens, 0), Attend())
+    assert forward.num_calls == 3 + 1 + 2
 
 
 @pytest.mark.parametrize(
