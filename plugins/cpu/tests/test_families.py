@@ -84,6 +84,7 @@ def test_programs_of_many_tokens_change_no_bit(family: str, root: Path, monkeypa
     # Batch-invariant: all products are native, of any instruction set and dtype.
     conditions = {"max_num_batched_tokens": 256, "batch_invariant": True, "enable_prefix_caching": False}
     steps = [(40, 30), (40, 40), (45, 45), (40, 45), (20, 25, 35), (41, 34), (32, 40), (44, 44), (30, 30, 30), (50, 40)]
+    steps += [(44, 44), (41, 44)]
     used: list[int] = []
     run = Program.__call__
 
@@ -104,7 +105,7 @@ def test_programs_of_many_tokens_change_no_bit(family: str, root: Path, monkeypa
     monkeypatch.setattr(Program, "__call__", noted)
     expected = answers()
     if family == "llama3":
-        assert [number for number in used if number > programs.MAX_TOKENS] == [85, 80, 88, 90, 90]
+        assert [number for number in used if number > programs.MAX_TOKENS] == [80, 90, 88, 85]
     monkeypatch.setattr(programs, "MAX_TORCH_CALLS_OF_MANY", -1)
     used.clear()
     assert answers() == expected

@@ -6,7 +6,10 @@
 // one order either way, panel by panel, so they have the same bits however many tokens there are.
 #pragma once
 
+#include <type_traits>
+
 #include "pool.h"
+#include "target.h"
 #include "words.h"
 
 namespace zif {
@@ -20,6 +23,7 @@ constexpr int64_t kPassTokens = 32 * kTokensAtOnce;  // that pass by a panel: th
 constexpr int64_t kPanelRows = 2 * kLanes;
 constexpr int64_t kPanelWords = 256;  // of a row, unpacked: summed apart, so that errors do not grow with the inputs
 constexpr int64_t kGroupPanels = 4;   // that take turns with the same inputs
+constexpr int64_t kWordsAhead = 32;   // words of tokens are asked for so far ahead
 
 // Activations in words, as `Multiplier::hold` makes them, zeros behind the inputs up to whole blocks. Few tokens
 // are one group, of many kTokensAtOnce are, but for the last: [groups][words][tokens of the group].
@@ -132,8 +136,14 @@ inline void hold_words(const T* x, int64_t stride, int64_t inputs, const Words& 
     hold_group(x + group * to.group_tokens() * stride, stride, inputs, to, group);
 }
 
+// Integer sums are exact, so their panels may be shorter: beside one of 16 KiB the first cache has room for its tokens
+// and for the weights that it is filled from.
 template <class Mul>
-constexpr int64_t kPanelBlocks = kPanelWords / (kLanes * Mul::kParts);
+constexpr bool kExact = std::is_same_v<typename Mul::Sum, Int>;
+
+template <class Mul>
+constexpr int64_t kPanelBlocks =
+    (kExact<Mul> && ZIF_VECTOR_BYTES == 64 ? kPanelWords / 2 : kPanelWords) / (kLanes * Mul::kParts);
 
 // M tokens times outputs `begin` to `end` - 1.
 template <int M, class Rows, class Sink>
@@ -166,7 +176,7 @@ inline void multiply_few(const Rows& rows, const Words& x, int64_t begin, int64_
 #pragma GCC unroll 16
             for (int m = 0; m < M; ++m) totals[m] = first > 0 ? totals[m] + sums[m] : sums[m];
         }
-        for (int m = 0; m < M; ++m) sink.put(m, output, totals[m], count);
+        sink.put({0, M}, output, totals, 1, count);
     }
 }
 
@@ -290,14 +300,14 @@ private:
         const int64_t token = group * kTokensAtOnce;
         Sum own[M][kWide] = {};
         Sum* sums = sums_ + (part.panel * kPassTokens + token - first_) * kWide;
-        if (part.last) {
-            for (int m = 0; m < M; ++m) sink_.ask(token + m, part.output());
-        }
+        if (part.last) sink_.ask({token, token + M}, part.output());
         const float* x = x_.group(group) + part.block * kBlockWords * M;
         const Float* panel = panel_;
         for (int64_t block = 0; block < part.count; ++block) {
             ahead.step();
             for (int64_t word = 0; word < kBlockWords; ++word, panel += kWide, x += M) {
+                // Tokens come from the second cache. Float products did not gain by asking; of few tokens, they lost.
+                if constexpr (kExact<Mul>) __builtin_prefetch(x + kWordsAhead * M, 0, 3);
 #pragma GCC unroll 16
                 for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 2
@@ -310,14 +320,14 @@ private:
             const Sum some = own[i / kWide][i % kWide];
             sums[i] = part.block > 0 ? sums[i] + some : some;
         }
-        if (part.last) finish(token, M, part, sums);
+        if (part.last) finish({token, token + M}, part, sums);
     }
 
-    void finish(int64_t token, int tokens, const Part& part, const Sum* sums) const {
+    void finish(const Range& tokens, const Part& part, const Sum* sums) const {
         for (int wide = 0; wide < kWide; ++wide) {
             const int64_t row = wide * kLanes, count = smaller_of(part.num_rows - row, kLanes);
             if (count <= 0) return;
-            for (int m = 0; m < tokens; ++m) sink_.put(token + m, part.output() + row, sums[m * kWide + wide], count);
+            sink_.put(tokens, part.output() + row, sums + wide, kWide, count);
         }
     }
 

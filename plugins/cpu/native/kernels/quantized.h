@@ -119,30 +119,36 @@ public:
 #endif
     }
 
-    // All tokens are multiplied together.
-    int64_t num_blocks() const { return 1; }
-    Range tokens_of(int64_t) const { return {0, tokens_}; }
+    // Parts of the tokens that may be multiplied apart: by tiles all are multiplied together.
+    int64_t num_blocks() const { return tokens_ > 0 ? (tokens_ + block_tokens() - 1) / block_tokens() : 1; }
+
+    Range tokens_of(int64_t block) const {
+        const int64_t first = block * block_tokens();
+        return {first, first + block_tokens() < tokens_ ? first + block_tokens() : tokens_};
+    }
 
     // Outputs of a task.
     int64_t chunk(int64_t outputs) const {
-        return tokens_ <= kOrderedTokens ? few_chunk(outputs) : chunk_rows(weight_, outputs);
+        if (tokens_ <= kOrderedTokens) return few_chunk(outputs);
+        return by_vectors(weight_, tokens_) ? large_chunk(outputs, num_blocks()) : chunk_rows(weight_, outputs);
     }
 
-    // All tokens times some outputs.
-    void multiply(int64_t, const Range& outputs, const Target<T>& target, int thread) const {
+    // One part of the tokens times some outputs.
+    void multiply(int64_t block, const Range& outputs, const Target<T>& target, int thread) const {
+        const Range tokens = tokens_of(block);
         const int64_t begin = outputs.first, end = outputs.last;
         switch (way_) {
             case Way::kIntegers: {
                 const IntegerSums<T> sums(own_tokens(), weight_.scales, target);
                 if (tokens_ <= kFewestTokens) return multiply_fewest(code_rows(weight_), words(), begin, end, sums);
-                return multiply_words(code_rows(weight_), sums, begin, end, thread);
+                return multiply_words(code_rows(weight_), sums, tokens, outputs, thread);
             }
             case Way::kFloats: {
                 const FloatSums<T> sums(target);
                 const bool whole_words = weight_.group * weight_.bits % 32 == 0;
-                if (!whole_words) return multiply_words(AnyRows{weight_}, sums, begin, end, thread);
-                if (weight_.bits == 8) return multiply_words(CodeRows<8>(weight_), sums, begin, end, thread);
-                return multiply_words(CodeRows<4>(weight_), sums, begin, end, thread);
+                if (!whole_words) return multiply_words(AnyRows{weight_}, sums, tokens, outputs, thread);
+                if (weight_.bits == 8) return multiply_words(CodeRows<8>(weight_), sums, tokens, outputs, thread);
+                return multiply_words(CodeRows<4>(weight_), sums, tokens, outputs, thread);
             }
 #if defined(__AMX_INT8__)
             case Way::kIntegerTiles:
@@ -164,14 +170,12 @@ private:
     }
 
     template <class Rows>
-    void multiply_words(const Rows& rows, const Sums<typename Rows::Mul::Sum>& sink, int64_t begin, int64_t end,
-                        int thread) const {
-        const int64_t most = words().pass_tokens();
-        for (int64_t first = 0; first < tokens_; first += most) {
-            const int64_t last = first + most < tokens_ ? first + most : tokens_;
-            multiply_rows(rows, words(), first, last, begin, end, sink, thread);
-        }
+    void multiply_words(const Rows& rows, const Sums<typename Rows::Mul::Sum>& sink, const Range& tokens,
+                        const Range& outputs, int thread) const {
+        multiply_rows(rows, words(), tokens.first, tokens.last, outputs.first, outputs.last, sink, thread);
     }
+
+    int64_t block_tokens() const { return by_vectors(weight_, tokens_) ? words().pass_tokens() : tokens_; }
 
     static int64_t heads(int64_t tokens) { return rounded_up(tokens * sizeof(RoundedToken), 64); }
 

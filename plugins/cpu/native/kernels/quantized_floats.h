@@ -272,9 +272,8 @@ inline void decode_vectors(const CodeRows<kBits>& rows, const Words& x, int64_t 
         }
     }
 #pragma GCC unroll 32
-    for (int i = 0; i < kWide * M; ++i) {
-        sink.put(i % M, output + i / M * kLanes, totals[i / M][i % M] + sums[i / M][i % M], count_of(i / M));
-    }
+    for (int i = 0; i < kWide * M; ++i) totals[i / M][i % M] += sums[i / M][i % M];
+    for (int i = 0; i < kWide; ++i) sink.put({0, M}, output + i * kLanes, totals[i], 1, count_of(i));
 }
 
 // `multiply_few` of words that are decoded: of 1 to M tokens.

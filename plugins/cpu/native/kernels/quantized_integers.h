@@ -102,13 +102,16 @@ struct IntegerSums final : Sums<Int> {
     IntegerSums(const RoundedToken* tokens, const float* scales, const Target<T>& target)
         : tokens(tokens), scales(scales), target(target) {}
 
-    void ask(int64_t token, int64_t output) const override { target.ask(token, output); }
+    void ask(const Range& some, int64_t output) const override { target.ask_all(some, output); }
 
-    void put(int64_t token, int64_t output, Int sums, int64_t count) const override {
-        const RoundedToken own = tokens[token];
-        const Float product = __builtin_convertvector(sums - own.offset, Float) * own.scale;
+    void put(const Range& some, int64_t output, const Int* sums, int64_t step, int64_t count) const override {
         const Float scale = count == kLanes ? load(scales + output) : load_some(scales + output, count);
-        target.put_biased(token, output, fused(product, scale, target.bias_of(output, count)), count);
+        const Float bias = target.bias_of(output, count);
+        for (int64_t token = some.first; token < some.last; ++token, sums += step) {
+            const RoundedToken own = tokens[token];
+            const Float product = __builtin_convertvector(*sums - own.offset, Float) * own.scale;
+            target.put_biased(token, output, fused(product, scale, bias), count);
+        }
     }
 };
 
@@ -182,7 +185,7 @@ inline void multiply_as_they_lie(const PlainRows<int8_t>& rows, const Words& x, 
             transpose(turned);
             Int total = {};
             for (int i = 0; i < kLanes; ++i) total += bits_as<Int>(turned[i]);
-            sink.put(m, output, total, count);
+            sink.put({m, m + 1}, output, &total, 1, count);
         }
     }
 }

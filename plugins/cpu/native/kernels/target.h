@@ -49,6 +49,10 @@ struct Target {
     // Ask the caches for where a token's outputs from `output` on go.
     void ask(int64_t token, int64_t output) const { __builtin_prefetch(place(token, output), 1, 3); }
 
+    void ask_all(const Range& tokens, int64_t output) const {
+        for (int64_t token = tokens.first; token < tokens.last; ++token) ask(token, output);
+    }
+
 private:
     template <class Y>
     static void store_vector(Y* to, Float values, int64_t count) {
@@ -57,11 +61,13 @@ private:
     }
 };
 
-// Where a product's sums go. Known at run time, so that those of quantized weights are not compiled for each dtype.
+// Where a product's sums go. Known at run time, so that those of quantized weights are not compiled for each dtype; as
+// such a call takes its time, the sums of some tokens go at once: of `count` outputs, at most a vector's, and each
+// token's are `step` vectors behind those of the token before.
 template <class Sum>
 struct Sums {
-    virtual void ask(int64_t token, int64_t output) const = 0;
-    virtual void put(int64_t token, int64_t output, Sum sums, int64_t count) const = 0;
+    virtual void ask(const Range& tokens, int64_t output) const = 0;
+    virtual void put(const Range& tokens, int64_t output, const Sum* sums, int64_t step, int64_t count) const = 0;
 };
 
 template <class T>
@@ -70,9 +76,12 @@ struct FloatSums final : Sums<Float> {
 
     explicit FloatSums(const Target<T>& target) : target(target) {}
 
-    void ask(int64_t token, int64_t output) const override { target.ask(token, output); }
-    void put(int64_t token, int64_t output, Float sums, int64_t count) const override {
-        target.put_some(token, output, sums, count);
+    void ask(const Range& tokens, int64_t output) const override { target.ask_all(tokens, output); }
+
+    void put(const Range& tokens, int64_t output, const Float* sums, int64_t step, int64_t count) const override {
+        for (int64_t token = tokens.first; token < tokens.last; ++token, sums += step) {
+            target.put_some(token, output, *sums, count);
+        }
     }
 };
 

@@ -22,7 +22,7 @@ import torch
 from zif.contract import GraphRunner
 from zif_cpu.library import Library
 from zif_cpu.ranges import CountedCall, Inputs, Recording, Words, common, padded
-from zif_cpu.recording import Item, NativeCall, NotRecordableError, Recorder, Slab, StepCalls, TorchCall
+from zif_cpu.recording import Item, NativeCall, NotRecordableError, Products, Recorder, Slab, StepCalls
 
 logger = logging.getLogger(__name__)
 
@@ -124,6 +124,15 @@ class _Range:
     least: Recording | None = None
     most: Recording | None = None
     program: Program | None = None
+    misses: int = 0
+
+    def is_due(self) -> bool:
+        """Count a step that no program serves; return whether to record it: the second, fourth, eighth and so on.
+
+        A recorded step takes longer than others, and where numbers fall one by one each is a new one.
+        """
+        self.misses += 1
+        return self.misses > 1 and self.misses.bit_count() == 1
 
     def find(self, num_tokens: int) -> Program | None:
         if self.least is None or self.most is None or not self.least.num_tokens <= num_tokens <= self.most.num_tokens:
@@ -158,15 +167,13 @@ class StepPrograms(GraphRunner):
 
 @dataclass(eq=False, slots=True)
 class _Wrapped:
-    """One function with its programs, by the most tokens that one serves. No entry: no such step was seen.
-
-    Steps of more than `most` tokens run as they are.
-    """
+    """One function with its programs, by the most tokens that one serves. Steps of more than `most` run as they are."""
 
     graphs: StepPrograms
     function: Callable[..., torch.Tensor]
     ranges: dict[int, _Range] = field(default_factory=dict)
     most: int = sys.maxsize
+    is_native: bool = False  # whether all products of many tokens are; unknown until such a step was seen
 
     def __call__(self, *arguments: Any, **named: Any) -> torch.Tensor:
         prepared = None if named else _repeatable(arguments)
@@ -175,42 +182,55 @@ class _Wrapped:
         inputs = Inputs(arguments[0], arguments[1])
         num_tokens = len(inputs.token_ids)
         room = _room(num_tokens)
-        if room > self.most or room not in self.ranges:
-            self.ranges.setdefault(room, _Range(room))
+        if room > self.most:
             return self.function(*arguments)
-        known = self.ranges[room]
+        known = self.ranges.setdefault(room, _Range(room))
         if program := known.find(num_tokens):
             return program(inputs, prepared)
+        if not known.is_due():
+            return self.function(*arguments) if room <= MAX_TOKENS or self.is_native else self._look(arguments)
         try:
             return self._record(known, inputs, arguments[2])
         except NotRecordableError as error:
-            self.most = 0 if room <= MAX_TOKENS else room // 2
-            logger.info("steps of more than %d tokens run call by call: %s", self.most, error)
-            self.ranges = {size: one for size, one in self.ranges.items() if size <= self.most}
+            self._give_up(0 if room <= MAX_TOKENS else room // 2, error)
             return self.function(*arguments)
+
+    def _look(self, arguments: tuple[Any, ...]) -> torch.Tensor:
+        """Run a step of many tokens as it is, and see whether its products are native."""
+        with Products() as products:
+            output = self.function(*arguments)
+        self.is_native = not products.found
+        if products.found:
+            self._give_up(MAX_TOKENS, NotRecordableError("torch makes products of theirs"))
+        return output
+
+    def _give_up(self, most: int, error: NotRecordableError) -> None:
+        """Run steps of more than `most` tokens as they are from now on."""
+        self.most = most
+        logger.info("steps of more than %d tokens run call by call: %s", most, error)
+        self.ranges = {size: one for size, one in self.ranges.items() if size <= most}
 
     def _record(self, known: _Range, inputs: Inputs, attend: Any) -> torch.Tensor:
         """Run a step as it is and keep it as a program, or as part of one."""
-        graphs, num_tokens = self.graphs, len(inputs.token_ids)
+        graphs, num_tokens, is_of_many = self.graphs, len(inputs.token_ids), known.room > MAX_TOKENS
         slab = graphs.slab = graphs.slab or Slab()
-        recorder = Recorder(slab, num_tokens, known.room)
+        recorder = Recorder(slab, num_tokens, known.room) if is_of_many else Recorder(slab)
         kept = Inputs(*(slab.empty(one.shape, one.dtype).copy_(one) for one in (inputs.token_ids, inputs.positions)))
         with _all(graphs.sources, recorder), recorder:
             output = self.function(kept.token_ids, kept.positions, attend)
-        _ensure_worth(recorder, known.room > MAX_TOKENS)
         result = output.clone()
-        known.add(graphs.library, Recording(kept, recorder, output))
+        try:
+            _ensure_worth(recorder, MAX_TORCH_CALLS_OF_MANY if is_of_many else MAX_TORCH_CALLS)
+            known.add(graphs.library, Recording(kept, recorder, output))
+        except NotRecordableError as error:
+            self._give_up(MAX_TOKENS if is_of_many else 0, error)
         return result
 
 
-def _ensure_worth(recorder: Recorder, is_of_many: bool) -> None:
-    """Raise `NotRecordableError` where what torch computes takes too long for programs."""
-    others = [item for item in recorder.items if not isinstance(item, NativeCall)]
-    most = MAX_TORCH_CALLS_OF_MANY if is_of_many else MAX_TORCH_CALLS
-    if len(others) > most:
+def _ensure_worth(recorder: Recorder, most: int) -> None:
+    """Raise `NotRecordableError` where torch computes more than `most` operations."""
+    if sum(not isinstance(item, NativeCall) for item in recorder.items) > most:
         raise NotRecordableError(f"torch computes more than {most} of their operations")
-    if is_of_many and any(isinstance(item, TorchCall) and item.multiplies for item in others):
-        raise NotRecordableError("torch makes products of theirs")
 
 
 def _room(num_tokens: int) -> int:

@@ -1,7 +1,9 @@
 """What two recordings of one function have in common, of steps that differ in their number of tokens.
 
 Wherever they differ there must be that number: a field of a struct, an extent of an array, an argument. Then the same
-calls serve every number between the two. `zif_cpu.programs` asks.
+calls serve every number between the two: what depends on it otherwise does so from some number on, and that shows at
+one of them. What shows at neither, as a number rounded up where both need no rounding, would be missed; nothing in
+core's decoder or in this package's operators is of that kind. `zif_cpu.programs` asks.
 """
 
 from collections.abc import Mapping, Sequence

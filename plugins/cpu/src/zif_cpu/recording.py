@@ -127,11 +127,6 @@ class TorchCall:
     named: Mapping[str, Any]
     results: Sequence[torch.Tensor]
 
-    @property
-    def multiplies(self) -> bool:
-        """Whether it is a product of matrices."""
-        return self.function.overloadpacket in _PRODUCTS
-
     def __call__(self) -> None:
         given = self.function(*self.arguments, **self.named)
         if self.results:
@@ -143,16 +138,41 @@ Item = NativeCall | Callable[[], None]
 """One call of a pass: a native one, one of torch, or another that nothing is known of."""
 
 
+class Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Look at a pass that runs as it is. found: whether torch multiplies matrices in it."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.found = False
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """As `Recorder` has it."""
+        return False
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        self.found |= func.overloadpacket in _PRODUCTS
+        return func(*args, **(kwargs or {}))
+
+
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Record one pass. `items` are its calls in order, `steps` those whose structs change from step to step.
 
-    num_tokens, room: as `Slab.begin` has them.
+    num_tokens, room: as `Slab.begin` has them. Given where passes of several numbers of tokens share a program: then
+    what torch computes lies in the slab, too, and nobody may keep it beyond the pass.
     """
 
     def __init__(self, slab: Slab, num_tokens: int = 0, room: int = 0) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         slab.begin(num_tokens, room)
         self._slab = slab
+        self._shares = room > 0
         self.items: list[Item] = []
         self.steps: dict[tuple[int, type[ctypes.Structure]], StepCalls] = {}
 
@@ -207,7 +227,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         given = {array.untyped_storage().data_ptr() for array in _arrays((*args, *options.values()))}
         if not given.isdisjoint(output.untyped_storage().data_ptr() for output in outputs):
             return result
-        if isinstance(result, torch.Tensor):
+        if self._shares and isinstance(result, torch.Tensor):
             outputs = [result := self._moved(result)]
         self.items.append(TorchCall(func, args, options, outputs))
         return result
