@@ -130,7 +130,7 @@ public:
     // Outputs of a task.
     int64_t chunk(int64_t outputs) const {
         if (tokens_ <= kOrderedTokens) return few_chunk(outputs);
-        return by_vectors(weight_, tokens_) ? large_chunk(outputs, num_blocks()) : chunk_rows(weight_, outputs);
+        return way_ == Way::kIntegers ? large_chunk(outputs, num_blocks()) : chunk_rows(weight_, outputs);
     }
 
     // One part of the tokens times some outputs.

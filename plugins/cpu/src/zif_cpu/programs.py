@@ -173,7 +173,6 @@ class _Wrapped:
     function: Callable[..., torch.Tensor]
     ranges: dict[int, _Range] = field(default_factory=dict)
     most: int = sys.maxsize
-    is_native: bool = False  # whether all products of many tokens are; unknown until such a step was seen
 
     def __call__(self, *arguments: Any, **named: Any) -> torch.Tensor:
         prepared = None if named else _repeatable(arguments)
@@ -188,20 +187,20 @@ class _Wrapped:
         if program := known.find(num_tokens):
             return program(inputs, prepared)
         if not known.is_due():
-            return self.function(*arguments) if room <= MAX_TOKENS or self.is_native else self._look(arguments)
+            is_first = room > MAX_TOKENS and known.misses == 1
+            return self._look(room, arguments) if is_first else self.function(*arguments)
         try:
             return self._record(known, inputs, arguments[2])
         except NotRecordableError as error:
             self._give_up(0 if room <= MAX_TOKENS else room // 2, error)
             return self.function(*arguments)
 
-    def _look(self, arguments: tuple[Any, ...]) -> torch.Tensor:
-        """Run a step of many tokens as it is, and see whether its products are native."""
+    def _look(self, room: int, arguments: tuple[Any, ...]) -> torch.Tensor:
+        """Run the first of some steps of many tokens as it is, and see whether its products are native."""
         with Products() as products:
             output = self.function(*arguments)
-        self.is_native = not products.found
         if products.found:
-            self._give_up(MAX_TOKENS, NotRecordableError("torch makes products of theirs"))
+            self._give_up(room // 2, NotRecordableError("torch makes products of theirs"))
         return output
 
     def _give_up(self, most: int, error: NotRecordableError) -> None:

@@ -223,6 +223,14 @@ def test_a_product_of_many_tokens_that_torch_makes_is_not_recorded(library):
     assert forward.num_calls == 3 + 2
 
 
+def test_products_that_torch_makes_from_some_number_of_tokens_on_are_not_recorded(library):
+    forward = Forward(library, lambda x: functional.linear(x, torch.eye(64, dtype=x.dtype)) if len(x) > 128 else x)
+    wrapped = StepPrograms(library, (forward.ops,)).wrap(forward)
+    for num_tokens in (100, 100, 100, 200, 200, 200, 100):
+        wrapped(*inputs(num_tokens, 0), Attend())
+    assert forward.num_calls == 2 + 3
+
+
 def test_numbers_that_fall_one_by_one_are_seldom_recorded(forward, library, monkeypatch):
     recorded = []
 
