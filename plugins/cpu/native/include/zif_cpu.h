@@ -6,7 +6,7 @@
 
 #include <stdint.h>
 
-#define ZIF_CPU_ABI 5
+#define ZIF_CPU_ABI 6
 
 #ifdef __cplusplus
 extern "C" {
@@ -38,14 +38,15 @@ ZIF_CPU_PUBLIC int32_t zif_cpu_keep_memory(void);
 // Operators take a struct: to a caller from another language, each argument costs as much as a row, and calls of one form
 // can be put into a list (zif_cpu_run).
 
-// A weight of bfloat16 in 12 bits, without loss (zif_cpu_compact_weight). Inputs are pieces of ZIF_COMPACT_INPUTS. The best
-// instruction set of the processor multiplies it, whichever is in use.
+// A weight of bfloat16 in 12 bits, without loss (zif_cpu_compact_weight). Inputs are pieces of ZIF_COMPACT_INPUTS. The
+// instruction set that made it multiplies it, whichever is in use.
 enum { ZIF_COMPACT_INPUTS = 128, ZIF_COMPACT_ROWS = 16 };
 typedef struct {
-    const uint8_t* rows;         // [outputs, inputs / 128, 192]
+    const uint8_t* rows;         // [outputs, inputs / 128, 192], or in another order of that instruction set's
     const uint32_t* first;       // [ceil(outputs / 16) * inputs / 128 + 1], the first exception of 16 rows in a piece
     const uint32_t* exceptions;  // bits 0 to 15: the number; 16 to 22: its input in the piece; 23 to 26: its row of the 16
     uint8_t uppers[16];          // upper bytes by code
+    const void* made_by;         // the instruction set
 } zif_cpu_compact;
 
 // y = x @ weight.T + bias, summed in float32. All of one dtype; where `wide` is not 0, y is float32: sums as they are.
@@ -65,7 +66,7 @@ typedef struct {
 
 ZIF_CPU_PUBLIC void zif_cpu_linear(const zif_cpu_product* call);
 
-// Hold a weight in 12 bits: fills what `compact` points to and its `uppers`; of exceptions there is room for `capacity`.
+// Hold a weight in 12 bits: fills `compact` and what it points to; of exceptions there is room for `capacity`.
 typedef struct {
     const void* weight;  // [outputs, inputs], bfloat16
     const zif_cpu_compact* compact;
@@ -74,7 +75,7 @@ typedef struct {
     int64_t capacity;  // below 2**32; zif_cpu_unpack_weight does not look at it
 } zif_cpu_compaction;
 
-// Returns 0, or -1 when there are more exceptions than there is room: what is filled is then of no use.
+// Returns 0, or -1 where the instruction set in use holds this one as it is: what is filled is then of no use.
 ZIF_CPU_PUBLIC int32_t zif_cpu_compact_weight(const zif_cpu_compaction* call);
 
 // The opposite: the weight as it was, to `weight`.

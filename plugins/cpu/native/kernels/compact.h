@@ -4,26 +4,42 @@
 // eight, with either sign. The lower byte is kept as it is. Numbers with another upper byte are exceptions, listed
 // apart and put back when their surroundings are unpacked.
 //
-// A row is pieces of 128 inputs: their lower bytes, 64 by 64, then 64 bytes of codes, of the first 64 inputs in the low
-// halves. Of 64 inputs byte 16 * j + i belongs to input 8 * j + i, and byte 16 * j + 8 + i to input 32 + 8 * j + i: as
-// instructions interleave bytes. For AMX alone: other products wait for instructions more than for memory.
+// A piece is 128 numbers: their lower bytes, 64 by 64, then 64 bytes of codes, of the first 64 in the low halves. Of 64
+// numbers byte 16 * j + i belongs to number 8 * j + i, byte 16 * j + 8 + i to number 32 + 8 * j + i: as instructions
+// interleave bytes. For tiles, a row is pieces of 128 inputs. Without tiles, 16 rows are blocks of 32 inputs, turned to
+// words as products by vectors want them (words.h), and four pieces hold a block.
 #pragma once
 
 #include "pool.h"
 #include "target.h"
+#include "words.h"
 #include "zif_cpu.h"
+
+// Where torch's products of many tokens are faster (operators.py), matrices stay as they are.
+#if defined(__AMX_BF16__) || (defined(__AVX512BW__) && !defined(__AVX512BF16__))
+#define ZIF_COMPACTS 1
+#endif
 
 namespace zif {
 namespace ZIF_ISA {
 namespace {
 
+#if defined(ZIF_COMPACTS)
+
 #if defined(__AMX_BF16__)
+constexpr bool kTurned = false;
+#else
+constexpr bool kTurned = true;
+#endif
 
 constexpr int64_t kPieceInputs = ZIF_COMPACT_INPUTS;
 constexpr int64_t kPieceBytes = ZIF_COMPACT_INPUTS / 2 * 3;
 constexpr int64_t kPieceVectors = 4;
 constexpr int64_t kGroupRows = ZIF_COMPACT_ROWS;  // whose exceptions in a piece follow each other
 constexpr int kUppers = 8;
+constexpr int64_t kBlockInputs = 32;  // of 16 rows, turned
+constexpr int64_t kBlockPieces = kGroupRows * kBlockInputs / kPieceInputs;
+constexpr int64_t kBlockBytes = kBlockPieces * kPieceBytes;
 
 // A piece of a row, 32 inputs a vector.
 __attribute__((always_inline)) inline void unpack_piece(const uint8_t* piece, __m512i uppers, __m512i* words) {
@@ -48,6 +64,10 @@ struct CompactWeight {
     int64_t row_bytes() const { return num_pieces() * kPieceBytes; }
     const uint8_t* piece(int64_t row, int64_t index) const {
         return held->rows + row * row_bytes() + index * kPieceBytes;
+    }
+    // Of the rows from `row` on, a multiple of kGroupRows.
+    const uint8_t* block(int64_t row, int64_t index) const {
+        return held->rows + row * row_bytes() + index * kBlockBytes;
     }
     __m512i uppers() const {
         return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(held->uppers)));
@@ -76,8 +96,9 @@ public:
           exceptions_(const_cast<uint32_t*>(call.compact->exceptions)),
           uppers_(const_cast<uint8_t*>(call.compact->uppers)) {}
 
-    // Returns false when there are more exceptions than there is room.
+    // Returns false when there are more exceptions than there is room, or a half of the rows is no whole groups.
     bool run() {
+        if (kTurned && call_.outputs % (2 * kGroupRows) != 0) return false;
         choose_uppers();
         parallel_for(num_groups(call_), [this](int64_t group, int) { pack_group(group); });
         int64_t total = 0;
@@ -128,10 +149,27 @@ private:
         uint32_t* counts = first_ + group * pieces() + 1;
         for (int64_t piece = 0; piece < pieces(); ++piece) counts[piece] = 0;
         const Range own = rows_of(call_, group);
+        if (kTurned) return pack_turned(own.first, counts);
         for (int64_t row = own.first; row < own.last; ++row) {
             for (int64_t piece = 0; piece < pieces(); ++piece) {
                 uint8_t* to = rows_ + (row * pieces() + piece) * kPieceBytes;
                 counts[piece] += static_cast<uint32_t>(pack_piece(numbers(row, piece), to));
+            }
+        }
+    }
+
+    void pack_turned(int64_t row, uint32_t* counts) {
+        uint8_t* to = rows_ + row * pieces() * kPieceBytes;
+        for (int64_t input = 0; input < call_.inputs; input += kBlockInputs) {
+            __m512i words[kGroupRows];
+            for (int64_t i = 0; i < kGroupRows; ++i) {
+                words[i] = _mm512_loadu_si512(numbers(row + i, 0) + input);
+            }
+            transpose_words(words);
+            alignas(64) uint16_t turned[kGroupRows * kBlockInputs];
+            for (int64_t i = 0; i < kGroupRows; ++i) _mm512_store_si512(turned + i * kBlockInputs, words[i]);
+            for (int64_t i = 0; i < kBlockPieces; ++i, to += kPieceBytes) {
+                counts[input / kPieceInputs] += static_cast<uint32_t>(pack_piece(turned + i * kPieceInputs, to));
             }
         }
     }
@@ -202,6 +240,29 @@ private:
 
 int32_t compact_weight(const zif_cpu_compaction* call) { return Compaction(*call).run() ? 0 : -1; }
 
+// A block of 16 rows as words.
+__attribute__((always_inline)) inline void unpack_block(const uint8_t* block, __m512i uppers, __m512i* words) {
+#pragma GCC unroll 4
+    for (int64_t i = 0; i < kBlockPieces; ++i) {
+        unpack_piece(block + i * kPieceBytes, uppers, words + i * kPieceVectors);
+    }
+}
+
+// Rows `row` to `row` + count - 1, at most kGroupRows, in a piece; to: the first number.
+inline void unpack_rows(const CompactWeight& weight, int64_t row, int64_t count, int64_t piece, uint16_t* to) {
+    for (int64_t i = 0; i < count && !kTurned; ++i, to += weight.inputs) {
+        __m512i words[kPieceVectors];
+        unpack_piece(weight.piece(row + i, piece), weight.uppers(), words);
+        for (int64_t j = 0; j < kPieceVectors; ++j) _mm512_storeu_si512(to + j * kBlockInputs, words[j]);
+    }
+    for (int64_t i = 0; i < kPieceInputs / kBlockInputs && kTurned; ++i, to += kBlockInputs) {
+        __m512i words[kGroupRows];
+        unpack_block(weight.block(row, piece * (kPieceInputs / kBlockInputs) + i), weight.uppers(), words);
+        transpose_words(words);
+        for (int64_t j = 0; j < kGroupRows; ++j) _mm512_storeu_si512(to + j * weight.inputs, words[j]);
+    }
+}
+
 void unpack_weight(const zif_cpu_compaction* call) {
     const CompactWeight weight = {call->compact, call->outputs, call->inputs};
     auto* numbers = static_cast<uint16_t*>(const_cast<void*>(call->weight));
@@ -209,12 +270,7 @@ void unpack_weight(const zif_cpu_compaction* call) {
         const Range rows = Compaction::rows_of(*call, group);
         for (int64_t piece = 0; piece < weight.num_pieces(); ++piece) {
             uint16_t* to = numbers + rows.first * call->inputs + piece * kPieceInputs;
-            for (int64_t row = 0; row < rows.count(); ++row) {
-                __m512i words[kPieceVectors];
-                unpack_piece(weight.piece(rows.first + row, piece), weight.uppers(), words);
-                uint16_t* own = to + row * call->inputs;
-                for (int64_t i = 0; i < kPieceVectors; ++i) _mm512_storeu_si512(own + i * 32, words[i]);
-            }
+            unpack_rows(weight, rows.first, rows.count(), piece, to);
             weight.exceptions(rows.first, rows.count(), piece, [&](int64_t row, int64_t input, uint16_t number) {
                 to[row * call->inputs + input] = number;
             });

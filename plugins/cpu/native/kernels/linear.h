@@ -67,12 +67,12 @@ inline PlainWeight<T> weight_of(const zif_cpu_product& call) {
     return {static_cast<const T*>(call.weight), call.outputs, call.inputs};
 }
 
-#if defined(__AMX_BF16__)
+#if defined(ZIF_COMPACTS)
 inline CompactWeight compact_of(const zif_cpu_product& call) { return {call.compact, call.outputs, call.inputs}; }
 #endif
 
 void linear(const zif_cpu_product* call) {
-#if defined(__AMX_BF16__)
+#if defined(ZIF_COMPACTS)
     if (call->compact != nullptr) {
         return linear_of<RowProduct<CompactWeight>>(*call, compact_of(*call), call->wide != 0);
     }
@@ -89,7 +89,7 @@ void linear(const zif_cpu_product* call) {
 }
 
 void gated_linear(const zif_cpu_gated_product* call) {
-#if defined(__AMX_BF16__)
+#if defined(ZIF_COMPACTS)
     if (call->product.compact != nullptr) {
         return gated_linear_of<RowProduct<CompactWeight>>(call->product, compact_of(call->product), call->activation);
     }

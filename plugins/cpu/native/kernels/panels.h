@@ -21,8 +21,10 @@ constexpr int kTokensAtOnce = ZIF_VECTOR_BYTES == 64 ? 12 : ZIF_VECTOR_BYTES == 
 constexpr int kFewTokens = kLanes;
 constexpr int64_t kPassTokens = 32 * kTokensAtOnce;  // that pass by a panel: the second cache keeps them and their sums
 constexpr int64_t kPanelRows = 2 * kLanes;
-constexpr int64_t kPanelWords = 256;  // of a row, unpacked: summed apart, so that errors do not grow with the inputs
-constexpr int64_t kGroupPanels = 4;   // that take turns with the same inputs
+// Of a row, unpacked, so that the first cache has room for tokens, too. Summed apart: errors do not grow with the inputs.
+constexpr int64_t kPanelWords = ZIF_VECTOR_BYTES == 64 ? 128 : 256;
+constexpr int64_t kGroupPanels = 4;  // that take turns with the same inputs
+constexpr int64_t kFollowingTokens = 4 * kTokensAtOnce;  // up to as many, panels follow memory's order
 constexpr int64_t kWordsAhead = 32;   // words of tokens are asked for so far ahead
 
 // Activations in words, as `Multiplier::hold` makes them, zeros behind the inputs up to whole blocks. Few tokens
@@ -136,19 +138,22 @@ inline void hold_words(const T* x, int64_t stride, int64_t inputs, const Words& 
     hold_group(x + group * to.group_tokens() * stride, stride, inputs, to, group);
 }
 
-// Integer sums are exact, so their panels may be shorter: beside one of 16 KiB the first cache has room for its tokens
-// and for the weights that it is filled from.
+// Whether sums are integers, which are exact.
 template <class Mul>
 constexpr bool kExact = std::is_same_v<typename Mul::Sum, Int>;
 
 template <class Mul>
-constexpr int64_t kPanelBlocks =
-    (kExact<Mul> && ZIF_VECTOR_BYTES == 64 ? kPanelWords / 2 : kPanelWords) / (kLanes * Mul::kParts);
+constexpr int64_t kPanelBlocks = kPanelWords / (kLanes * Mul::kParts);
+
+// Whether kLanes rows lie block by block in memory.
+template <class Rows>
+constexpr bool kLieInBlocks = false;
 
 // M tokens times outputs `begin` to `end` - 1.
 template <int M, class Rows, class Sink>
 inline void multiply_few(const Rows& rows, const Words& x, int64_t begin, int64_t end, const Sink& sink) {
     typedef typename Rows::Mul Mul;
+    constexpr bool kByRow = M <= 2 || kLieInBlocks<Rows>;
     for (int64_t output = begin; output < end; output += kLanes) {
         const int64_t count = end - output < kLanes ? end - output : kLanes;
         const bool ask = output + 2 * kLanes <= end;
@@ -163,8 +168,8 @@ inline void multiply_few(const Rows& rows, const Words& x, int64_t begin, int64_
 #pragma GCC unroll 16
                 for (int i = 0; i < kLanes; ++i) {
                     // Of 1 or 2 tokens, whose products wait for memory, row by row; else in memory's order.
-                    if (ask && M <= 2) rows.ask(output + kLanes + i, block);
-                    if (ask && M > 2) rows.ask(output + kLanes, block * kLanes + i);
+                    if (ask && kByRow) rows.ask(output + kLanes + i, block);
+                    if (ask && !kByRow) rows.ask(output + kLanes, block * kLanes + i);
                     Float parts[Mul::kParts];
                     Mul::unpack(words[i], parts);
 #pragma GCC unroll 64
@@ -234,7 +239,8 @@ private:
     }
 
     Part following(const Part& part) const {
-        const int64_t group_end = smaller_of(end_, part.group + kGroupPanels * kPanelRows);
+        const int64_t panels = last_ - first_ <= kFollowingTokens ? 1 : kGroupPanels;
+        const int64_t group_end = smaller_of(end_, part.group + panels * kPanelRows);
         if (part.output() + kPanelRows < group_end) return part_at(part.group, part.block, part.panel + 1);
         return part.last ? part_at(group_end, 0, 0) : part_at(part.group, part.block + kPanelBlocks<Mul>, 0);
     }

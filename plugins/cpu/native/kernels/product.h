@@ -3,6 +3,7 @@
 
 #include <type_traits>
 
+#include "compact_rows.h"
 #include "compact_tiles.h"
 #include "panels.h"
 #include "target.h"
@@ -50,7 +51,7 @@ struct PlainWeight {
 };
 
 // Activations x, [tokens, inputs], as a product with a weight wants them: in words, or packed for tiles.
-// WeightOf: PlainWeight, or CompactWeight where there are tiles.
+// WeightOf: PlainWeight or CompactWeight.
 template <class WeightOf>
 class RowProduct {
 public:
@@ -117,8 +118,8 @@ public:
             return multiply_tiles(weight_, tile, last, outputs, target, thread);
         } else
 #endif
-        return multiply_rows(PlainRows<T>{weight_.data, inputs_}, words(), tokens.first, tokens.last, begin, end,
-                             FloatSums<T>(target), thread);
+        return multiply_rows(rows_of(weight_), words(), tokens.first, tokens.last, begin, end, FloatSums<T>(target),
+                             thread);
     }
 
 private:
@@ -127,9 +128,11 @@ private:
     static constexpr bool kCompact = !std::is_same_v<Weight, PlainWeight<T>>;
 
     // More take longer than reading the weights.
-    static constexpr int64_t kLeastTokens = kCompact ? 64 : kTiled<T> ? 48 : kFewTokens;
+    static constexpr int64_t kLeastTokens = !kTiled<T> ? kFewTokens : kCompact ? 64 : 48;
     static constexpr int64_t kBytesAtOnce = 64 << 20;
     static constexpr int64_t kCachedBytes = kCompact ? 5 << 18 : 3 << 18;  // of packed tokens, which the second cache holds
+
+    static PlainRows<T> rows_of(const PlainWeight<T>& weight) { return {weight.data, weight.inputs}; }
 
 #if defined(__AMX_BF16__)
     PackedRows packed() const { return {static_cast<const uint32_t*>(memory_), tokens_, inputs_}; }
@@ -143,6 +146,8 @@ private:
                         const Target<BFloat16>& target, int thread) const {
         CompactTileProduct(packed(), tile, last, weight, outputs.first, outputs.last, target).run(thread);
     }
+#elif defined(ZIF_COMPACTS)
+    static CompactRows rows_of(const CompactWeight& weight) { return CompactRows(weight); }
 #endif
 
     int64_t block_tokens() const {

@@ -34,8 +34,12 @@ const zif::RowWise* row_wise_kernel(void (*function)(const void*)) {
     return nullptr;
 }
 
+const zif::Kernels& kernels_of(const zif_cpu_compact& compact) {
+    return *static_cast<const zif::Kernels*>(compact.made_by);
+}
+
 const zif::Kernels& kernels_of(const zif_cpu_product& call) {
-    return call.compact != nullptr ? zif::best_kernels() : kernels();
+    return call.compact != nullptr ? kernels_of(*call.compact) : kernels();
 }
 
 }  // namespace
@@ -124,10 +128,11 @@ int32_t zif_cpu_quantized_experts(const zif_cpu_quantized_experts_call* call) {
 
 int32_t zif_cpu_compact_weight(const zif_cpu_compaction* call) {
     const OneCall one;
-    return zif::best_kernels().compact_weight(call);
+    const_cast<zif_cpu_compact*>(call->compact)->made_by = &kernels();
+    return kernels().compact_weight(call);
 }
 
 void zif_cpu_unpack_weight(const zif_cpu_compaction* call) {
     const OneCall one;
-    zif::best_kernels().unpack_weight(call);
+    kernels_of(*call->compact).unpack_weight(call);
 }

@@ -97,14 +97,14 @@ const Levels& levels() {
 
 std::atomic<const Kernels*> chosen{nullptr};
 
+const Kernels& best_kernels() { return *levels().levels[levels().count - 1].kernels; }
+
 }  // namespace
 
 const Kernels& kernels() {
     const Kernels* in_use = chosen.load(std::memory_order_acquire);
     return in_use != nullptr ? *in_use : best_kernels();
 }
-
-const Kernels& best_kernels() { return *levels().levels[levels().count - 1].kernels; }
 
 }  // namespace zif
 

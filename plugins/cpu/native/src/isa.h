@@ -33,7 +33,4 @@ struct Kernels {
 // The table in use: at first the best that this processor runs.
 const Kernels& kernels();
 
-// The best that this processor runs, whichever is in use: it alone may have made what is compact.
-const Kernels& best_kernels();
-
 }  // namespace zif

@@ -29,6 +29,7 @@ class _Compact(ctypes.Structure):
         ("first", ctypes.c_void_p),
         ("exceptions", ctypes.c_void_p),
         ("uppers", ctypes.c_uint8 * 16),
+        ("made_by", ctypes.c_void_p),
     )
 
 

@@ -17,7 +17,7 @@ from types import MappingProxyType
 from zif.errors import ConfigError, PlatformUnavailableError
 from zif_cpu.settings import keeps_memory, library_file
 
-ABI = 5
+ABI = 6
 """The version of the C ABI that this package calls."""
 
 NO_KERNELS = "torch"

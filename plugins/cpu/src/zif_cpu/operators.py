@@ -52,6 +52,9 @@ MAX_TOKENS_BY_ISA: Mapping[tuple[str, str], int] = MappingProxyType(
 """Where it is another number: (instruction set, dtype)."""
 
 
+COMPACT_ISAS = ("avx512", "avx512_vnni", "amx")
+"""Instruction sets that multiply matrices in 12 bits, of any number of tokens."""
+
 Matrix = torch.Tensor | CompactWeight
 """A weight of `linear`, `gated_linear` and `logits`."""
 
@@ -88,7 +91,7 @@ class NativeOps(QuantizedOps):
             code: _ANY_NUMBER if batch_invariant else MAX_TOKENS_BY_ISA.get((isa, dtype), MAX_TOKENS)
             for dtype, code in DTYPE_CODES.items()
         }
-        self._compacts = isa == "amx"  # other products wait for instructions more than for memory
+        self._compacts = isa in COMPACT_ISAS
         compiled.register(
             compiled.Eager(
                 self._linear,

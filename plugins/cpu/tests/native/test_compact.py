@@ -9,29 +9,55 @@ from zif.contract import Activation
 from zif.errors import OutOfMemoryError
 from zif_cpu.compact import CompactWeight
 from zif_cpu.library import DTYPE_CODES, Library, load_library
-from zif_cpu.operators import NativeOps
+from zif_cpu.operators import COMPACT_ISAS, NativeOps
 from zif_cpu.recording import NativeCall, Recorder, Slab
 
 # Outputs, inputs: borders of tiles, panels and pieces, and odd numbers of each.
-SHAPES = ((1, 128), (2, 128), (16, 256), (33, 384), (64, 512), (100, 640), (48, 1152), (1000, 1024), (70, 3072))
+SHAPES = {
+    "amx": ((1, 128), (2, 128), (16, 256), (33, 384), (64, 512), (100, 640), (48, 1152), (1000, 1024), (70, 3072)),
+    "avx512": ((32, 128), (64, 256), (96, 384), (32, 1152), (992, 1024), (64, 3072)),
+}
 TOKENS = (0, 1, 2, 15, 16, 17, 32, 33, 48, 70, 129, 400, 1030)
 RARE = (0.0, -0.0, 1e-40, -1e-40, 1e-30, 3e38, -2e38, torch.inf, -torch.inf, torch.nan)
 
 
+def of_instruction_sets(shapes):
+    """Parameters (instruction set, shape): each way to hold a matrix with shapes of its own."""
+    return [(isa, shape) for isa in COMPACT_ISAS for shape in shapes["amx" if isa == "amx" else "avx512"]]
+
+
+@pytest.fixture(params=COMPACT_ISAS)
+def ops(request):
+    yield from using(request.param)
+
+
 @pytest.fixture
-def ops():
+def shaped(request):
+    """Operators of an instruction set, and a shape."""
+    isa, shape = request.param
+    for ops in using(isa):
+        yield ops, shape
+
+
+def using(isa):
     library = load_library()
-    if not isinstance(library, Library) or "amx" not in library.isas:
-        pytest.skip("no tiles here")
-    library.use("amx", 2)
-    yield NativeOps(library, "amx")
+    if not isinstance(library, Library) or isa not in library.isas:
+        pytest.skip(f"no {isa} here")
+    library.use(isa, 2)
+    yield NativeOps(library, isa)
     library.use(library.isas[-1], 1)
 
 
 def test_other_instruction_sets_have_none(library, request):
     isa = request.node.callspec.params["library"]
-    prepared = NativeOps(library, isa).prepare_weight(drawn(16, 128), lend)
-    assert isinstance(prepared, CompactWeight) == (isa == "amx")
+    prepared = NativeOps(library, isa).prepare_weight(drawn(32, 128), lend)
+    assert isinstance(prepared, CompactWeight) == (isa in COMPACT_ISAS)
+
+
+@pytest.mark.parametrize("ops", [isa for isa in COMPACT_ISAS if isa != "amx"], indirect=True)
+@pytest.mark.parametrize("outputs", [1, 16, 33, 48, 100])
+def test_halves_of_broken_groups_stay_as_they_are(ops, outputs):
+    assert ops.prepare_weight(drawn(outputs, 128), lend) is None
 
 
 def lend(num_bytes):
@@ -59,9 +85,10 @@ def same(got, want):
     )
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shaped", of_instruction_sets(SHAPES), indirect=True, ids=str)
 @pytest.mark.parametrize("share", [0, 1000, 300])
-def test_numbers_come_back(ops, shape, share):
+def test_numbers_come_back(shaped, share):
+    ops, shape = shaped
     torch.manual_seed(1)
     outputs, inputs = shape
     weight = drawn(outputs, inputs, outputs * inputs // share if share else 0)
@@ -71,9 +98,10 @@ def test_numbers_come_back(ops, shape, share):
     assert torch.equal(bits(ops._plain(compact)), bits(weight))
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shaped", of_instruction_sets(SHAPES), indirect=True, ids=str)
 @pytest.mark.parametrize("share", [0, 400])
-def test_products_are_those_of_the_matrix(ops, shape, share):
+def test_products_are_those_of_the_matrix(shaped, share):
+    ops, shape = shaped
     torch.manual_seed(2)
     outputs, inputs = shape
     weight = drawn(outputs, inputs, outputs * inputs // share if share else 0)
@@ -110,9 +138,12 @@ def test_a_recorded_step_unpacks_anew(ops):
 
 
 @pytest.mark.parametrize("tokens", [5, 20, 40, 70, 129])
-@pytest.mark.parametrize("outputs", [7, 32, 100])
-def test_nothing_around_the_result_is_written(ops, tokens, outputs):
+@pytest.mark.parametrize(
+    "shaped", of_instruction_sets({"amx": (7, 32, 100), "avx512": (32, 96)}), indirect=True, ids=str
+)
+def test_nothing_around_the_result_is_written(shaped, tokens):
     """The result lies in the middle of memory whose rest must stay as it is."""
+    ops, outputs = shaped
     weight, x = drawn(outputs, 256, 6), torch.randn(tokens, 256).bfloat16()
     compact, want = ops.prepare_weight(weight, lend), ops.linear(x, weight, None)
     memory = torch.full((tokens * outputs + 256,), 7.0).bfloat16()
@@ -124,7 +155,7 @@ def test_nothing_around_the_result_is_written(ops, tokens, outputs):
 
 
 def test_what_torch_computes_gets_the_matrix(ops):
-    weight = drawn(48, 256, 12)
+    weight = drawn(64, 256, 12)
     compact = ops.prepare_weight(weight, lend)
     x = torch.randn(3, 256)
     with pytest.raises(RuntimeError):
@@ -159,7 +190,7 @@ def test_memory_that_is_refused_shows(ops):
         raise OutOfMemoryError(f"no {num_bytes} bytes")
 
     with pytest.raises(OutOfMemoryError, match="bytes"):
-        ops.prepare_weight(drawn(16, 128), refuse)
+        ops.prepare_weight(drawn(32, 128), refuse)
 
 
 def test_three_quarters_of_the_bytes(ops):
