@@ -18,8 +18,12 @@ struct CompactRows {
 
     const CompactWeight& weight;
     const __m512i uppers;
+    const uint8_t* blocks;
+    int64_t group_bytes;
 
-    explicit CompactRows(const CompactWeight& weight) : weight(weight), uppers(weight.uppers()) {}
+    explicit CompactRows(const CompactWeight& weight)
+        : weight(weight), uppers(weight.uppers()), blocks(weight.held->rows),
+          group_bytes(kGroupRows * weight.row_bytes()) {}
 
     int64_t num_blocks() const { return weight.inputs / kBlockInputs; }
 
@@ -62,9 +66,13 @@ struct CompactRows {
     }
 
     // A block is 12 lines: of 16 rows the last four have none.
-    void ask(int64_t row, int64_t block) const {
-        const int64_t first = row / kGroupRows * kGroupRows, line = row - first;
-        if (line < kBlockBytes / 64) __builtin_prefetch(weight.block(first, block) + line * 64, 0, 2);
+    void ask(uint64_t row, int64_t block) const {
+        ask_line(row / kGroupRows * kGroupRows, block, row % kGroupRows);
+    }
+
+    __attribute__((always_inline)) void ask_line(uint64_t row, int64_t block, int64_t line) const {
+        if (line >= kBlockBytes / 64) return;
+        __builtin_prefetch(blocks + row / kGroupRows * group_bytes + block * kBlockBytes + line * 64, 0, 2);
     }
 
 private:

@@ -153,7 +153,6 @@ constexpr bool kLieInBlocks = false;
 template <int M, class Rows, class Sink>
 inline void multiply_few(const Rows& rows, const Words& x, int64_t begin, int64_t end, const Sink& sink) {
     typedef typename Rows::Mul Mul;
-    constexpr bool kByRow = M <= 2 || kLieInBlocks<Rows>;
     for (int64_t output = begin; output < end; output += kLanes) {
         const int64_t count = end - output < kLanes ? end - output : kLanes;
         const bool ask = output + 2 * kLanes <= end;
@@ -168,8 +167,12 @@ inline void multiply_few(const Rows& rows, const Words& x, int64_t begin, int64_
 #pragma GCC unroll 16
                 for (int i = 0; i < kLanes; ++i) {
                     // Of 1 or 2 tokens, whose products wait for memory, row by row; else in memory's order.
-                    if (ask && kByRow) rows.ask(output + kLanes + i, block);
-                    if (ask && !kByRow) rows.ask(output + kLanes, block * kLanes + i);
+                    if constexpr (kLieInBlocks<Rows>) {
+                        if (ask) rows.ask_line(output + kLanes, block, i);
+                    } else {
+                        if (ask && M <= 2) rows.ask(output + kLanes + i, block);
+                        if (ask && M > 2) rows.ask(output + kLanes, block * kLanes + i);
+                    }
                     Float parts[Mul::kParts];
                     Mul::unpack(words[i], parts);
 #pragma GCC unroll 64
