@@ -42,7 +42,7 @@ ZIF_CPU_PUBLIC int32_t zif_cpu_keep_memory(void);
 // instruction set that made it multiplies it, whichever is in use.
 enum { ZIF_COMPACT_INPUTS = 128, ZIF_COMPACT_ROWS = 16 };
 typedef struct {
-    const uint8_t* rows;         // [outputs, inputs / 128, 192], or in another order of that instruction set's
+    const uint8_t* rows;         // [outputs, inputs / 128, 192], or in the order of `made_by`
     const uint32_t* first;       // [ceil(outputs / 16) * inputs / 128 + 1], the first exception of 16 rows in a piece
     const uint32_t* exceptions;  // bits 0 to 15: the number; 16 to 22: its input in the piece; 23 to 26: its row of the 16
     uint8_t uppers[16];          // upper bytes by code
@@ -75,7 +75,8 @@ typedef struct {
     int64_t capacity;  // below 2**32; zif_cpu_unpack_weight does not look at it
 } zif_cpu_compaction;
 
-// Returns 0, or -1 where the instruction set in use holds this one as it is: what is filled is then of no use.
+// Returns 0, or -1 where there are more exceptions than there is room, or the instruction set in use has no such form of
+// so many outputs: what is filled is then of no use.
 ZIF_CPU_PUBLIC int32_t zif_cpu_compact_weight(const zif_cpu_compaction* call);
 
 // The opposite: the weight as it was, to `weight`.

@@ -4,10 +4,11 @@
 // eight, with either sign. The lower byte is kept as it is. Numbers with another upper byte are exceptions, listed
 // apart and put back when their surroundings are unpacked.
 //
-// A piece is 128 numbers: their lower bytes, 64 by 64, then 64 bytes of codes, of the first 64 in the low halves. Of 64
+// A piece is 128 numbers: their lower bytes, 64 by 64, then 64 bytes of codes, the first 64 in the low halves. Of 64
 // numbers byte 16 * j + i belongs to number 8 * j + i, byte 16 * j + 8 + i to number 32 + 8 * j + i: as instructions
 // interleave bytes. For tiles, a row is pieces of 128 inputs. Without tiles, 16 rows are blocks of 32 inputs, turned to
-// words as products by vectors want them (words.h), and four pieces hold a block.
+// words as products by vectors want them (words.h), and four pieces hold a block. Either way exceptions are listed by
+// 16 rows and 128 inputs.
 #pragma once
 
 #include "pool.h"
@@ -15,7 +16,8 @@
 #include "words.h"
 #include "zif_cpu.h"
 
-// Where torch's products of many tokens are faster (operators.py), matrices stay as they are.
+// Not with AVX512-BF16 alone: torch's products of many tokens are faster there, and want matrices as they are. Shorter
+// vectors have no such form.
 #if defined(__AMX_BF16__) || (defined(__AVX512BW__) && !defined(__AVX512BF16__))
 #define ZIF_COMPACTS 1
 #endif
@@ -33,15 +35,16 @@ constexpr bool kTurned = true;
 #endif
 
 constexpr int64_t kPieceInputs = ZIF_COMPACT_INPUTS;
-constexpr int64_t kPieceBytes = ZIF_COMPACT_INPUTS / 2 * 3;
+constexpr int64_t kPieceNumbers = 128;
+constexpr int64_t kPieceBytes = kPieceNumbers / 2 * 3;
 constexpr int64_t kPieceVectors = 4;
 constexpr int64_t kGroupRows = ZIF_COMPACT_ROWS;  // whose exceptions in a piece follow each other
 constexpr int kUppers = 8;
 constexpr int64_t kBlockInputs = 32;  // of 16 rows, turned
-constexpr int64_t kBlockPieces = kGroupRows * kBlockInputs / kPieceInputs;
+constexpr int64_t kBlockPieces = kGroupRows * kBlockInputs / kPieceNumbers;
 constexpr int64_t kBlockBytes = kBlockPieces * kPieceBytes;
 
-// A piece of a row, 32 inputs a vector.
+// A piece, 32 numbers a vector: inputs of a row, or one word of 16 rows.
 __attribute__((always_inline)) inline void unpack_piece(const uint8_t* piece, __m512i uppers, __m512i* words) {
     const __m512i low = _mm512_set1_epi8(15), codes = _mm512_loadu_si512(piece + 128);
     const __m512i lower = _mm512_loadu_si512(piece), others = _mm512_loadu_si512(piece + 64);
@@ -62,10 +65,11 @@ struct CompactWeight {
 
     int64_t num_pieces() const { return inputs / kPieceInputs; }
     int64_t row_bytes() const { return num_pieces() * kPieceBytes; }
+    // Where rows are as they were: 128 inputs of one.
     const uint8_t* piece(int64_t row, int64_t index) const {
         return held->rows + row * row_bytes() + index * kPieceBytes;
     }
-    // Of the rows from `row` on, a multiple of kGroupRows.
+    // Where rows are turned: 32 inputs of those from `row` on, a multiple of kGroupRows.
     const uint8_t* block(int64_t row, int64_t index) const {
         return held->rows + row * row_bytes() + index * kBlockBytes;
     }
@@ -96,7 +100,8 @@ public:
           exceptions_(const_cast<uint32_t*>(call.compact->exceptions)),
           uppers_(const_cast<uint8_t*>(call.compact->uppers)) {}
 
-    // Returns false when there are more exceptions than there is room, or a half of the rows is no whole groups.
+    // Returns false when there are more exceptions than there is room, or where the second half of a gated product, turned,
+    // would begin within a group of rows.
     bool run() {
         if (kTurned && call_.outputs % (2 * kGroupRows) != 0) return false;
         choose_uppers();
@@ -169,7 +174,7 @@ private:
             alignas(64) uint16_t turned[kGroupRows * kBlockInputs];
             for (int64_t i = 0; i < kGroupRows; ++i) _mm512_store_si512(turned + i * kBlockInputs, words[i]);
             for (int64_t i = 0; i < kBlockPieces; ++i, to += kPieceBytes) {
-                counts[input / kPieceInputs] += static_cast<uint32_t>(pack_piece(turned + i * kPieceInputs, to));
+                counts[input / kPieceInputs] += static_cast<uint32_t>(pack_piece(turned + i * kPieceNumbers, to));
             }
         }
     }
@@ -248,18 +253,21 @@ __attribute__((always_inline)) inline void unpack_block(const uint8_t* block, __
     }
 }
 
-// Rows `row` to `row` + count - 1, at most kGroupRows, in a piece; to: the first number.
+// 128 inputs of `count` rows: of kGroupRows, or fewer where rows are not turned. to: the first number.
 inline void unpack_rows(const CompactWeight& weight, int64_t row, int64_t count, int64_t piece, uint16_t* to) {
-    for (int64_t i = 0; i < count && !kTurned; ++i, to += weight.inputs) {
-        __m512i words[kPieceVectors];
-        unpack_piece(weight.piece(row + i, piece), weight.uppers(), words);
-        for (int64_t j = 0; j < kPieceVectors; ++j) _mm512_storeu_si512(to + j * kBlockInputs, words[j]);
-    }
-    for (int64_t i = 0; i < kPieceInputs / kBlockInputs && kTurned; ++i, to += kBlockInputs) {
-        __m512i words[kGroupRows];
-        unpack_block(weight.block(row, piece * (kPieceInputs / kBlockInputs) + i), weight.uppers(), words);
-        transpose_words(words);
-        for (int64_t j = 0; j < kGroupRows; ++j) _mm512_storeu_si512(to + j * weight.inputs, words[j]);
+    if constexpr (kTurned) {
+        for (int64_t i = 0; i < kPieceInputs / kBlockInputs; ++i, to += kBlockInputs) {
+            __m512i words[kGroupRows];
+            unpack_block(weight.block(row, piece * (kPieceInputs / kBlockInputs) + i), weight.uppers(), words);
+            transpose_words(words);
+            for (int64_t j = 0; j < kGroupRows; ++j) _mm512_storeu_si512(to + j * weight.inputs, words[j]);
+        }
+    } else {
+        for (int64_t i = 0; i < count; ++i, to += weight.inputs) {
+            __m512i words[kPieceVectors];
+            unpack_piece(weight.piece(row + i, piece), weight.uppers(), words);
+            for (int64_t j = 0; j < kPieceVectors; ++j) _mm512_storeu_si512(to + j * kBlockInputs, words[j]);
+        }
     }
 }
 

@@ -43,7 +43,6 @@ struct CompactRows {
 
     template <int kStep>
     void unpack(int64_t row, int64_t, int64_t begin, int64_t end, Float* to) const {
-        constexpr int64_t kBlockSteps = kLanes * kParts * kStep;
         const uint8_t* from = weight.block(row, begin);
         Float* at = to;
         for (int64_t i = 0; i < (end - begin) * kBlockPieces; ++i, from += kPieceBytes) {
@@ -55,17 +54,13 @@ struct CompactRows {
                 for (int part = 0; part < kParts; ++part, at += kStep) *at = parts[part];
             }
         }
-        for (int64_t block = begin; block < end; block = (block / kBlocks + 1) * kBlocks) {
-            weight.exceptions(row, kGroupRows, block / kBlocks, [&](int64_t lane, int64_t input, uint16_t number) {
-                const int64_t own = block / kBlocks * kBlocks + input / kBlockInputs;
-                if (own < begin || own >= end) return;
-                Float* place = to + (own - begin) * kBlockSteps + input % kBlockInputs * kStep;
-                reinterpret_cast<float*>(place)[lane] = bits_as<float>(uint32_t(number) << 16);
-            });
-        }
+        static_assert(kPanelBlocks<Mul> == kBlocks);  // a panel's exceptions are one list
+        weight.exceptions(row, kGroupRows, begin / kBlocks, [&](int64_t lane, int64_t input, uint16_t number) {
+            reinterpret_cast<float*>(to + input * kStep)[lane] = bits_as<float>(uint32_t(number) << 16);
+        });
     }
 
-    // A block is 12 lines: of 16 rows the last four have none.
+    // A block is 12 lines, asked for as the first 12 of its 16 rows. Unsigned rows are divided by a shift.
     void ask(uint64_t row, int64_t block) const {
         ask_line(row / kGroupRows * kGroupRows, block, row % kGroupRows);
     }
@@ -80,7 +75,10 @@ private:
 
     bool has_exceptions(int64_t row, int64_t block) const {
         const uint32_t* bounds = weight.held->first + row / kGroupRows * weight.num_pieces() + block / kBlocks;
-        return bounds[0] < bounds[1];
+        for (uint32_t i = bounds[0]; __builtin_expect(i < bounds[1], 0); ++i) {
+            if ((weight.held->exceptions[i] >> 16 & 127) / kBlockInputs == block % kBlocks) return true;
+        }
+        return false;
     }
 
     template <class Put>

@@ -21,11 +21,11 @@ constexpr int kTokensAtOnce = ZIF_VECTOR_BYTES == 64 ? 12 : ZIF_VECTOR_BYTES == 
 constexpr int kFewTokens = kLanes;
 constexpr int64_t kPassTokens = 32 * kTokensAtOnce;  // that pass by a panel: the second cache keeps them and their sums
 constexpr int64_t kPanelRows = 2 * kLanes;
-// Of a row, unpacked, so that the first cache has room for tokens, too. Summed apart: errors do not grow with the inputs.
+// Of a row, unpacked: 16 KiB at most, to leave room in the first cache. Summed apart, so errors do not grow with inputs.
 constexpr int64_t kPanelWords = ZIF_VECTOR_BYTES == 64 ? 128 : 256;
 constexpr int64_t kGroupPanels = 4;  // that take turns with the same inputs
 constexpr int64_t kFollowingTokens = 4 * kTokensAtOnce;  // up to as many, panels follow memory's order
-constexpr int64_t kWordsAhead = 32;   // words of tokens are asked for so far ahead
+constexpr int64_t kWordsAhead = 32;  // words of tokens are asked for so far ahead
 
 // Activations in words, as `Multiplier::hold` makes them, zeros behind the inputs up to whole blocks. Few tokens
 // are one group, of many kTokensAtOnce are, but for the last: [groups][words][tokens of the group].
@@ -143,7 +143,11 @@ template <class Mul>
 constexpr bool kExact = std::is_same_v<typename Mul::Sum, Int>;
 
 template <class Mul>
-constexpr int64_t kPanelBlocks = kPanelWords / (kLanes * Mul::kParts);
+constexpr int64_t kPanelBlocks = [] {
+    constexpr int64_t blocks = kPanelWords / (kLanes * Mul::kParts);
+    static_assert(blocks > 0);
+    return blocks;
+}();
 
 // Whether kLanes rows lie block by block in memory.
 template <class Rows>

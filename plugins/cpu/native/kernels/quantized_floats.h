@@ -242,7 +242,8 @@ inline void decode_vectors(const CodeRows<kBits>& rows, const Words& x, int64_t 
     const auto count_of = [&](int wide) { return wide + 1 < kWide ? kLanes : count; };
     Decoder<kBits> decoders[kWide];
     for (int i = 0; i < kWide; ++i) decoders[i] = {rows.weight, output + i * kLanes, count_of(i), 0};
-    Float sums[kWide][M] = {}, totals[kWide][M] = {};
+    Float sums[kWide][M] = {}, totals[kWide][M];
+    for (int i = 0; i < kWide * M; ++i) totals[i / M][i % M] = splat(-0.0f);  // nothing, even to a sum of -0
     const float* own = x.data;
     for (int64_t block = 0; block < rows.num_blocks(); ++block) {
         if (block > 0 && block % kPanelBlocks<Elements<kBits>> == 0) {

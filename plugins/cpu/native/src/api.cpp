@@ -128,8 +128,9 @@ int32_t zif_cpu_quantized_experts(const zif_cpu_quantized_experts_call* call) {
 
 int32_t zif_cpu_compact_weight(const zif_cpu_compaction* call) {
     const OneCall one;
-    const_cast<zif_cpu_compact*>(call->compact)->made_by = &kernels();
-    return kernels().compact_weight(call);
+    const zif::Kernels& in_use = kernels();
+    const_cast<zif_cpu_compact*>(call->compact)->made_by = &in_use;
+    return in_use.compact_weight(call);
 }
 
 void zif_cpu_unpack_weight(const zif_cpu_compaction* call) {

@@ -52,8 +52,8 @@ MAX_TOKENS_BY_ISA: Mapping[tuple[str, str], int] = MappingProxyType(
 """Where it is another number: (instruction set, dtype)."""
 
 
-COMPACT_ISAS = ("avx512", "avx512_vnni", "amx")
-"""Instruction sets that multiply matrices in 12 bits, of any number of tokens."""
+COMPACT_OUTPUTS: Mapping[str, int] = MappingProxyType({"avx512": 32, "avx512_vnni": 32, "amx": 1})
+"""Instruction sets that multiply matrices in 12 bits, and what the number of outputs must be a multiple of."""
 
 Matrix = torch.Tensor | CompactWeight
 """A weight of `linear`, `gated_linear` and `logits`."""
@@ -91,7 +91,7 @@ class NativeOps(QuantizedOps):
             code: _ANY_NUMBER if batch_invariant else MAX_TOKENS_BY_ISA.get((isa, dtype), MAX_TOKENS)
             for dtype, code in DTYPE_CODES.items()
         }
-        self._compacts = isa in COMPACT_ISAS
+        self._compact_outputs = COMPACT_OUTPUTS.get(isa)
         compiled.register(
             compiled.Eager(
                 self._linear,
@@ -117,8 +117,10 @@ class NativeOps(QuantizedOps):
             vars(self).update(kernels)
 
     def prepare_weight(self, weight: torch.Tensor, allocate: Callable[[int], torch.Tensor]) -> torch.Tensor | None:
+        if self._compact_outputs is None or weight.dim() != 2 or weight.shape[0] % self._compact_outputs:
+            return None
         # A tensor to type checkers: core hands it to the operators below, and looks into none.
-        return cast(torch.Tensor | None, compact_weight(self._raw, weight, allocate) if self._compacts else None)
+        return cast(torch.Tensor | None, compact_weight(self._raw, weight, allocate))
 
     def linear(self, x: torch.Tensor, weight: Matrix, bias: torch.Tensor | None) -> torch.Tensor:
         if is_compiling():

@@ -143,6 +143,15 @@ def test_the_largest_sums_of_integers_do_not_wrap(ops, code):
             assert bool((y == float(127 * sign * code * inputs)).all())
 
 
+def test_sums_of_negative_zero_are_the_same_for_any_number_of_tokens(ops):
+    weight = QuantizedWeight(WeightScheme(8, 32), torch.ones(32, 64, dtype=torch.int8), torch.full((32, 2), 1e-30))
+    x = torch.full((17, 64), -1e-30)
+    want = ops.quantized_linear(x, weight, None)
+    for tokens in (1, 5):
+        got = ops.quantized_linear(x[:tokens], weight, None)
+        assert torch.equal(got.view(torch.int32), want[:tokens].view(torch.int32))
+
+
 def test_ties_go_to_the_even_code(ops):
     row = torch.tensor([127.0, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 126.5])
     weight = QuantizedWeight(INTEGERS, torch.eye(8).to(torch.int8), torch.ones(8, 1))
